@@ -1,0 +1,6 @@
+"""Puts the script on the import path, so that tests call its functions directly."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
@@ -288,11 +290,183 @@ from torch import Tensor
 # ── 10 Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # Metrics, thresholds and intervals: NumPy in, plain dict out.
 
+
+CALIBRATION_BINS = 10  # equal widths over [0, 1]; the report's reliability diagrams use the same ones
+
+
+def compute_metrics(
+    targets: np.ndarray, probabilities: np.ndarray, label_columns: Sequence[str], thresholds: float | np.ndarray
+) -> dict:
+    """Every figure per label, its macro average over the labels where it is defined, and micro (all entries pooled).
+
+    targets (n, L) 0/1, NaN = unknown and left out; probabilities (n, L) in [0, 1]; thresholds a number, (L,), or (n, L)
+    for cross-fitted ones: a probability at or above is positive. Undefined figures are None; `labels_averaged` says over
+    how many labels each macro average runs. CRG: the VLM3D challenge's score over all labels x scans; per label too.
+    """
+    targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
+    if not np.isfinite(probabilities).all():
+        row, column = np.argwhere(~np.isfinite(probabilities))[0]
+        raise Diverged(
+            f"row {row} has no finite probability for {label_columns[column]}: the model's output overflowed"
+        )
+    once = np.ones((len(targets), 1))
+    figures = {k: v[0] for k, v in _weighted_figures(targets, probabilities, thresholds, once).items()}
+    metrics = _arrange({k: [None if np.isnan(x) else float(x) for x in v] for k, v in figures.items()}, label_columns)
+    metrics["n_scans"] = len(targets)
+    metrics["labels_averaged"] = {k: int(np.isfinite(v[:-2]).sum()) for k, v in figures.items()}
+    for i, row in enumerate(metrics["per_label"].values()):
+        row |= {"n_known": int(np.isfinite(targets[:, i]).sum()), "n_positive": int((targets[:, i] == 1).sum())}
+    return metrics
+
+
+def _arrange(figures: dict[str, list], label_columns: Sequence[str]) -> dict:
+    """The nested result, from name -> one value per label, then micro, then macro."""
+    out = {f"{kind}_{k}": v[i] for kind, i in (("macro", -1), ("micro", -2)) for k, v in figures.items()}
+    out |= {"accuracy": figures["accuracy"][-2], "crg": figures["crg"][-2]}
+    return out | {"per_label": {c: {k: v[i] for k, v in figures.items()} for i, c in enumerate(label_columns)}}
+
+
+def _weighted_figures(
+    targets: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray, weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Figures under B weightings of the scans: name -> (B, L + 2), NaN where undefined; last two columns: micro, macro.
+
+    weights (n, B) are whole numbers, how often a resample draws each scan, so every count below is exact.
+    """
+    known, truth, decided = ~np.isnan(targets), targets == 1, probabilities >= thresholds
+    error = np.where(known, probabilities - truth, 0.0)
+    bins = np.minimum((probabilities * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+
+    def total(entries: np.ndarray) -> np.ndarray:  # (n, L) -> (B, L + 1), the last column summed over labels
+        sums = weights.T @ entries.astype(np.float64)
+        return np.column_stack([sums, sums.sum(axis=1)])
+
+    x, a, tp, called = total(known), total(truth), total(truth & decided), total(known & decided)
+    fn, fp = a - tp, called - tp
+    tn = x - a - fp
+    with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0 is NaN, which is how "undefined" travels here
+        recall, specificity, r, u = tp / a, tn / (x - a), (x - a) / (2 * a), (x - a) / 2
+        out = {
+            "accuracy": (tp + tn) / x,
+            "balanced_accuracy": (recall + specificity) / 2,
+            "precision": tp / called,
+            "recall": recall,
+            "specificity": specificity,
+            "f1": 2 * tp / (a + called),
+            "brier": total(error**2) / x,
+            "ece": sum(np.abs(total(error * (bins == b))) for b in range(CALIBRATION_BINS)) / x,
+            "crg": u / (2 * u - (r * tp - r * fn - fp)),
+            "prevalence": a / x,
+        }
+    # The scans of each label's known entries, then of all known entries pooled.
+    flat = [np.nonzero(k)[0] for k in known.T] + [np.nonzero(known)[0]]
+    pairs = [(truth[k, i], probabilities[k, i]) for i, k in enumerate(known.T)] + [(truth[known], probabilities[known])]
+    ranked = np.array([_ranking(*pair, rows, weights) for pair, rows in zip(pairs, flat, strict=True)])  # (L + 1, 2, B)
+    out |= {"auc": ranked[:, 0].T, "average_precision": ranked[:, 1].T}
+    for name, values in out.items():
+        defined = np.isfinite(values[:, :-1])
+        sums = np.where(defined, values[:, :-1], 0.0).sum(axis=1)
+        with np.errstate(invalid="ignore"):
+            out[name] = np.column_stack([values, sums / defined.sum(axis=1)])
+    return out
+
+
+def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> tuple:
+    """(AUROC, average precision), each (B,), of entries that belong to the given rows of weights (n, B); ties exact.
+
+    Only the distinct scores of positives matter: at each, the negatives strictly above and those at or above it.
+    """
+    positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
+    positive, negative = positive[np.argsort(-scores[positive])], negative[np.argsort(-scores[negative])]
+    if not len(positive):
+        return np.full((2, weights.shape[1]), np.nan)
+    cuts, starts = np.unique(-scores[positive], return_index=True)  # ascending in -score: the highest score first
+    hits = np.add.reduceat(weights[rows[positive]], starts, axis=0)  # (cuts, B) positives at each score
+    false = np.zeros((len(negative) + 1, weights.shape[1]))
+    np.cumsum(weights[rows[negative]], axis=0, out=false[1:])
+    above, upto = (false[np.searchsorted(-scores[negative], cuts, side)] for side in ("left", "right"))
+    found = np.cumsum(hits, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        auc = 1 - np.einsum("kb,kb->b", hits, (above + upto) / 2) / (found[-1] * false[-1])
+        precision = found / np.maximum(found + upto, 1.0)  # nothing drawn so far: hits is 0 there as well
+        return auc, np.einsum("kb,kb->b", hits, precision) / found[-1]
+
+
+def format_metrics_table(metrics: dict) -> str:
+    """The log's table: one line per label, then macro and micro; figures that are undefined show as a dash."""
+    shown = {"precision": "prec", "recall": "recall", "specificity": "spec", "f1": "F1", "auc": "AUROC"}
+    shown = {"accuracy": "acc"} | shown | {"average_precision": "AP", "brier": "Brier"}
+    rows = [(c, f"{m['n_positive']}/{m['n_known']}", m) for c, m in metrics["per_label"].items()]
+    for kind in ("macro", "micro"):
+        rows.append((kind, "", {k: metrics[f"{kind}_{k}"] for k in shown}))
+    width, counts = (max(len(row[i]) for row in [*rows, ("label", "pos/known")]) for i in (0, 1))
+    lines = [f"{'label':{width}}  {'pos/known':>{counts}}" + "".join(f"{name:>8}" for name in shown.values())]
+    for name, count_text, figures in rows:
+        cells = ("       –" if figures[k] is None else f"{figures[k]:8.3f}" for k in shown)
+        lines.append(f"{name:{width}}  {count_text:>{counts}}" + "".join(cells))
+    return "\n".join([*lines[:1], "─" * len(lines[0]), *lines[1:-2], "─" * len(lines[0]), *lines[-2:]])
+
+
 # ── 11 Keep ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Files that are whole or absent: checkpoints, the top k, the state of a run.
 
 # ── 12 Papers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # What a person reads: results, predictions, plots, report.
+
+
+def append_result(path: Path, epoch: dict) -> None:
+    """Adds one JSON line; lines of this epoch or later, left by a run that was resumed further back, are replaced."""
+    line = json.dumps(epoch, allow_nan=False, default=float)
+    kept = [old for old in read_results(path) if old["epoch"] < epoch["epoch"]]
+    text = "".join(f"{entry}\n" for entry in [*(json.dumps(old) for old in kept), line])
+    save_atomic(path, lambda file: file.write(text.encode()))
+
+
+def read_results(path: Path) -> list[dict]:
+    """The epochs in results.jsonl, in order; none where the file is not there yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_predictions(
+    path: Path,
+    series_ids: Sequence[str],
+    probabilities: np.ndarray,
+    thresholds: float | np.ndarray,
+    labels: Sequence[str],
+) -> None:
+    """CSV `id,{label}_prob,{label}_pred`, rows in the given order; a number read back is the very same number."""
+    probabilities = np.asarray(probabilities, np.float64)
+    decided = (probabilities >= thresholds).astype(int)
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))])
+    for series_id, row, calls in zip(series_ids, probabilities.tolist(), decided.tolist(), strict=True):
+        writer.writerow([series_id, *(cell for pair in zip(row, calls, strict=True) for cell in pair)])
+    save_atomic(path, lambda file: file.write(buffer.getvalue().encode("utf-8", "surrogateescape")))
+
+
+def plot_progress(folder: Path, results: list[dict]) -> None:
+    """progress.png: losses, macro F1 and AUROC with the best epoch marked, learning rate; redrawn after each epoch."""
+    from matplotlib.figure import Figure  # not pyplot: no global state, no display
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    panels = {"loss": ["train_loss", "val_loss"], "validation": ["macro_f1", "macro_auc"], "learning rate": ["lr"]}
+    epochs = [r["epoch"] for r in results]
+    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+        for key in keys:
+            values = [math.nan if r.get(key) is None else r[key] for r in results]
+            axis.plot(epochs, values, marker="o", markersize=3, label=key.replace("_", " "))
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+    best = max(results, key=lambda r: -1.0 if r.get("macro_f1") is None else r["macro_f1"], default=None)
+    if best and best.get("macro_f1") is not None:
+        axes[1].axvline(best["epoch"], color="gray", linestyle=":", label=f"best: epoch {best['epoch']}")
+    for axis in axes[:2]:
+        axis.legend()
+    save_atomic(folder / "progress.png", lambda file: figure.savefig(file, format="png", dpi=110))
+
 
 # ── 13 Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A run as a table of contents.

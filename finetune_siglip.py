@@ -6,16 +6,27 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
 import logging
 import math
 import os
+import random
+import shutil
+import signal
+import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
 # ── 0 Door ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What every room may use: the errors that end a run with one line, and the constants of the field.
@@ -45,6 +56,14 @@ class Diverged(UserError):
     """Training produced non-finite numbers (exit 4)."""
 
     code = 4
+
+
+class Interrupted(Exception):
+    """A signal asked for a stop; the state has been or is being saved."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 log = logging.getLogger("finetune_siglip")
@@ -210,6 +229,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=whole_number, default=42, help="the same seed on the same machine gives the same run [42]")
 
     add = parser.add_argument_group("output").add_argument
+    add("--resume", metavar="auto|FOLDER", help="continue the run in --output-dir, or the one in another folder")
+    add("--overwrite", action="store_true", help="replace the run that --output-dir holds")
+    add(
+        "--save-every-minutes",
+        type=amount,
+        default=15.0,
+        help="save the state within an epoch too; 0: only after it [15]",
+    )
     add("--output-dir", type=Path, default=Path("./outputs"), help="folder for everything a run writes [./outputs]")
     add("--log-interval", type=count, default=50, help="forward passes between updates of the running loss [50]")
     add(
@@ -262,9 +289,166 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # ── 2 Machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Device, precision, ranks, random numbers, logging: the one place that reads the environment.
+# Device, precision, ranks, signals, random numbers, logging: the one place that reads the environment.
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where a run takes place; `amp_dtype` is None in full precision."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def init_runtime(amp: bool) -> Runtime:
+    """Device and precision of this process, and its place among those that `torchrun` started."""
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    if world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    amp_dtype = None
+    if amp:
+        has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+        amp_dtype = torch.bfloat16 if has_bf16 else torch.float16
+    return Runtime(device, amp_dtype, rank, world_size)
+
+
+def derive_seed(*parts: int) -> int:
+    """A 63-bit seed from (seed, epoch, row, …): equal parts give equal numbers on every machine."""
+    digest = hashlib.blake2b(np.asarray(parts, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed every generator in use, so that what follows is a function of `parts` and not of what ran before."""
+    seed = derive_seed(*parts)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next safe point; a second one leaves at once."""
+
+    signal_number = 0
+
+    def __enter__(self) -> StopRequest:
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.signal_number:
+            os._exit(128 + number)  # files are written aside and renamed, so nothing is torn by leaving here
+        self.signal_number = number
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints above a progress bar rather than through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        urgent = record.levelno >= logging.WARNING
+        text = f"{record.levelname.lower()}: {record.getMessage()}" if urgent else record.getMessage()
+        tqdm.write(text, file=sys.stderr if urgent else sys.stdout)
+
+
+def setup_logging(output_dir: Path | None, is_main: bool) -> None:
+    """Log to the console and, on the main process, to `training.log` in `output_dir`."""
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    log.propagate = False
+    log.addHandler(ConsoleHandler())
+    if output_dir and is_main:
+        to_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        log.addHandler(to_file)
+
+
+class Tracker:
+    """Weights & Biases where it works and nothing where it does not: a tracker never stops or delays a run."""
+
+    def __init__(self, run: Any = None):
+        self.run = run
+
+    def _call(self, action: Callable[[], object]) -> None:
+        if self.run is not None:
+            try:
+                action()
+            except Exception as error:  # whatever it is, training goes on without the tracker
+                log.warning("Weights & Biases stopped: %s", str(error).splitlines()[:1])
+                self.run = None
+
+    def record(self, figures: dict[str, Any], step: int) -> None:
+        self._call(lambda: self.run.log(figures, step=step))
+
+    def finish(self) -> None:
+        self._call(lambda: self.run.finish())
+
+
+def wandb_mode() -> str:
+    """`online` with a key and a server that answers within two seconds, else `offline`."""
+    import requests.utils
+
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if not (os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(host.geturl())):
+        return "offline"
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=2).close()
+    except OSError:
+        return "offline"
+    return "online"
+
+
+def start_wandb(project: str, mode: str, config: dict[str, Any], folder: Path, is_main: bool) -> Tracker:
+    """A tracker of this run; without package, key or network it says so in one line and works offline or not at all."""
+    if mode == "disabled" or not is_main:
+        return Tracker()
+    try:
+        import wandb
+
+        chosen = wandb_mode() if mode == "auto" else mode
+        if chosen == "offline":
+            log.info("Weights & Biases: offline, `wandb sync %s` uploads later", folder / "wandb" / "offline-*")
+        settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+        return Tracker(wandb.init(project=project, mode=chosen, config=config, dir=folder, settings=settings))
+    except Exception as error:  # missing package, refused key, broken proxy: never a reason to lose a run
+        log.warning("Weights & Biases is off: %s", str(error).splitlines()[:1])
+        return Tracker()
+
+
+def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n,) and values (n, …) of all ranks, in rising order of row."""
+    if runtime.world_size > 1:
+        parts: list[Any] = [None] * runtime.world_size
+        torch.distributed.all_gather_object(parts, (rows, values))
+        rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.argsort(rows, kind="stable")
+    return rows[order], values[order]
+
 
 # ── 3 Table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The CSV: every data error found and reported at once, with its row.
@@ -278,17 +462,522 @@ from torch import Tensor
 # ── 6 Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # HU windows, slice features, pooling over slices, head.
 
+
+class CTWindows(nn.Module):
+    """HU to K window channels in [0, 1], on the device: (N, C, …) int16 or float -> (N, K, …) float32.
+
+    Windowed volumes arrive as round(32767 * value) in C channels and are only scaled back.
+    """
+
+    def __init__(self, windows: Sequence[tuple[float, float]], intensity: str = "hu"):
+        super().__init__()
+        self.intensity = intensity
+        bounds = torch.tensor(windows, dtype=torch.float32)
+        self.register_buffer("low", bounds[:, 0], persistent=False)  # the checkpoint's preprocessing holds them
+        self.register_buffer("width", bounds[:, 1] - bounds[:, 0], persistent=False)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        if self.intensity == "windowed":
+            return volume.float() / 32767.0
+        shape = (1, -1) + (1,) * (volume.ndim - 2)
+        return ((volume.float() - self.low.view(shape)) / self.width.view(shape)).clamp_(0.0, 1.0)
+
+
+class SlicePool(nn.Module):
+    """Slice features (N, S, E) -> scan feature (N, E) and the weight of each slice (N, S).
+
+    `attention` is the gated attention of Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning"
+    (ICML 2018): softmax over slices of w · (tanh(V h) * sigmoid(U h)).
+    """
+
+    def __init__(self, width: int, mode: str = "attention", hidden: int = 128):
+        super().__init__()
+        self.mode = mode
+        if mode == "attention":
+            self.content, self.gate = nn.Linear(width, hidden), nn.Linear(width, hidden)
+            self.score = nn.Linear(hidden, 1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mode == "attention":
+            scores = self.score(torch.tanh(self.content(features)) * torch.sigmoid(self.gate(features)))  # (N, S, 1)
+            weights = scores.squeeze(-1).softmax(dim=1)
+            return torch.einsum("ns,nse->ne", weights, features), weights
+        uniform = features.new_full(features.shape[:2], 1 / features.shape[1])
+        return (features.mean(dim=1) if self.mode == "mean" else features.amax(dim=1)), uniform
+
+
+class SiglipClassifier(nn.Module):
+    """A CT volume (N, C, S, H, W) in SPL -> logits (N, L).
+
+    `slice_chunk` slices at a time go through the backbone and, with `recompute`, are computed again in the backward
+    pass, so that memory does not grow with S.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        windows: Sequence[tuple[float, float]],
+        intensity: str,
+        num_labels: int,
+        pooling: str = "attention",
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        self.backbone, self.windows = backbone, CTWindows(windows, intensity)
+        self.slice_chunk, self.recompute = 64, False
+        self.pool = SlicePool(backbone.width, "mean" if backbone.volumetric else pooling)
+        hidden = min(512, backbone.width)
+        self.head = nn.Sequential(
+            nn.LayerNorm(backbone.width), nn.Dropout(dropout), nn.Linear(backbone.width, hidden), nn.GELU(),
+            nn.Dropout(dropout), nn.Linear(hidden, num_labels),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def set_prevalence(self, prevalence: Tensor) -> None:
+        """Start each label (L,) at its share of positives, so that training doesn't spend its first steps on that."""
+        self.head[-1].weight.mul_(0.1)
+        self.head[-1].bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
+
+    def encode(self, voxels: Tensor) -> Tensor:
+        """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E)."""
+        images = self.windows(voxels)
+        if self.backbone.orientation == "SRA":
+            images = images.flip(3, 4).transpose(3, 4)  # SPL -> SLP -> SRA
+        return self.backbone(images)
+
+    def slice_features(self, volume: Tensor) -> Tensor:
+        """(N, C, S, H, W) -> (N, S, E); a 3D backbone gives S = 1."""
+        if self.backbone.volumetric:
+            return self.encode(volume)[:, None]
+        n = len(volume)
+        slices = volume.transpose(1, 2).flatten(0, 1)  # (N * S, C, H, W)
+        recompute = self.recompute and torch.is_grad_enabled()
+        run = (
+            partial(checkpoint, self.encode, use_reentrant=False, preserve_rng_state=False)
+            if recompute
+            else self.encode
+        )
+        return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (n, -1))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Slice features (N, S, E) -> logits (N, L), in float32: it costs nothing and softmax and loss stay exact."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(self.pool(features.float())[0])
+
+    def forward(self, volume: Tensor) -> Tensor:
+        return self.classify(self.slice_features(volume))
+
+
 # ── 7 Loss ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Multilabel losses over known labels.
+
+
+class MultilabelBCELoss(nn.Module):
+    """Binary cross-entropy of logits (N, L) and targets (N, L) in {0, 1, NaN}; NaN is unknown and has weight 0.
+
+    `reduction="mean"` divides by the number of known entries, `"sum"` does not (the training loop divides by the known
+    entries of a whole accumulation window). Without a known entry the loss is 0.
+    """
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+    def forward(self, logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        if logits.shape != targets.shape:
+            raise ValueError(f"logits are {tuple(logits.shape)} but targets {tuple(targets.shape)}")
+        known = ~targets.isnan()
+        losses = self.elementwise(logits.float(), targets.float().nan_to_num(0.0))
+        total = torch.where(known, losses, 0.0).sum()
+        return total / known.sum().clamp(min=1) if reduction == "mean" else total
+
+
+class FocalLoss(MultilabelBCELoss):
+    """alpha * (1 - p_t)^gamma * BCE, p_t being the probability of the true class (Lin et al., "Focal Loss for Dense
+    Object Detection", ICCV 2017); alpha multiplies both classes alike, and gamma = 0, alpha = 1 is BCE.
+    """
+
+    def __init__(self, alpha: float = 1.0, gamma: float = 2.0):
+        super().__init__()
+        self.alpha, self.gamma = alpha, gamma
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses = super().elementwise(logits, targets)
+        log_miss = F.logsigmoid(logits * (1 - 2 * targets))  # log(1 - p_t), whose gradient is finite at p_t = 1
+        return self.alpha * torch.exp(self.gamma * log_miss) * losses
+
+
+class BalancedBCELoss(MultilabelBCELoss):
+    """BCE whose positives are weighted by `pos_weight` (L,)."""
+
+    def __init__(self, pos_weight: Tensor):
+        super().__init__()
+        self.register_buffer("pos_weight", torch.as_tensor(pos_weight, dtype=torch.float32))
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=self.pos_weight)
+
+
+def balancing_weights(targets: np.ndarray) -> np.ndarray:
+    """negatives / positives of each label over known targets (n, L), at most 100, and 1 where there is no positive."""
+    positives, negatives = (targets == 1).sum(0), (targets == 0).sum(0)
+    return np.where(positives > 0, np.minimum(negatives / np.maximum(positives, 1), 100.0), 1.0).astype(np.float32)
+
+
+def build_loss(args: argparse.Namespace, train_targets: np.ndarray) -> MultilabelBCELoss:
+    """The loss that `--loss` names; `balanced` takes its weights from the known training targets (n, L)."""
+    if args.loss == "focal":
+        return FocalLoss(args.focal_alpha, args.focal_gamma)
+    if args.loss == "balanced":
+        return BalancedBCELoss(torch.from_numpy(balancing_weights(train_targets)))
+    return MultilabelBCELoss()
+
 
 # ── 8 Optim ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Optimiser, learning-rate schedule and averaged weights.
 
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module itself, without DistributedDataParallel or torch.compile around it."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model
+
+
+def build_optimizer(args: argparse.Namespace, model: SiglipClassifier) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trainable parameters; biases, norms and embeddings are not decayed."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    groups: dict[float, list[nn.Parameter]] = {args.weight_decay: [], 0.0: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            undecayed = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in embeddings
+            groups[0.0 if undecayed else args.weight_decay].append(parameter)
+    groups_list = [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups_list, lr=args.lr, momentum=0.9, nesterov=True, fused=True)
+    return torch.optim.AdamW(groups_list, lr=args.lr, fused=True)
+
+
+class Schedule:
+    """Learning rate as a multiple of `--lr`, over optimiser steps taken.
+
+    Linear from 0 during `warmup` steps; then `cosine` falls to 0 at `total_steps` (the formula of
+    `transformers.get_cosine_schedule_with_warmup`), and `plateau` halves each time that the score has not risen for more
+    than `PATIENCE` epochs. An undefined score moves nothing.
+    """
+
+    PATIENCE, FACTOR = 3, 0.5
+
+    def __init__(self, kind: str, warmup: int, total_steps: int):
+        self.kind, self.warmup, self.total_steps = kind, warmup, total_steps
+        self.steps, self.scale, self.best, self.bad_epochs = 0, 1.0, -math.inf, 0
+
+    def factor(self) -> float:
+        """The multiple for the step that comes after the `steps` already taken."""
+        if self.steps < self.warmup:
+            return self.steps / self.warmup
+        if self.kind == "plateau":
+            return self.scale
+        progress = (self.steps - self.warmup) / max(1, self.total_steps - self.warmup)
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
+
+    def apply(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group.setdefault("peak_lr", group["lr"])
+            group["lr"] = group["peak_lr"] * self.factor()
+
+    def end_epoch(self, score: float | None) -> None:
+        if score is None or not math.isfinite(score):
+            return
+        self.bad_epochs = 0 if score > self.best else self.bad_epochs + 1
+        self.best = max(self.best, score)
+        if self.kind == "plateau" and self.bad_epochs > self.PATIENCE:
+            self.scale, self.bad_epochs = self.scale * self.FACTOR, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def build_scheduler(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
+    """The schedule that `--scheduler` and `--warmup` name."""
+    return Schedule(args.scheduler, args.warmup, steps_per_epoch * args.epochs)
+
+
+class Ema:
+    """Exponential moving average of the trainable weights: decay_t = min(decay, (1 + t) / (10 + t)) at step t = 1, 2, …
+
+    The early steps have a smaller decay, or the random weights of the head would linger for thousands of steps.
+    Buffers are taken over as they are.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay, self.steps = decay, 0
+        self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.weights.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1.0 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the averages in the model's place for the length of a `with` block; raw weights come back to the bit."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, weight in self.weights.items():
+            raw = weight.detach().clone()
+            weight.copy_(self.average[name])
+            self.average[name].copy_(raw)
+
+
 # ── 9 Step ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # One epoch of training, and one way to predict.
 
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the loop needs to know of the arguments."""
+
+    batch_size: int
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+    num_workers: int = 0
+    augment: str = "none"
+    intensity: str = "hu"
+    seed: int = 42
+    log_interval: int = 50
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training; `micro` is the next forward pass of the epoch in progress."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    ema: Ema | None = None
+    epoch: int = 0
+    micro: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    tally: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("known", "norm", "steps"), 0.0))
+    unsettled: Callable[[], None] | None = None
+
+    def settle(self) -> None:
+        """Learn whether the last step was taken: after this, and only then, the state is whole."""
+        if self.unsettled:
+            finish, self.unsettled = self.unsettled, None
+            finish()
+
+    @property
+    def weights(self) -> AbstractContextManager:
+        """A context in which the model holds the weights that count: the averaged ones, if there are any."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimiser step: the rows of each of this rank's forward passes, and the known labels on all ranks."""
+
+    batches: list[list[int]]
+    known: int
+
+
+def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int) -> list[Window]:
+    """The steps of an epoch over training targets (n, L), a function of (seed, epoch) alone.
+
+    Each forward pass takes `batch_size * world_size` rows of one shuffled order and deals them out to the ranks; a rank
+    that gets fewer than the others gets row `~r` to make up, the same scan without labels, which counts for nothing.
+    """
+    known_per_row = (~np.isnan(targets)).sum(axis=1)
+    order = np.random.default_rng([recipe.seed, epoch]).permutation(len(targets))
+    per_pass = recipe.batch_size * runtime.world_size
+    windows = []
+    for start in range(0, len(order), per_pass * recipe.accumulation):
+        rows = order[start : start + per_pass * recipe.accumulation]
+        batches = []
+        for first in range(0, len(rows), per_pass):
+            together = rows[first : first + per_pass].tolist()
+            mine = together[runtime.rank :: runtime.world_size]
+            missing = math.ceil(len(together) / runtime.world_size) - len(mine)
+            batches.append(mine + [~together[0]] * missing)
+        windows.append(Window(batches, int(known_per_row[rows].sum())))
+    return windows
+
+
+def read_later(value: Tensor) -> Callable[[], float]:
+    """Start copying a scalar to the host; the function returned waits for that copy, not for work queued after it."""
+    if value.device.type != "cuda":
+        return value.item
+    host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> float:
+        copied.synchronize()
+        return host.item()
+
+    return read
+
+
+def forward_backward(
+    state: TrainState, batch: dict[str, Any], loss_fn: MultilabelBCELoss, recipe: Recipe, runtime: Runtime,
+    known: int, last: bool,
+) -> None:  # fmt: skip
+    """Add the gradient of one forward pass; `known` is the label count of the whole step on all ranks."""
+    volume = batch["volume"].to(runtime.device, non_blocking=True)
+    targets = batch["targets"].to(runtime.device, non_blocking=True)
+    seed_everything(recipe.seed, state.epoch, state.micro, runtime.rank)  # dropout, the same after any interruption
+    volume = augment(volume, batch["row"].tolist(), recipe.augment, recipe.seed, state.epoch, recipe.intensity)
+    waiting = nullcontext() if last or runtime.world_size == 1 else state.model.no_sync()
+    with waiting:
+        with runtime.autocast():
+            logits = state.model(volume)
+        loss = loss_fn(logits, targets, reduction="sum")
+        share = runtime.world_size / max(1, known)  # DistributedDataParallel averages over ranks: undo that
+        state.scaler.scale(loss * share).backward()
+    state.loss_sum += loss.detach()
+    state.micro += 1
+
+
+def optimizer_step(state: TrainState, max_grad_norm: float) -> Callable[[], float]:
+    """Clip and step, unless a gradient is not finite: that is decided on the device. Returns a reader of the norm."""
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    state.schedule.apply(state.optimizer)
+    if state.scaler.is_enabled():
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    else:
+        state.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernels change nothing where this is 1
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return read_later(norm)
+
+
+def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_skip: bool) -> None:
+    """Count the step taken, or the one skipped; one skipped in full precision, or ten in a row, end the run."""
+    if math.isfinite(norm):
+        state.schedule.steps += 1
+        state.skipped_in_row = 0
+        state.tally["norm"] += norm
+        state.tally["steps"] += 1
+        if state.ema:
+            state.ema.update()
+        return
+    state.skipped += 1
+    state.skipped_in_row += 1
+    if not may_skip or state.skipped_in_row >= 10:
+        where = f"epoch {state.epoch + 1}, after {state.schedule.steps} steps"
+        raise Diverged(
+            f"the gradient is {norm} in {where}, scans {scans()}: lower --lr, add --warmup or leave out --amp"
+        )
+
+
+def train_one_epoch(
+    state: TrainState, dataset: CTVolumeDataset, loss_fn: MultilabelBCELoss, recipe: Recipe, runtime: Runtime,
+    after_step: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:  # fmt: skip
+    """Train from `state.micro` to the end of the epoch.
+
+    Returns `lr`, `train_loss` (mean over known labels), `grad_norm` (mean over steps) and `seconds`. `after_step` is
+    called between optimiser steps, where a settled state can be saved. Raises Diverged.
+    """
+    windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[state.micro // recipe.accumulation :]
+    loader = build_loader(dataset, [b for w in windows for b in w.batches], recipe.num_workers, runtime.device)
+    batches, waited, started = iter(loader), 0.0, time.perf_counter()
+    state.model.train()
+    bar = progress_bar(f"epoch {state.epoch + 1}", sum(len(b) for w in windows for b in w.batches), runtime)
+    for window in windows:
+        for position, rows in enumerate(window.batches):
+            waiting = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - waiting
+            last = position == len(window.batches) - 1
+            forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
+            bar.update(len(rows))
+        state.settle()
+        norm = optimizer_step(state, recipe.max_grad_norm)
+        state.tally["known"] += window.known
+        scans = partial(dataset.name_scans, [row for rows in window.batches for row in rows])
+        state.unsettled = partial(lambda n, s: settle_step(state, n(), s, runtime.amp_dtype is not None), norm, scans)
+        if state.micro % recipe.log_interval < recipe.accumulation:
+            loss = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
+        after_step()
+    bar.close()
+    state.settle()
+    return epoch_figures(state, runtime, {"data": waited, "train": time.perf_counter() - started - waited})
+
+
+def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
+    """A bar that counts this process's scans, on the main process and a terminal only."""
+    from tqdm import tqdm
+
+    hidden = True if not runtime.is_main else None  # None: hidden where the output is not a terminal
+    return tqdm(total=total, desc=title, unit="scan", leave=False, disable=hidden, dynamic_ncols=True)
+
+
+def epoch_figures(state: TrainState, runtime: Runtime, seconds: dict[str, float]) -> dict[str, Any]:
+    """The epoch's line so far; sums are taken over ranks and set back to 0 for the next epoch."""
+    if runtime.world_size > 1:
+        torch.distributed.all_reduce(state.loss_sum)
+    figures = {
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "train_loss": state.loss_sum.item() / max(1.0, state.tally["known"]),
+        "grad_norm": state.tally["norm"] / max(1.0, state.tally["steps"]),
+        "seconds": seconds,
+    }
+    state.loss_sum.zero_()
+    state.tally = dict.fromkeys(state.tally, 0.0)
+    return figures
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime, title: str = "predict",
+    after_batch: Callable[[], None] = lambda: None,
+) -> np.ndarray:  # fmt: skip
+    """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed exactly once."""
+    model = unwrap(model).eval()
+    mine = list(range(len(dataset)))[runtime.rank :: runtime.world_size]
+    plan = [mine[i : i + recipe.batch_size] for i in range(0, len(mine), recipe.batch_size)]
+    rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+    logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1])]
+    bar = progress_bar(title, len(mine), runtime)
+    for batch in build_loader(dataset, plan, recipe.num_workers, runtime.device):
+        with runtime.autocast():
+            output = model(batch["volume"].to(runtime.device, non_blocking=True))
+        rows.append(batch["row"])
+        logits.append(output.float().cpu())
+        bar.update(len(output))
+        after_batch()
+    bar.close()
+    return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).numpy())[1]
+
+
 # ── 10 Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # Metrics, thresholds and intervals: NumPy in, plain dict out.
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities in float64, without overflow."""
+    return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
 
 
 CALIBRATION_BINS = 10  # equal widths over [0, 1]; the report's reliability diagrams use the same ones
@@ -410,6 +1099,276 @@ def format_metrics_table(metrics: dict) -> str:
 # ── 11 Keep ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Files that are whole or absent: checkpoints, the top k, the state of a run.
 
+MODEL_KIND, RUN_KIND, FORMAT = "finetune_siglip.model", "finetune_siglip.run", 1
+
+
+def save_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk and only then give it its name.
+
+    Raises BadEnvironment; whatever happens, `path` is the old file or the whole new one and nothing else is left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        raise BadEnvironment(f"{path} can't be written ({error}); {free:,} bytes are free there") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk: without this a power cut can undo it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def link_atomic(source: Path, path: Path) -> None:
+    """Make `path` the same file as `source` (a second name, or a copy where the file system has no links)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise BadEnvironment(f"{path} can't be written ({error})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest_of(content: Any) -> str:
+    """SHA-256 of nested dicts, lists, tensors and plain values: `torch.load` itself checks no sums."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            sha.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
+            sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            sha.update(f"dict {len(value)}".encode())
+            for key in value:
+                add(key)
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            sha.update(f"list {len(value)}".encode())
+            for item in value:
+                add(item)
+        else:
+            sha.update(f"{type(value).__name__} {value!r};".encode())
+
+    add(content)
+    return sha.hexdigest()
+
+
+def save_checked(path: Path, content: dict[str, Any]) -> str:
+    """Save plain types and tensors together with their digest, which is returned."""
+    digest = digest_of(content)
+    save_atomic(path, lambda file: torch.save({**content, "digest": digest}, file))
+    return digest
+
+
+def load_checked(path: Path, kind: str) -> dict[str, Any]:
+    """Read what `save_checked` wrote. Raises BadInput for another kind of file and for a damaged one."""
+    what = "a checkpoint of this script" if kind == MODEL_KIND else "the state of a run of this script"
+    if not path.is_file():
+        raise BadInput(f"{path}: there is no such file; name {what}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        raise BadInput(
+            f"{path}: not readable as {what} ({type(error).__name__}); it is damaged or another file"
+        ) from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise BadInput(f"{path}: not {what}; --pretrained takes other people's weights")
+    if content.get("format") != FORMAT:
+        raise BadInput(
+            f"{path}: format {content.get('format')}, this script reads {FORMAT}; use the script that wrote it"
+        )
+    if content.pop("digest", None) != digest_of(content):
+        raise BadInput(f"{path}: damaged, its content doesn't match its digest; use another copy")
+    return content
+
+
+def cpu_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all parameters and buffers of the unwrapped model, in main memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in unwrap(model).state_dict().items()}
+
+
+def pack_model(model: nn.Module, setup: dict[str, Any], epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
+    """All that prediction needs, in plain types: see `classifier_from` for the way back."""
+    return {
+        "kind": MODEL_KIND,
+        "format": FORMAT,
+        "model": cpu_weights(model),
+        **setup,  # labels, preprocessing, backbone, head, thresholds
+        "metrics": metrics,
+        "epoch": epoch,
+    }
+
+
+def classifier_from(content: dict[str, Any]) -> SiglipClassifier:
+    """The model in a checkpoint, its weights loaded; every tensor must fit."""
+    backbone = build_backbone(content["backbone"])
+    preprocessing = Preprocessing.from_dict(content["preprocessing"])
+    model = SiglipClassifier(
+        backbone, preprocessing.windows, preprocessing.intensity, len(content["labels"]), **content["head"]
+    )
+    model.load_state_dict(content["model"], strict=True)
+    return model
+
+
+@dataclass
+class TopKCheckpoints:
+    """The best `k` epochs by score, best first, ties to the earlier one; the best one's weights stay in memory."""
+
+    k: int = 3
+    entries: list[tuple[float, int]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+    @staticmethod
+    def name(epoch: int) -> str:
+        return f"checkpoint_epoch_{epoch:03d}.pth"
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name(epoch) for _, epoch in self.entries]
+
+    def offer(self, score: float | None, epoch: int) -> bool:
+        """Rank an epoch; True if it is among the best. An undefined score never is."""
+        if score is None or not math.isfinite(score):
+            return False
+        ranked = sorted([*self.entries, (score, epoch)], key=lambda entry: (-entry[0], entry[1]))
+        self.entries = ranked[: self.k]
+        return (score, epoch) in self.entries
+
+    def is_best(self, epoch: int) -> bool:
+        return bool(self.entries) and self.entries[0][1] == epoch
+
+
+@dataclass
+class History:
+    """What has come of the epochs so far: their lines, the best of them, and for how long none has been better."""
+
+    lines: list[str] = field(default_factory=list)
+    top: TopKCheckpoints = field(default_factory=TopKCheckpoints)
+    digests: dict[str, str] = field(default_factory=dict)
+    epochs_without_gain: int = 0
+
+
+def pack_state(state: TrainState, history: History, identity: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a resumed run needs to go on as if nothing had happened; the state must be settled."""
+    return {
+        "kind": RUN_KIND,
+        "format": FORMAT,
+        "identity": identity,
+        "model": cpu_weights(state.model),
+        "ema": {"steps": state.ema.steps, "average": state.ema.average} if state.ema else None,
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": state.schedule.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "progress": {name: getattr(state, name) for name in ("epoch", "micro", "skipped", "skipped_in_row", "tally")},
+        "loss_sum": state.loss_sum,
+        "history": {
+            "lines": history.lines,
+            "entries": history.top.entries,
+            "digests": history.digests,
+            "epochs_without_gain": history.epochs_without_gain,
+        },
+    }
+
+
+def restore_state(content: dict[str, Any], state: TrainState, history: History) -> None:
+    """The inverse of `pack_state`."""
+    unwrap(state.model).load_state_dict(content["model"], strict=True)
+    if state.ema:
+        state.ema.steps = content["ema"]["steps"]
+        for name, average in content["ema"]["average"].items():
+            state.ema.average[name].copy_(average)
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.schedule.load_state_dict({**content["schedule"], "total_steps": state.schedule.total_steps})
+    state.scaler.load_state_dict(content["scaler"])
+    for name, value in content["progress"].items():
+        setattr(state, name, value)
+    state.loss_sum.copy_(content["loss_sum"])
+    history.lines, history.digests = content["history"]["lines"], content["history"]["digests"]
+    history.top.entries = [tuple(entry) for entry in content["history"]["entries"]]
+    history.epochs_without_gain = content["history"]["epochs_without_gain"]
+
+
+class RunFolder:
+    """`--output-dir` of one run: `last.ckpt` is the single point of commit, all other files follow from it."""
+
+    def __init__(self, path: Path):
+        self.path, self.last, self.previous = path, path / "last.ckpt", path / "last.previous.ckpt"
+
+    def holds_run(self) -> bool:
+        return self.last.exists() or self.previous.exists() or (self.path / "results.jsonl").exists()
+
+    def lock(self) -> None:
+        """Keep the folder for this process. Raises BadEnvironment naming the holder."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.handle = open(self.path / ".lock", "a+")  # noqa: SIM115, held until the process ends
+        except OSError as error:
+            raise BadEnvironment(
+                f"{self.path} can't be written ({error.strerror}); choose another --output-dir"
+            ) from error
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.handle.seek(0)
+            raise BadEnvironment(f"{self.path} is in use by {self.handle.read().strip() or 'another run'}") from None
+        self.handle.truncate(0)
+        self.handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        self.handle.flush()
+
+    def clear(self) -> None:
+        """Forget an earlier run (`--overwrite`): its commit first, so that a kill never leaves a half of it standing."""
+        made = ["best_model.pth", "results.jsonl", "checkpoint_epoch_*.pth", "progress.png", "training.log", ".*.tmp"]
+        for pattern in [self.last.name, self.previous.name, *made]:
+            for file in self.path.glob(pattern):
+                file.unlink()
+
+    def commit(self, content: dict[str, Any]) -> None:
+        """Make `content` the state of the run; the one before it stays as `last.previous.ckpt`."""
+        if self.last.exists():
+            link_atomic(self.last, self.previous)
+        save_checked(self.last, content)
+
+    def derive(self, history: History) -> None:
+        """Bring every other file in line with what was committed."""
+        lines = "".join(line + "\n" for line in history.lines).encode()
+        save_atomic(self.path / "results.jsonl", lambda file: file.write(lines))
+        if history.top.entries:
+            link_atomic(self.path / history.top.names[0], self.path / "best_model.pth")
+        for file in [*self.path.glob("checkpoint_epoch_*.pth"), *self.path.glob(".*.tmp")]:
+            if file.name not in history.top.names:
+                file.unlink()
+
+    def load(self) -> dict[str, Any]:
+        """The last state that is whole. Raises BadInput where there is none."""
+        if not (self.last.exists() or self.previous.exists()):
+            raise BadInput(f"{self.path} holds no run to resume; leave out --resume to start one")
+        try:
+            return load_checked(self.last, RUN_KIND)
+        except BadInput as error:
+            log.warning("%s", error)
+            log.warning("going back to %s", self.previous)
+            return load_checked(self.previous, RUN_KIND)
+
+
 # ── 12 Papers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # What a person reads: results, predictions, plots, report.
 
@@ -470,3 +1429,328 @@ def plot_progress(folder: Path, results: list[dict]) -> None:
 
 # ── 13 Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A run as a table of contents.
+
+
+@dataclass
+class Run:
+    """The parts of a training run, once all of them are built."""
+
+    args: argparse.Namespace
+    runtime: Runtime
+    stop: StopRequest
+    folder: RunFolder
+    train: CTVolumeDataset
+    val: CTVolumeDataset
+    state: TrainState
+    history: History
+    loss_fn: MultilabelBCELoss
+    recipe: Recipe
+    setup: dict[str, Any]
+    identity: dict[str, Any]
+    tracker: Tracker
+    saved_at: float = field(default_factory=time.monotonic)
+
+    def poll(self) -> None:
+        """Leave by Interrupted if a signal has come."""
+        if self.stop.signal_number:
+            raise Interrupted(self.stop.signal_number)
+
+    def save(self) -> None:
+        """Commit the settled state as it is now."""
+        self.state.settle()
+        if self.runtime.is_main:
+            self.folder.commit(pack_state(self.state, self.history, self.identity))
+        self.saved_at = time.monotonic()
+
+    def after_step(self) -> None:
+        self.poll()
+        if time.monotonic() - self.saved_at > 60 * self.args.save_every_minutes > 0:
+            self.save()
+
+
+def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifier, Preprocessing]:
+    """The classifier on its pretrained backbone, partly frozen as asked, and the way from file to input."""
+    backbone = load_backbone(args.pretrained, image_size=args.image_size)
+    size = args.image_size or (224 if backbone.volumetric else backbone.image_size)
+    grid = (args.num_slices or (160 if backbone.volumetric else 64), size, size)
+    preprocessing = decide_preprocessing(
+        table, grid, args.windows, orientation=args.orientation, intensity=args.intensity, hu_range=args.hu_range
+    )
+    freeze_up_to(backbone, args.freeze_up_to)
+    seed_everything(args.seed)  # whatever the backbone's construction drew, the head starts the same
+    model = SiglipClassifier(
+        backbone,
+        preprocessing.windows,
+        preprocessing.intensity,
+        len(table.labels),
+        args.slice_pooling,
+        args.dropout_rate,
+    )
+    targets = table.split("train").targets
+    known, positive = (~np.isnan(targets)).sum(0), (targets == 1).sum(0)
+    for label, n in zip(table.labels, known, strict=True):
+        if n == 0:
+            log.warning("%s: no training scan has a known value, so this output will not learn", label)
+    model.set_prevalence(torch.from_numpy(np.where(known > 0, positive / np.maximum(known, 1), 0.5)).float())
+    return model, preprocessing
+
+
+def read_training_table(args: argparse.Namespace) -> Table:
+    """The CSV with all that training needs: rows to train on, and something to rank epochs by."""
+    table = read_table(args.csv, args.label_columns, allow_patient_overlap=args.allow_patient_overlap)
+    for name in ("train", "val"):
+        if len(table.split(name)) == 0:
+            raise BadInput(f"{args.csv}: no row has split {name}; training needs both train and val")
+        if not (table.split(name).targets == 1).any():
+            raise BadInput(f"{args.csv}: split {name} holds no positive label, so nothing can be learnt or ranked")
+    return table
+
+
+def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, folder: RunFolder) -> Run:
+    """Read everything, check everything, build everything: after this only time can go wrong."""
+    table = read_training_table(args)
+    model, preprocessing = build_model(args, table)
+    model.to(runtime.device)
+    maybe_compile(model, args.compile, runtime)
+    train, val = (CTVolumeDataset(table.split(name), preprocessing) for name in ("train", "val"))
+    recipe = Recipe(
+        args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
+        intensity=preprocessing.intensity, seed=args.seed, log_interval=args.log_interval,
+    )  # fmt: skip
+    steps_per_epoch = len(plan_epoch(train.table.targets, recipe, runtime, 0))
+    wrapped = nn.parallel.DistributedDataParallel(model) if runtime.world_size > 1 else model
+    state = TrainState(
+        wrapped, build_optimizer(args, model), build_scheduler(args, steps_per_epoch),
+        torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16),
+        Ema(model, args.ema_decay) if args.use_ema else None,
+        loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device),
+    )  # fmt: skip
+    setup = {
+        "labels": list(table.labels),
+        "preprocessing": preprocessing.to_dict(),
+        "backbone": model.backbone.config,
+        "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate},
+        "thresholds": [args.threshold] * len(table.labels),
+    }
+    identity = describe_run(args, table, runtime)
+    loss_fn = build_loss(args, train.table.targets).to(runtime.device)
+    tracker = start_wandb(args.wandb_project, args.wandb_mode, identity["arguments"], folder.path, runtime.is_main)
+    effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
+    log.info(
+        "%d training and %d validation scans, %d steps of %d scans an epoch",
+        len(train),
+        len(val),
+        steps_per_epoch,
+        effective,
+    )
+    return Run(args, runtime, stop, folder, train, val, state, History(), loss_fn, recipe, setup, identity, tracker)
+
+
+def describe_run(args: argparse.Namespace, table: Table, runtime: Runtime) -> dict[str, Any]:
+    """What a resumed run is compared with: arguments, data and machine, in plain types."""
+    arguments = {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items())}
+    rows = repr((table.labels, table.series_ids, table.splits, [str(p) for p in table.paths])).encode()
+    return {
+        "arguments": arguments,
+        "data": hashlib.sha256(rows + table.targets.tobytes()).hexdigest(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "world_size": runtime.world_size,
+    }
+
+
+def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
+    """Compile the repeated block of the backbone in place; `auto` does so on a GPU that Triton supports."""
+    capable = runtime.device.type == "cuda" and torch.cuda.get_device_capability(runtime.device) >= (7, 0)
+    if mode == "off" or (mode == "auto" and not (capable and find_spec("triton"))):
+        return
+    torch._dynamo.config.suppress_errors = mode == "auto"  # a block that can't be compiled then runs as it is
+    for block in model.backbone.blocks():
+        block.compile()
+
+
+def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[str, Any]:
+    """Loss and metrics of logits (n, L) over the known labels of a split."""
+    device = run.runtime.device
+    loss = run.loss_fn(torch.from_numpy(logits).to(device), torch.from_numpy(dataset.table.targets).to(device)).item()
+    metrics = compute_metrics(
+        dataset.table.targets, sigmoid(logits), dataset.table.labels, np.array(run.setup["thresholds"])
+    )
+    return {"val_loss": loss, **metrics}
+
+
+def run_epoch(run: Run) -> None:
+    """Train, validate, rank, commit, and only then let the other files follow."""
+    state, history = run.state, run.history
+    figures = train_one_epoch(state, run.train, run.loss_fn, run.recipe, run.runtime, run.after_step)
+    started, epoch = time.perf_counter(), state.epoch + 1
+    seconds = figures.pop("seconds")
+    with state.weights:
+        logits = predict(state.model, run.val, run.recipe, run.runtime, "validate", run.poll)
+        metrics = score_split(run, run.val, logits)
+        gained = history.top.offer(metrics["macro_f1"], epoch)
+        if history.top.is_best(epoch) or gained:
+            content = pack_model(state.model, run.setup, epoch, metrics)
+    seconds["validate"] = time.perf_counter() - started
+    history.epochs_without_gain = 0 if history.top.is_best(epoch) else history.epochs_without_gain + 1
+    history.lines.append(json.dumps({"epoch": epoch, **figures, **metrics}, allow_nan=False))
+    state.schedule.end_epoch(metrics["macro_f1"])
+    state.epoch, state.micro = epoch, 0
+    if history.top.is_best(epoch):
+        history.top.best = content
+    if gained and run.runtime.is_main:
+        history.digests[history.top.name(epoch)] = save_checked(run.folder.path / history.top.name(epoch), content)
+    run.save()
+    report_epoch(run, {"epoch": epoch, **figures, **metrics}, seconds)
+
+
+def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float]) -> None:
+    """What a person sees of an epoch: table, curves, tracker, and where the time went."""
+    if not run.runtime.is_main:
+        return
+    run.folder.derive(run.history)
+    log.info(
+        "epoch %d/%d  train loss %.4f  val loss %.4f  lr %.2e  grad norm %.3f%s", line["epoch"], run.args.epochs,
+        line["train_loss"], line["val_loss"], line["lr"], line["grad_norm"],
+        "  ← best so far" if run.history.top.is_best(line["epoch"]) else "",
+    )  # fmt: skip
+    log.info("%s", format_metrics_table(line))
+    log.info("%s", "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    run.tracker.record(line, line["epoch"])
+    plot_progress(run.folder.path, [json.loads(text) for text in run.history.lines])
+
+
+def finish_run(run: Run) -> None:
+    """Predict with the best weights, which are still in memory, and say where everything is."""
+    best = run.history.top.best
+    unwrap(run.state.model).load_state_dict(best["model"])
+    log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
+    run.tracker.finish()
+
+
+def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
+    """Fine-tune, keep the best, predict."""
+    folder = RunFolder(args.output_dir)
+    open_folder(args, folder, runtime)
+    setup_logging(args.output_dir, runtime.is_main)
+    run = prepare_run(args, runtime, stop, folder)
+    if args.resume:
+        resume(run)
+    patience = args.early_stopping_patience
+    try:
+        while run.state.epoch < args.epochs and not 0 < patience <= run.history.epochs_without_gain:
+            run_epoch(run)
+    except Interrupted:
+        run.save()
+        log.info("stopped by a signal; `--resume auto` goes on from epoch %d", run.state.epoch + 1)
+        raise
+    finish_run(run)
+    return 0
+
+
+RESUME_MAY_CHANGE = {
+    "epochs", "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume",
+    "overwrite", "output_dir", "save_every_minutes", "compile", "test_output", "test_split",
+}  # fmt: skip
+
+
+def open_folder(args: argparse.Namespace, folder: RunFolder, runtime: Runtime) -> None:
+    """Take the output folder for this run, or say what stands in the way."""
+    if not runtime.is_main:
+        return
+    folder.lock()
+    if args.overwrite:
+        folder.clear()
+    elif args.resume is None and folder.holds_run():
+        raise BadInput(f"{folder.path} holds a run; --resume auto continues it, --overwrite replaces it")
+
+
+def resume(run: Run) -> None:
+    """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
+    source = run.folder if run.args.resume == "auto" else RunFolder(Path(run.args.resume))
+    content = source.load()
+    then, now = content["identity"], run.identity
+    changed = [
+        f"--{name.replace('_', '-')} was {then['arguments'].get(name)!r}, now {value!r}"
+        for name, value in now["arguments"].items()
+        if name not in RESUME_MAY_CHANGE and then["arguments"].get(name) != value
+    ]
+    changed += [
+        f"{name} was {then[name]}, now {now[name]}"
+        for name in ("data", "torch", "threads", "world_size")
+        if then[name] != now[name]
+    ]
+    if changed:
+        raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
+    restore_state(content, run.state, run.history)
+    if run.history.top.entries:
+        run.history.top.best = load_checked(run.folder.path / run.history.top.names[0], MODEL_KIND)
+    if run.runtime.is_main:
+        run.folder.derive(run.history)
+    if run.args.epochs != then["arguments"]["epochs"] and run.args.scheduler == "cosine":
+        log.warning("--epochs differs, so the cosine schedule goes on along the curve of the new length")
+    log.info("resumed after epoch %d, forward pass %d of the next one", run.state.epoch, run.state.micro)
+
+
+def check_labels(path: Path, stored: list[str], asked: list[str]) -> None:
+    """The outputs of a checkpoint have names: the list asked for must be the same, in the same order."""
+    if stored == asked:
+        return
+    missing, foreign = [x for x in stored if x not in asked], [x for x in asked if x not in stored]
+    details = [f"the checkpoint also has {', '.join(missing)}"] * bool(missing)
+    details += [f"it does not know {', '.join(foreign)}"] * bool(foreign)
+    details += [f"the order is another, it needs: {' '.join(map(repr, stored))}"] * (not details)
+    raise BadInput(f"--label-columns differs from {path}: {'; '.join(details)}")
+
+
+def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
+    """Predict with a checkpoint of ours; where labels are known, score as well."""
+    content = load_checked(args.test_only, MODEL_KIND)
+    check_labels(args.test_only, content["labels"], args.label_columns)
+    table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
+    split = args.test_split or ("test" if len(table.split("test")) else "val")
+    rows = table.split(split)
+    if len(rows) == 0:
+        raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
+    preprocessing = decide_preprocessing_like(content["preprocessing"], rows, args)
+    model = classifier_from(content).to(runtime.device)
+    dataset = CTVolumeDataset(rows, preprocessing)
+    log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
+    recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=preprocessing.intensity)
+    probabilities = sigmoid(predict(model, dataset, recipe, runtime))
+    thresholds = np.full(len(rows.labels), args.threshold)
+    if runtime.is_main:
+        output = args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_predictions(output, rows.series_ids, probabilities, thresholds, rows.labels)
+        log.info("predictions of %d scans: %s", len(rows), output)
+        if not np.isnan(rows.targets).all():
+            metrics = compute_metrics(rows.targets, probabilities, rows.labels, thresholds)
+            log.info("%s", format_metrics_table(metrics))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script with these arguments; returns the exit code."""
+    args = parse_args(argv)
+    setup_logging(None, is_main=True)
+    try:
+        with StopRequest() as stop:
+            runtime = init_runtime(args.amp)
+            return run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
+    except UserError as error:
+        for message in error.messages:
+            log.error("%s", message)
+        return error.code
+    except Interrupted as signal_received:
+        return 128 + signal_received.number
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        log.error(
+            "out of memory (%s); lower --batch-size, --image-size or --num-slices, or add --amp",
+            str(error).split(".")[0],
+        )
+        return BadEnvironment.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

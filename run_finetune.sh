@@ -1,0 +1,195 @@
+#!/usr/bin/env bash
+# Preset modes over finetune_siglip.py. `./run_finetune.sh help` lists them.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# ── Settings: edit here, or override from the environment ───────────────────────────────────────────────────────────
+CSV_FILE=${CSV_FILE:-all_ct_wlabels.csv}
+PRETRAINED_PATH=${PRETRAINED_PATH:-/opt/project/logs/ckpt/pytorch_model.bin}
+OUTPUT_BASE_DIR=${OUTPUT_BASE_DIR:-./outputs}
+VENV_DIR=${VENV_DIR:-$HERE/.venv} # where the packages are installed, unless PYTHON names an interpreter
+NPROC=${NPROC:-1}                 # processes on this machine, one per GPU
+NUM_WORKERS=${NUM_WORKERS:-4}     # processes that read volumes, per training process
+LABELS=(
+  "Medical material" "Arterial wall calcification" "Cardiomegaly" "Pericardial effusion"
+  "Coronary artery wall calcification" "Hiatal hernia" "Lymphadenopathy" "Emphysema" "Atelectasis"
+  "Lung nodule" "Lung opacity" "Pulmonary fibrotic sequela" "Pleural effusion" "Mosaic attenuation pattern"
+  "Peribronchial thickening" "Consolidation" "Bronchiectasis" "Interlobular septal thickening"
+)
+
+# ── Messages ────────────────────────────────────────────────────────────────────────────────────────────────────────
+say() { printf '%s\n' "$*"; }
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+show_help() {
+  cat <<EOF
+Usage: ./run_finetune.sh MODE [--dry-run] [any argument of finetune_siglip.py …]
+
+Training on CSV_FILE with PRETRAINED_PATH, each mode into its own folder under OUTPUT_BASE_DIR:
+  basic       binary cross-entropy, the defaults
+  focal       focal loss, for many easy negatives
+  balanced    positives weighted by rarity
+  advanced    focal loss, mixed precision, averaged weights, cosine schedule with warm-up, accumulation
+  debug       two short epochs without workers or tracker, to see whether everything fits together
+After training:
+  inference   predict with the newest best_model.pth under OUTPUT_BASE_DIR
+To begin with:
+  demo        set up, make phantom CTs, train, predict and check the result (a few minutes on 2 cores)
+  test        set up, then lint and tests
+  help        this text
+
+--dry-run prints the command instead of running it. Arguments that you add go last and win.
+Settings, from the environment or at the top of this file (now):
+  CSV_FILE=$CSV_FILE
+  PRETRAINED_PATH=$PRETRAINED_PATH
+  OUTPUT_BASE_DIR=$OUTPUT_BASE_DIR
+  VENV_DIR=$VENV_DIR
+  NPROC=$NPROC  NUM_WORKERS=$NUM_WORKERS  PYTHON=${PYTHON:-}
+EOF
+}
+
+# ── Set-up ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# A stamp with the hash of a requirements file says that just these requirements are installed.
+install_requirements() {
+  local file=$1 stamp
+  stamp=$VENV_DIR/.installed-$(cksum <"$file" | tr ' ' '-')
+  [[ -e $stamp ]] && return
+  say "installing ${file#"$HERE"/} into $VENV_DIR (several GB, a few minutes) …"
+  "$VENV_DIR/bin/python" -m pip install --quiet --disable-pip-version-check -r "$file"
+  touch "$stamp"
+}
+
+set_up() {
+  local base=${PYTHON:-python3}
+  command -v "$base" >/dev/null || fail "$base is not there; install Python 3.10 or newer"
+  if [[ ! -x $VENV_DIR/bin/python ]]; then
+    "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than 3.10; name a newer one in PYTHON"
+    say "creating $VENV_DIR …"
+    "$base" -m venv "$VENV_DIR"
+  fi
+  install_requirements "$HERE/requirements.txt"
+  PYTHON=$VENV_DIR/bin/python
+}
+
+# PYTHON if it is set, else the environment in VENV_DIR, else a python3 that has the packages, else a new VENV_DIR.
+find_python() {
+  [[ -n ${PYTHON:-} ]] && return
+  if [[ ! -x $VENV_DIR/bin/python ]] && python3 -c 'import torch, monai, transformers, sklearn, pandas, tqdm' 2>/dev/null; then
+    PYTHON=python3
+  else
+    set_up
+  fi
+}
+
+system_information() {
+  "$PYTHON" - "$OUTPUT_BASE_DIR" <<'EOF'
+import os, platform, shutil, sys, torch
+gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+folder = os.path.abspath(sys.argv[1])
+while not os.path.exists(folder):
+    folder = os.path.dirname(folder)
+print(f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} CPU cores, {memory / 2**30:.0f} GiB memory")
+print("GPU: " + (", ".join(f"{g.name} ({g.total_memory / 2**30:.0f} GiB)" for g in gpus) or "none, running on the CPU"))
+print(f"disk: {shutil.disk_usage(folder).free / 2**30:.0f} GiB free in {folder}")
+EOF
+}
+
+# ── Running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The script under one process, or under torchrun's launcher when NPROC asks for more.
+launch() {
+  local command=("${PYTHON:-python3}")
+  ((NPROC > 1)) && command+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
+  command+=("$HERE/finetune_siglip.py" "$@")
+  if [[ -n $DRY_RUN ]]; then
+    printf '%q ' "${command[@]}"
+    printf '\n'
+    exit 0
+  fi
+  exec "${command[@]}"
+}
+
+# --num-workers stands between the labels and what the user adds: without a flag there, a label list would swallow it.
+train() {
+  local name=$1
+  shift
+  if [[ -z $DRY_RUN ]]; then
+    [[ -f $CSV_FILE ]] || fail "CSV_FILE=$CSV_FILE is not a file; set it, or try ./run_finetune.sh demo"
+    [[ $PRETRAINED_PATH != /* && $PRETRAINED_PATH != ./* || -e $PRETRAINED_PATH ]] ||
+      fail "PRETRAINED_PATH=$PRETRAINED_PATH is not there; set it to a file, a folder or a hub name"
+    find_python
+    system_information
+  fi
+  launch --csv "$CSV_FILE" --pretrained "$PRETRAINED_PATH" --output-dir "$OUTPUT_BASE_DIR/$name" \
+    --label-columns "${LABELS[@]}" --num-workers "$NUM_WORKERS" "$@"
+}
+
+inference() {
+  local best
+  best=$(find "$OUTPUT_BASE_DIR" -name best_model.pth -printf '%T@ %p\n' 2>/dev/null | sort -rn | head -n 1 | cut -d ' ' -f 2-)
+  [[ -n $best ]] || fail "no best_model.pth under OUTPUT_BASE_DIR=$OUTPUT_BASE_DIR; train first, or set OUTPUT_BASE_DIR"
+  if [[ -z $DRY_RUN ]]; then
+    say "predicting with the newest best model: $best"
+    [[ -f $CSV_FILE ]] || fail "CSV_FILE=$CSV_FILE is not a file; set it to the table of scans to predict"
+    find_python
+  fi
+  launch --csv "$CSV_FILE" --test-only "$best" --output-dir "$(dirname "$best")" \
+    --label-columns "${LABELS[@]}" --num-workers "$NUM_WORKERS" "$@"
+}
+
+demo() {
+  local out=$OUTPUT_BASE_DIR/demo script=$HERE/finetune_siglip.py found started=$SECONDS
+  set_up
+  system_information
+  say "" "1/3 making phantom chest CTs …"
+  "$PYTHON" "$HERE/tests/phantoms.py" "$out/data" --train 160 --val 48 --test 64 --seed 0
+  mapfile -t found < <(head -n 1 "$out/data/phantoms.csv" | tr -d '\r' | tr ',' '\n' | tail -n +4)
+  say "" "2/3 fine-tuning …"
+  "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --pretrained "$HERE/tests/assets/tiny-siglip" \
+    --label-columns "${found[@]}" --output-dir "$out/run" --overwrite --num-workers 2 --wandb-mode disabled \
+    --epochs 10 --batch-size 8 --lr 1e-3 --scheduler cosine --warmup 20 --num-slices 24 --use-ema "$@"
+  say "" "3/3 predicting phantoms that were not trained on …"
+  "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --test-only "$out/run/best_model.pth" \
+    --label-columns "${found[@]}" --output-dir "$out/run" --num-workers 2
+  say "" "done in $((SECONDS - started)) s:"
+  say "  phantoms      $out/data"
+  say "  model         $out/run/best_model.pth"
+  say "  predictions   $out/run/test_predictions.csv"
+  say "next, with your own scans:"
+  say "  CSV_FILE=your.csv PRETRAINED_PATH=google/siglip-base-patch16-224 ./run_finetune.sh basic"
+}
+
+run_tests() {
+  set_up
+  install_requirements "$HERE/tests/requirements.txt"
+  cd "$HERE"
+  "$PYTHON" -m ruff check .
+  "$PYTHON" -m ruff format --check .
+  "$PYTHON" -m codespell_lib finetune_siglip.py run_finetune.sh README.md tests/*.py
+  "$VENV_DIR/bin/shellcheck" run_finetune.sh .ci/run
+  exec "$PYTHON" -m pytest "$@"
+}
+
+# ── Modes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+MODE=${1:-help}
+(($#)) && shift
+DRY_RUN=""
+[[ ${1:-} == --dry-run ]] && DRY_RUN=1 && shift
+
+case $MODE in
+  basic) train basic --batch-size 16 --lr 1e-4 "$@" ;;
+  focal) train focal --loss focal --focal-gamma 2.0 --focal-alpha 1.0 --batch-size 16 --lr 1e-4 "$@" ;;
+  balanced) train balanced --loss balanced --batch-size 16 --lr 5e-5 "$@" ;;
+  advanced) train advanced --loss focal --amp --use-ema --scheduler cosine --warmup 500 --batch-size 8 \
+    --gradient-accumulation-steps 4 --lr 1e-4 --freeze-up-to 20 "$@" ;;
+  debug) NUM_WORKERS=0 train debug --epochs 2 --batch-size 2 --num-slices 8 --log-interval 1 \
+    --wandb-mode disabled --overwrite "$@" ;;
+  inference) inference "$@" ;;
+  demo) demo "$@" ;;
+  test) run_tests "$@" ;;
+  help | -h | --help) show_help ;;
+  *) fail "there is no mode '$MODE'; ./run_finetune.sh help lists them" ;;
+esac

@@ -1,0 +1,88 @@
+"""Room 1: the command line that the user fixed, and what it refuses."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from finetune_siglip import WINDOW_PRESETS, build_parser, parse_args
+
+SCRIPT = Path(__file__).parents[1] / "finetune_siglip.py"
+NEEDED = ["--csv", "t.csv", "--pretrained", "model", "--label-columns", "A", "B c"]
+
+
+def test_defaults_are_the_ones_the_user_fixed():
+    args = vars(parse_args(NEEDED))
+    expected = {
+        "epochs": 100, "batch_size": 16, "lr": 1e-4, "weight_decay": 1e-4, "optimizer": "adamw", "scheduler": "plateau",
+        "warmup": 0, "freeze_up_to": 0, "dropout_rate": 0.1, "loss": "bce", "focal_gamma": 2.0, "focal_alpha": 1.0,
+        "amp": False, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "early_stopping_patience": 10,
+        "use_ema": False, "num_workers": 4, "seed": 42, "output_dir": Path("./outputs"),
+        "wandb_project": "siglip-ct-classification", "log_interval": 50, "test_only": None,
+        "test_output": Path("test_predictions.csv"), "threshold": 0.5, "slice_pooling": "attention",
+    }  # fmt: skip
+    assert {name: args[name] for name in expected} == expected
+    assert args["label_columns"] == ["A", "B c"]
+
+
+def test_pretrained_is_needed_unless_predicting(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(["--csv", "t.csv", "--label-columns", "A"])
+    assert stopped.value.code == 2
+    assert "--pretrained is required" in capsys.readouterr().err
+    assert parse_args(["--csv", "t.csv", "--label-columns", "A", "--test-only", "best.pth"]).pretrained is None
+
+
+@pytest.mark.parametrize("missing", ["--csv", "--label-columns"])
+def test_required_arguments_are_named(missing, capsys):
+    at = NEEDED.index(missing)
+    argv = NEEDED[:at] + NEEDED[at + (3 if missing == "--label-columns" else 2) :]
+    with pytest.raises(SystemExit):
+        parse_args(argv)
+    assert missing in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--epochs", "0"], ["--batch-size", "-1"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "inf"], ["--threshold", "1.5"],
+        ["--dropout-rate", "1"], ["--focal-gamma", "-1"], ["--warmup", "-5"], ["--freeze-up-to", "some"],
+        ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
+        ["--hu-range", "5", "5"], ["--loss", "mse"], ["--seed", "-1"], ["--label-columns", "A", "A"], ["--epo", "3"],
+    ],
+)  # fmt: skip
+def test_wrong_values_end_in_one_message_and_exit_2(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(NEEDED + wrong)
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("finetune_siglip.py: error:")
+
+
+def test_windows_may_start_with_a_minus_sign():
+    expected = ((-1000.0, 200.0), (-160.0, 240.0), (0.0, 80.0))
+    assert parse_args([*NEEDED, "--windows", "-1000:200,-160:240,0:80"]).windows == expected
+    assert parse_args([*NEEDED, "--windows=-1000:200,-160:240,0:80"]).windows == expected
+
+
+def test_chest_windows_are_the_documented_centres_and_widths():
+    centres_widths = ((-600, 1000), (40, 400), (700, 1500))
+    assert WINDOW_PRESETS["chest"] == tuple((c - w / 2, c + w / 2) for c, w in centres_widths)
+    assert parse_args(NEEDED).windows == WINDOW_PRESETS["chest"]
+
+
+def test_every_argument_has_help_that_names_its_default():
+    for action in build_parser()._actions:
+        assert action.help, action.option_strings
+        if action.default not in (None, False) and action.dest != "help":
+            assert "[" in action.help, f"{action.option_strings} doesn't say its default"
+
+
+def test_help_is_answered_without_importing_torch():
+    """That import takes seconds; its absence is what makes --help quick."""
+    probe = (
+        "import runpy, sys\nsys.argv = ['finetune_siglip.py', '--help']\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: print('\\nloaded' if {'torch', 'numpy'} & set(sys.modules) else '\\nquick', stop.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "quick 0"

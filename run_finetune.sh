@@ -129,7 +129,7 @@ train() {
 
 inference() {
   local best
-  best=$(find "$OUTPUT_BASE_DIR" -name best_model.pth -printf '%T@ %p\n' 2>/dev/null | sort -rn | head -n 1 | cut -d ' ' -f 2-)
+  best=$(find "$OUTPUT_BASE_DIR" -name best_model.pth -printf '%T@ %p\n' 2>/dev/null | sort -rn | head -n 1 | cut -d ' ' -f 2- || true)
   [[ -n $best ]] || fail "no best_model.pth under OUTPUT_BASE_DIR=$OUTPUT_BASE_DIR; train first, or set OUTPUT_BASE_DIR"
   if [[ -z $DRY_RUN ]]; then
     say "predicting with the newest best model: $best"

@@ -23,7 +23,11 @@ def arguments(**changes):
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_biases_norms_and_embeddings_are_not_decayed_and_frozen_weights_not_held(name):
     model = Small()
-    decay_of = {id(p): g["weight_decay"] for g in build_optimizer(arguments(optimizer=name), model).param_groups for p in g["params"]}
+    decay_of = {
+        id(p): g["weight_decay"]
+        for g in build_optimizer(arguments(optimizer=name), model).param_groups
+        for p in g["params"]
+    }
     names = {n: decay_of.get(id(p)) for n, p in model.named_parameters()}
     assert names == {
         "embed.weight": 0.0, "norm.weight": 0.0, "norm.bias": 0.0, "linear.weight": 0.5, "linear.bias": 0.0,
@@ -111,7 +115,13 @@ def test_ema_is_in_place_only_inside_the_block_and_raw_weights_return_to_the_bit
 
 
 def test_ema_leaves_frozen_weights_out():
-    assert set(Ema(Small(), 0.9).average) == {"embed.weight", "norm.weight", "norm.bias", "linear.weight", "linear.bias"}
+    assert set(Ema(Small(), 0.9).average) == {
+        "embed.weight",
+        "norm.weight",
+        "norm.bias",
+        "linear.weight",
+        "linear.bias",
+    }
 
 
 def test_unwrap_finds_the_module_under_any_wrapping():

@@ -1,0 +1,105 @@
+"""run_finetune.sh: each mode's command is one that the script accepts, and mistakes are named."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from finetune_siglip import parse_args
+
+ROOT = Path(__file__).parents[1]
+LABELS = [
+    "Medical material", "Arterial wall calcification", "Cardiomegaly", "Pericardial effusion",
+    "Coronary artery wall calcification", "Hiatal hernia", "Lymphadenopathy", "Emphysema", "Atelectasis", "Lung nodule",
+    "Lung opacity", "Pulmonary fibrotic sequela", "Pleural effusion", "Mosaic attenuation pattern",
+    "Peribronchial thickening", "Consolidation", "Bronchiectasis", "Interlobular septal thickening",
+]  # fmt: skip
+
+
+def wrapper(*argv, **environment):
+    environment = {**os.environ, "PYTHON": sys.executable, **environment}
+    return subprocess.run(
+        [ROOT / "run_finetune.sh", *argv], capture_output=True, text=True, env=environment, cwd=environment.get("CWD")
+    )
+
+
+def arguments_of(mode, *extra, **environment):
+    done = wrapper(mode, "--dry-run", *extra, **environment)
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout)
+    return parse_args(command[command.index(str(ROOT / "finetune_siglip.py")) + 1 :]), command
+
+
+@pytest.mark.parametrize("mode", ["basic", "focal", "balanced", "advanced", "debug"])
+def test_training_modes_give_arguments_that_the_script_accepts(mode):
+    args, _ = arguments_of(mode)
+    assert args.label_columns == LABELS
+    assert str(args.csv) == "all_ct_wlabels.csv"
+    assert args.pretrained == "/opt/project/logs/ckpt/pytorch_model.bin"
+    assert args.output_dir == Path("outputs") / mode
+
+
+def test_modes_do_what_their_names_say():
+    assert arguments_of("focal")[0].loss == "focal"
+    assert arguments_of("balanced")[0].loss == "balanced"
+    advanced = arguments_of("advanced")[0]
+    assert (advanced.loss, advanced.amp, advanced.use_ema, advanced.scheduler) == ("focal", True, True, "cosine")
+    assert advanced.warmup > 0
+    assert advanced.gradient_accumulation_steps > 1
+    debug = arguments_of("debug")[0]
+    assert (debug.epochs, debug.num_workers, debug.wandb_mode) == (2, 0, "disabled")
+
+
+def test_extra_arguments_go_last_and_win_even_after_the_labels():
+    args, _ = arguments_of("focal", "--epochs", "3", "--lr", "5e-6", "--label-columns", "Emphysema")
+    assert (args.epochs, args.lr, args.label_columns) == (3, 5e-6, ["Emphysema"])
+
+
+def test_settings_come_from_the_environment(tmp_path):
+    args, command = arguments_of(
+        "basic", CSV_FILE="a b.csv", PRETRAINED_PATH="google/siglip", OUTPUT_BASE_DIR=str(tmp_path / "o p"), NPROC="2"
+    )
+    assert (str(args.csv), args.pretrained, args.output_dir) == ("a b.csv", "google/siglip", tmp_path / "o p" / "basic")
+    assert command[1:3] == ["-m", "torch.distributed.run"]
+    assert command[command.index("--nproc-per-node") + 1] == "2"
+
+
+def test_inference_takes_the_newest_best_model_and_says_which(tmp_path):
+    for age, name in ((100, "old"), (0, "new run"), (50, "middle")):
+        path = tmp_path / name / "best_model.pth"
+        path.parent.mkdir()
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - age,) * 2)
+    args, _ = arguments_of("inference", OUTPUT_BASE_DIR=str(tmp_path))
+    assert args.test_only == tmp_path / "new run" / "best_model.pth"
+    table = tmp_path / "t.csv"
+    table.write_text("")
+    said = wrapper("inference", OUTPUT_BASE_DIR=str(tmp_path), CSV_FILE=str(table)).stdout
+    assert "new run/best_model.pth" in said.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "named"),
+    [
+        (["bassic"], {}, "bassic"),
+        (["basic"], {"CSV_FILE": "nowhere.csv"}, "nowhere.csv"),
+        (["basic"], {"CSV_FILE": __file__, "PRETRAINED_PATH": "/nowhere/model.bin"}, "/nowhere/model.bin"),
+        (["inference"], {"OUTPUT_BASE_DIR": "/nowhere"}, "/nowhere"),
+        (["inference", "--dry-run"], {"OUTPUT_BASE_DIR": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(argv, environment, named):
+    done = wrapper(*argv, **environment)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert named in done.stderr
+
+
+def test_help_names_every_mode():
+    text = wrapper("help").stdout
+    for mode in ("basic", "focal", "balanced", "advanced", "debug", "inference", "demo", "test", "help"):
+        assert f"\n  {mode} " in text
+    assert wrapper().stdout == text

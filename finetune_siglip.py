@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import dataclasses
 import fcntl
 import hashlib
 import io
@@ -343,7 +342,7 @@ def seed_everything(*parts: int) -> None:
     """Seed every generator in use, so that what follows is a function of `parts` and not of what ran before."""
     seed = derive_seed(*parts)
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002, other packages draw from it
     torch.manual_seed(seed)
 
 
@@ -382,6 +381,7 @@ def setup_logging(output_dir: Path | None, is_main: bool) -> None:
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
+    logging.raiseExceptions = False  # a full disk under training.log is no reason to stop, nor for a traceback per line
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     log.propagate = False
     log.addHandler(ConsoleHandler())
@@ -441,6 +441,15 @@ def start_wandb(project: str, mode: str, config: dict[str, Any], folder: Path, i
     except Exception as error:  # missing package, refused key, broken proxy: never a reason to lose a run
         log.warning("Weights & Biases is off: %s", str(error).splitlines()[:1])
         return Tracker()
+
+
+def agree(runtime: Runtime, *wishes: int) -> list[int]:
+    """The largest of each wish over all ranks, so that they do the same thing at the same step."""
+    if runtime.world_size == 1:
+        return list(wishes)
+    largest = torch.tensor(wishes, dtype=torch.int64)  # on the CPU, through gloo: the GPU is not waited for
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return largest.tolist()
 
 
 def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -1323,6 +1332,11 @@ class TrainState:
             finish, self.unsettled = self.unsettled, None
             finish()
 
+    def next_epoch(self) -> None:
+        self.epoch, self.micro = self.epoch + 1, 0
+        self.loss_sum.zero_()
+        self.tally = dict.fromkeys(self.tally, 0.0)
+
     @property
     def weights(self) -> AbstractContextManager:
         """A context in which the model holds the weights that count: the averaged ones, if there are any."""
@@ -1476,18 +1490,22 @@ def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
 
 
 def epoch_figures(state: TrainState, runtime: Runtime, seconds: dict[str, float]) -> dict[str, Any]:
-    """The epoch's line so far; sums are taken over ranks and set back to 0 for the next epoch."""
-    if runtime.world_size > 1:
-        torch.distributed.all_reduce(state.loss_sum)
-    figures = {
+    """The epoch's line so far; the loss is summed over ranks. The tallies stay, for validation may be interrupted."""
+    loss_sum = sum(rank_losses(state, runtime))
+    return {
         "lr": state.optimizer.param_groups[0]["lr"],
-        "train_loss": state.loss_sum.item() / max(1.0, state.tally["known"]),
+        "train_loss": loss_sum / max(1.0, state.tally["known"]),
         "grad_norm": state.tally["norm"] / max(1.0, state.tally["steps"]),
         "seconds": seconds,
     }
-    state.loss_sum.zero_()
-    state.tally = dict.fromkeys(state.tally, 0.0)
-    return figures
+
+
+def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
+    """Each rank's sum of losses in this epoch."""
+    losses: list[Any] = [state.loss_sum.item()] * runtime.world_size
+    if runtime.world_size > 1:
+        torch.distributed.all_gather_object(losses, state.loss_sum.item())
+    return losses
 
 
 @torch.no_grad()
@@ -1743,6 +1761,23 @@ def load_checked(path: Path, kind: str) -> dict[str, Any]:
     return content
 
 
+def tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return sum(map(tensor_bytes, parts))
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raises BadEnvironment unless `needed` bytes and a little more are free in a folder."""
+    free = shutil.disk_usage(folder).free
+    if free < (needed := needed + 2**20):
+        raise BadEnvironment(
+            f"{folder}: {needed:,} bytes are needed there and {free:,} are free; make room and --resume auto"
+        )
+
+
 def cpu_weights(model: nn.Module) -> dict[str, Tensor]:
     """A copy of all parameters and buffers of the unwrapped model, in main memory."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in unwrap(model).state_dict().items()}
@@ -1809,8 +1844,12 @@ class History:
     epochs_without_gain: int = 0
 
 
-def pack_state(state: TrainState, history: History, identity: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a resumed run needs to go on as if nothing had happened; the state must be settled."""
+def pack_state(state: TrainState, losses: list[float], history: History, identity: dict[str, Any]) -> dict[str, Any]:
+    """Everything that a resumed run needs to go on as if nothing had happened; the state must be settled.
+
+    There are no random states in it: every draw is a function of (seed, epoch, forward pass, rank). `losses` holds each
+    rank's sum so far.
+    """
     return {
         "kind": RUN_KIND,
         "format": FORMAT,
@@ -1821,7 +1860,7 @@ def pack_state(state: TrainState, history: History, identity: dict[str, Any]) ->
         "schedule": state.schedule.state_dict(),
         "scaler": state.scaler.state_dict(),
         "progress": {name: getattr(state, name) for name in ("epoch", "micro", "skipped", "skipped_in_row", "tally")},
-        "loss_sum": state.loss_sum,
+        "losses": losses,
         "history": {
             "lines": history.lines,
             "entries": history.top.entries,
@@ -1831,7 +1870,7 @@ def pack_state(state: TrainState, history: History, identity: dict[str, Any]) ->
     }
 
 
-def restore_state(content: dict[str, Any], state: TrainState, history: History) -> None:
+def restore_state(content: dict[str, Any], state: TrainState, history: History, rank: int) -> None:
     """The inverse of `pack_state`."""
     unwrap(state.model).load_state_dict(content["model"], strict=True)
     if state.ema:
@@ -1843,7 +1882,7 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History) 
     state.scaler.load_state_dict(content["scaler"])
     for name, value in content["progress"].items():
         setattr(state, name, value)
-    state.loss_sum.copy_(content["loss_sum"])
+    state.loss_sum.fill_(content["losses"][rank])
     history.lines, history.digests = content["history"]["lines"], content["history"]["digests"]
     history.top.entries = [tuple(entry) for entry in content["history"]["entries"]]
     history.epochs_without_gain = content["history"]["epochs_without_gain"]
@@ -1884,10 +1923,24 @@ class RunFolder:
                 file.unlink()
 
     def commit(self, content: dict[str, Any]) -> None:
-        """Make `content` the state of the run; the one before it stays as `last.previous.ckpt`."""
-        if self.last.exists():
-            link_atomic(self.last, self.previous)
-        save_checked(self.last, content)
+        """Make `content` the state of the run. The one before it gives way once the new one has been read back."""
+        require_space(self.path, tensor_bytes(content))
+        fresh = self.path / ".last.ckpt.fresh.tmp"
+        try:
+            save_checked(fresh, content)
+            load_checked(fresh, RUN_KIND)
+            if self.last.exists():
+                link_atomic(self.last, self.previous)
+            os.replace(fresh, self.last)
+            sync_folder(self.path)
+        except BadInput as error:
+            raise BadEnvironment(
+                f"{self.path}: what was written reads back damaged; check this disk ({error})"
+            ) from error
+        except OSError as error:
+            raise BadEnvironment(f"{self.last} can't be written ({error})") from error
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def derive(self, history: History) -> None:
         """Bring every other file in line with what was committed."""
@@ -1993,20 +2046,25 @@ class Run:
     saved_at: float = field(default_factory=time.monotonic)
 
     def poll(self) -> None:
-        """Leave by Interrupted if a signal has come."""
-        if self.stop.signal_number:
+        """Leave by Interrupted if a signal has come; with several ranks only `after_step` may, where they agree."""
+        if self.stop.signal_number and self.runtime.world_size == 1:
             raise Interrupted(self.stop.signal_number)
 
     def save(self) -> None:
-        """Commit the settled state as it is now."""
+        """Commit the state as it is now, between two steps."""
         self.state.settle()
+        losses = rank_losses(self.state, self.runtime)
         if self.runtime.is_main:
-            self.folder.commit(pack_state(self.state, self.history, self.identity))
+            self.folder.commit(pack_state(self.state, losses, self.history, self.identity))
         self.saved_at = time.monotonic()
 
     def after_step(self) -> None:
-        self.poll()
-        if time.monotonic() - self.saved_at > 60 * self.args.save_every_minutes > 0:
+        """Stop or save, on all ranks at the same step."""
+        due = time.monotonic() - self.saved_at > 60 * self.args.save_every_minutes > 0
+        signal_number, due = agree(self.runtime, self.stop.signal_number, due)
+        if signal_number:
+            raise Interrupted(signal_number)
+        if due:
             self.save()
 
 
@@ -2129,6 +2187,7 @@ def run_epoch(run: Run) -> None:
     seconds = figures.pop("seconds")
     with state.weights:
         logits = predict(state.model, run.val, run.recipe, run.runtime, "validate", run.poll)
+        run.poll()
         metrics = score_split(run, run.val, logits)
         gained = history.top.offer(metrics["macro_f1"], epoch)
         if history.top.is_best(epoch) or gained:
@@ -2137,7 +2196,7 @@ def run_epoch(run: Run) -> None:
     history.epochs_without_gain = 0 if history.top.is_best(epoch) else history.epochs_without_gain + 1
     history.lines.append(json.dumps({"epoch": epoch, **figures, **metrics}, allow_nan=False))
     state.schedule.end_epoch(metrics["macro_f1"])
-    state.epoch, state.micro = epoch, 0
+    state.next_epoch()
     if history.top.is_best(epoch):
         history.top.best = content
     if gained and run.runtime.is_main:
@@ -2224,7 +2283,7 @@ def resume(run: Run) -> None:
     ]
     if changed:
         raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
-    restore_state(content, run.state, run.history)
+    restore_state(content, run.state, run.history, run.runtime.rank)
     if run.history.top.entries:
         run.history.top.best = load_checked(run.folder.path / run.history.top.names[0], MODEL_KIND)
     if run.runtime.is_main:

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+
 from finetune_siglip import (
     MODEL_KIND,
     RUN_KIND,

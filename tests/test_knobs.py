@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from finetune_siglip import WINDOW_PRESETS, build_parser, parse_args
 
 SCRIPT = Path(__file__).parents[1] / "finetune_siglip.py"

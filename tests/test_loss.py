@@ -6,9 +6,10 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from finetune_siglip import BalancedBCELoss, FocalLoss, MultilabelBCELoss, balancing_weights, build_loss
 from sklearn.metrics import log_loss
 from torch.nn import functional as F
+
+from finetune_siglip import BalancedBCELoss, FocalLoss, MultilabelBCELoss, balancing_weights, build_loss
 
 NAN = float("nan")
 

@@ -5,8 +5,9 @@ from argparse import Namespace
 
 import pytest
 import torch
-from finetune_siglip import Ema, Schedule, build_optimizer, unwrap
 from torch import nn
+
+from finetune_siglip import Ema, Schedule, build_optimizer, unwrap
 
 
 class Small(nn.Module):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from finetune_siglip import parse_args
 
 ROOT = Path(__file__).parents[1]

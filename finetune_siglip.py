@@ -1549,8 +1549,8 @@ def compute_metrics(
     """Every figure per label, its macro average over the labels where it is defined, and micro (all entries pooled).
 
     targets (n, L) 0/1, NaN = unknown and left out; probabilities (n, L) in [0, 1]; thresholds a number, (L,), or (n, L)
-    for cross-fitted ones: a probability at or above is positive. Undefined figures are None; `labels_averaged` says over
-    how many labels each macro average runs. CRG: the VLM3D challenge's score over all labels x scans; per label too.
+    for cross-fitted ones: a probability at or above is positive. Undefined figures are None; `labels_averaged`
+    says over how many labels each macro average runs. `crg`: the VLM3D challenge's score, over all labels x scans.
     """
     targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
     if not np.isfinite(probabilities).all():
@@ -1630,15 +1630,125 @@ def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: n
     if not len(positive):
         return np.full((2, weights.shape[1]), np.nan)
     cuts, starts = np.unique(-scores[positive], return_index=True)  # ascending in -score: the highest score first
-    hits = np.add.reduceat(weights[rows[positive]], starts, axis=0)  # (cuts, B) positives at each score
+    hits = weights[rows[positive]]
+    if len(cuts) < len(positive):  # ties: (positives, B) -> (cuts, B)
+        hits = np.add.reduceat(hits, starts, axis=0)
     false = np.zeros((len(negative) + 1, weights.shape[1]))
     np.cumsum(weights[rows[negative]], axis=0, out=false[1:])
     above, upto = (false[np.searchsorted(-scores[negative], cuts, side)] for side in ("left", "right"))
     found = np.cumsum(hits, axis=0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        auc = 1 - np.einsum("kb,kb->b", hits, (above + upto) / 2) / (found[-1] * false[-1])
-        precision = found / np.maximum(found + upto, 1.0)  # nothing drawn so far: hits is 0 there as well
-        return auc, np.einsum("kb,kb->b", hits, precision) / found[-1]
+        lost = (np.einsum("kb,kb->b", hits, above) + np.einsum("kb,kb->b", hits, upto)) / 2  # pairs in the wrong order
+        precision = np.divide(found, np.maximum(np.add(found, upto, out=upto), 1.0, out=upto), out=upto)
+        return 1 - lost / (found[-1] * false[-1]), np.einsum("kb,kb->b", hits, precision) / found[-1]
+
+
+def bootstrap_metrics(
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    label_columns: Sequence[str],
+    thresholds: float | np.ndarray,
+    patients: Sequence[str],
+    resamples: int = 1000,
+    seed: int = 42,
+) -> dict:
+    """95 % percentile intervals [low, high] of every figure, nested as in `compute_metrics`; None where undefined.
+
+    Patients are drawn with replacement, each with all of their scans: scans of one patient are not independent. A figure
+    that is undefined in more than one resample of ten (a finding in a patient or two) has no interval.
+    """
+    targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
+    members, patient = np.unique(np.asarray(patients, dtype=object).astype(str), return_inverse=True)
+    if not (resamples and len(members)):
+        return {}
+    drawn = np.random.default_rng(seed).integers(len(members), size=(resamples, len(members)))
+    weights = np.stack([np.bincount(row, minlength=len(members))[patient] for row in drawn], axis=1).astype(np.float64)
+    step = max(1, 2**22 // targets.size)  # a block's largest array holds 32 MB: large ones leave the cache
+    blocks = [
+        _weighted_figures(targets, probabilities, thresholds, weights[:, i : i + step])
+        for i in range(0, resamples, step)
+    ]
+    figures = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return _arrange({name: _intervals(values) for name, values in figures.items()}, label_columns)
+
+
+def _intervals(values: np.ndarray) -> list[list[float] | None]:
+    """The 2.5th and 97.5th percentile of each column of (B, columns) over its defined values."""
+    enough = np.isfinite(values).mean(axis=0) >= 0.9
+    return [np.nanquantile(v, (0.025, 0.975)).tolist() if ok else None for v, ok in zip(values.T, enough, strict=True)]
+
+
+def tune_thresholds(targets: np.ndarray, probabilities: np.ndarray, objective: str = "f1") -> np.ndarray:
+    """One threshold per label, (L,), that maximises F1 ("f1"), sensitivity + specificity - 1 ("youden") or CRG ("crg").
+
+    CRG pools all labels, yet separates: with A positives among X known entries it grows with the sum over labels of
+    TP/A - FP/(X - A). A cut lies half way between neighbouring scores; of equal ones the one nearest 0.5 is taken.
+    A label without known positives or negatives keeps 0.5: there is nothing to tune on.
+    """
+    targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
+    positives, negatives = (targets == 1).sum(axis=0), (targets == 0).sum(axis=0)
+    out = np.full(targets.shape[1], 0.5)
+    for i in np.flatnonzero((positives > 0) & (negatives > 0)):
+        known = np.isfinite(targets[:, i])
+        scores, place = np.unique(probabilities[known, i], return_inverse=True)
+        called = np.append(
+            np.bincount(place)[::-1].cumsum()[::-1], 0
+        )  # with the cut below scores[0], scores[1], …, none
+        tp = np.append(np.bincount(place, targets[known, i])[::-1].cumsum()[::-1], 0)
+        a, b = (positives.sum(), negatives.sum()) if objective == "crg" else (positives[i], negatives[i])
+        value = 2 * tp / (called + positives[i]) if objective == "f1" else tp / a - (called - tp) / b
+        below, above = np.append(0.0, scores), np.append(scores, 1.0)
+        cuts = (below + above) / 2
+        cuts = np.where(cuts <= below, above, cuts)  # neighbouring floating-point numbers have no middle
+        value[-1] = value[-1] if scores[-1] < 1 else -np.inf  # no threshold up to 1 excludes a probability of 1
+        best = np.flatnonzero(value >= value.max() - 1e-12)
+        out[i] = cuts[best[np.abs(cuts[best] - 0.5).argmin()]]
+    return out
+
+
+def crossfit_thresholds(
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    patients: Sequence[str],
+    objective: str = "f1",
+    folds: int = 5,
+    seed: int = 42,
+) -> np.ndarray:
+    """(n, L): each scan's thresholds were tuned on the patients of the other folds, so its own labels had no say."""
+    members, patient = np.unique(np.asarray(patients, dtype=object).astype(str), return_inverse=True)
+    fold = (np.random.default_rng(seed).permutation(len(members)) % folds)[patient]
+    out = np.full(np.shape(targets), 0.5)
+    for k in range(folds):
+        out[fold == k] = tune_thresholds(targets[fold != k], probabilities[fold != k], objective)
+    return out
+
+
+def evaluate(
+    targets: np.ndarray,
+    probabilities: np.ndarray,
+    label_columns: Sequence[str],
+    thresholds: float | np.ndarray,
+    patients: Sequence[str],
+    tuned_here: str | None = None,
+    resamples: int = 1000,
+    seed: int = 42,
+) -> dict:
+    """`metrics` and their `intervals`. With thresholds tuned for an objective on these very scans (`tuned_here`) the
+    metrics are the cross-fitted ones, and `apparent` holds what the thresholds seem to reach where they were chosen."""
+    used = (
+        thresholds
+        if tuned_here is None
+        else crossfit_thresholds(targets, probabilities, patients, tuned_here, seed=seed)
+    )
+    out = {
+        "metrics": compute_metrics(targets, probabilities, label_columns, used),
+        "intervals": bootstrap_metrics(targets, probabilities, label_columns, used, patients, resamples, seed),
+        "resamples": resamples,
+        "tuned_here": tuned_here,
+    }
+    if tuned_here is not None:
+        out["apparent"] = compute_metrics(targets, probabilities, label_columns, thresholds)
+    return out
 
 
 def format_metrics_table(metrics: dict) -> str:

@@ -130,3 +130,133 @@ def test_the_log_table_shows_every_label_and_dashes_for_undefined_figures() -> N
     assert f"{metrics['per_label']['Emphysema']['auc']:.3f}" in next(s for s in lines if s.startswith("Emphysema"))
     assert "–" in next(s for s in lines if s.startswith("Never"))
     assert len({len(line) for line in lines}) == 1
+
+
+def test_a_resample_equals_scikit_learn_on_the_repeated_scans() -> None:
+    targets, probabilities = scans(120, seed=3)
+    weights = np.random.default_rng(0).integers(0, 4, size=(120, 3))
+    figures = fs._weighted_figures(targets.astype(np.float64), probabilities, 0.5, weights.astype(np.float64))
+    for b in range(3):
+        y, p = (np.repeat(a, weights[:, b], axis=0) for a in (targets, probabilities))
+        for i in range(len(LABELS) - 1):
+            known = np.isfinite(y[:, i])
+            for name, value in sklearn_figures(y[known, i], p[known, i], 0.5).items():
+                ours = figures[name][b, i]
+                assert_same(None if np.isnan(ours) else ours, value, f"{LABELS[i]} {name}")
+
+
+def test_intervals_hold_the_figure_and_do_not_depend_on_row_order() -> None:
+    targets, probabilities = scans(300)
+    patients = np.array([f"patient {i // 2}" for i in range(300)])
+    metrics = fs.compute_metrics(targets, probabilities, LABELS, 0.5)
+    intervals = fs.bootstrap_metrics(targets, probabilities, LABELS, 0.5, patients, 200)
+    assert intervals["per_label"]["Never"]["auc"] is None
+    assert set(intervals) == set(metrics) - {"n_scans", "labels_averaged"}
+    for name in ("macro_f1", "macro_auc", "micro_average_precision", "crg", "accuracy", "macro_brier"):
+        low, high = intervals[name]
+        assert low < metrics[name] < high, name
+    order = np.random.default_rng(1).permutation(300)
+    again = fs.bootstrap_metrics(targets[order], probabilities[order], LABELS, 0.5, patients[order], 200)
+    assert again["macro_auc"] == pytest.approx(intervals["macro_auc"], abs=1e-12)
+    assert fs.bootstrap_metrics(targets, probabilities, LABELS, 0.5, patients, 0) == {}
+
+
+def test_a_finding_in_a_single_patient_has_no_interval() -> None:
+    targets, probabilities = np.zeros((50, 1)), np.linspace(0, 1, 50)[:, None]
+    targets[:10] = 1
+    patients = ["one"] * 10 + [str(i) for i in range(40)]
+    assert fs.bootstrap_metrics(targets, probabilities, ["a"], 0.5, patients, 200)["per_label"]["a"]["auc"] is None
+    assert fs.bootstrap_metrics(targets, probabilities, ["a"], 0.5, patients, 200)["accuracy"] is not None
+
+
+def test_intervals_over_patients_cover_the_truth_as_often_as_they_say() -> None:
+    """Scans of one patient share label and most of the score; resampling scans instead would cover far less often."""
+    rng = np.random.default_rng(7)
+    truth = 0.5 * (
+        1 + math.erf(1.2 / math.sqrt(2) / math.sqrt(2))
+    )  # AUROC of two normals 1.2 standard deviations apart
+    covered, runs = {"patients": 0, "scans": 0}, 200
+    for run in range(runs):
+        label, shared = (rng.random(80) < 0.4).repeat(4), rng.normal(size=80).repeat(4)
+        score = math.sqrt(0.8) * shared + math.sqrt(0.2) * rng.normal(size=320) + 1.2 * label
+        probability = 1 / (1 + np.exp(-score[:, None]))
+        for unit, names in (("patients", np.arange(80).repeat(4)), ("scans", np.arange(320))):
+            low, high = fs.bootstrap_metrics(label[:, None], probability, ["a"], 0.5, names, 200, seed=run)["macro_auc"]
+            covered[unit] += low <= truth <= high
+    assert 0.90 <= covered["patients"] / runs <= 0.99, covered
+    assert covered["scans"] / runs < 0.80, covered
+
+
+def objective_value(y: np.ndarray, called: np.ndarray, objective: str) -> float:
+    if objective == "f1":
+        return sk.f1_score(y, called)
+    return sk.recall_score(y, called) + sk.recall_score(y, called, pos_label=0) - 1
+
+
+@pytest.mark.parametrize("objective", ["f1", "youden"])
+@pytest.mark.parametrize("ties", [True, False])
+def test_tuned_thresholds_reach_the_best_value_any_threshold_reaches(objective: str, ties: bool) -> None:
+    targets, probabilities = scans(80, ties=ties)
+    thresholds = fs.tune_thresholds(targets, probabilities, objective)
+    assert thresholds.shape == (len(LABELS),)
+    assert list(thresholds[3:]) == [0.5] * 3  # no positives, no negatives, nothing known
+    for i in range(3):
+        known = np.isfinite(targets[:, i])
+        y, p = targets[known, i], probabilities[known, i]
+        best = max(objective_value(y, p >= t, objective) for t in [*np.unique(p), 1.1])
+        assert objective_value(y, p >= thresholds[i], objective) == pytest.approx(best, abs=1e-12)
+
+
+def test_thresholds_for_crg_reach_the_best_crg_of_any_combination() -> None:
+    rng = np.random.default_rng(5)
+    targets = (rng.random((12, 3)) < [0.3, 0.5, 0.1]).astype(float)
+    targets[0] = 1, 1, 1
+    probabilities = (rng.random((12, 3)) / 2 + targets / 4).round(1)
+    thresholds = fs.tune_thresholds(targets, probabilities, "crg")
+    grid = np.linspace(0.05, 1.05, 11)
+    best = max(
+        fs.compute_metrics(targets, probabilities, "abc", np.array([a, b, c]))["crg"]
+        for a in grid
+        for b in grid
+        for c in grid
+    )
+    assert fs.compute_metrics(targets, probabilities, "abc", thresholds)["crg"] == pytest.approx(best, abs=1e-12)
+
+
+@pytest.mark.parametrize("scores", [[1.0, 1.0, 0.0, 0.0], [0.5, np.nextafter(0.5, 1), 0.0, 1.0], [0.0] * 4, [1.0] * 4])
+@pytest.mark.parametrize("objective", ["f1", "youden", "crg"])
+def test_thresholds_stay_between_0_and_1_at_extreme_and_neighbouring_scores(scores: list, objective: str) -> None:
+    targets, probabilities = np.array([[0.0], [1.0], [0.0], [1.0]]), np.array(scores)[:, None]
+    (threshold,) = fs.tune_thresholds(targets, probabilities, objective)
+    assert 0 <= threshold <= 1
+    if objective == "f1":
+        best = max(sk.f1_score(targets[:, 0], probabilities[:, 0] >= t) for t in scores)
+        assert sk.f1_score(targets[:, 0], probabilities[:, 0] >= threshold) == best
+
+
+def test_cross_fitted_thresholds_never_saw_the_scans_they_decide() -> None:
+    targets, probabilities = scans(60, seed=2)
+    patients = np.array([f"p{i // 3}" for i in range(60)])
+    before = fs.crossfit_thresholds(targets, probabilities, patients)
+    rows = patients == "p7"
+    targets[rows], probabilities[rows] = 1 - targets[rows], 0.5
+    after = fs.crossfit_thresholds(targets, probabilities, patients)
+    assert np.array_equal(before[rows], after[rows])
+    assert not np.array_equal(before, after)
+
+
+def test_thresholds_tuned_where_they_are_reported_are_reported_cross_fitted() -> None:
+    """On pure noise tuned thresholds seem to help; cross-fitted, they do not."""
+    rng = np.random.default_rng(0)
+    targets, probabilities = (rng.random((60, 40)) < 0.15).astype(float), rng.random((60, 40))
+    labels, patients = [str(i) for i in range(40)], np.arange(60)
+    for objective in ("f1", "youden", "crg"):
+        thresholds = fs.tune_thresholds(targets, probabilities, objective)
+        out = fs.evaluate(targets, probabilities, labels, thresholds, patients, tuned_here=objective, resamples=20)
+        assert out["apparent"] == fs.compute_metrics(targets, probabilities, labels, thresholds)
+        assert out["metrics"]["macro_f1"] < out["apparent"]["macro_f1"] - 0.05
+        assert abs(out["metrics"]["macro_balanced_accuracy"] - 0.5) < 0.05
+        assert out["metrics"]["macro_auc"] == out["apparent"]["macro_auc"]
+    fixed = fs.evaluate(targets, probabilities, labels, 0.5, patients, resamples=20)
+    assert fixed["metrics"] == fs.compute_metrics(targets, probabilities, labels, 0.5)
+    assert "apparent" not in fixed

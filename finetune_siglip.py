@@ -137,56 +137,39 @@ def orientation_code(text: str) -> str:
     return code
 
 
+# fmt: off
 def build_parser() -> argparse.ArgumentParser:
     """The flat table of arguments, grouped as in the README."""
     parser = argparse.ArgumentParser(
         prog="finetune_siglip.py",
         description="Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.",
-        epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory, permissions), 4 diverged, 130/143 stopped.",
+        epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory, rights), 4 diverged, 128 + signal stopped."
+                epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory, rights), 4 diverged, 128 + signal stopped.",
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
     add("--csv", required=True, type=Path, help="table with series_id, split, img_path and one 0/1 column per finding")
     add("--label-columns", required=True, nargs="+", metavar="NAME", help="finding columns; quote names with spaces")
     add("--orientation", type=orientation_code, help="towards which side of the patient each stored axis rises [SPL]")
-    add(
-        "--intensity",
-        choices=("auto", "hu", "unit", "windowed"),
-        default="auto",
-        help="what a stored value means [auto]",
-    )
-    add("--hu-range", nargs=2, type=float, default=(-1000.0, 1500.0), metavar=("LO", "HI"), help="HU that 0 and 1 stand for with --intensity unit [-1000 1500]")  # fmt: skip
-    add(
-        "--windows",
-        type=window_list,
-        default="chest",
-        help="chest, medsiglip, merlin, or lo:hi,lo:hi,lo:hi in HU [chest]",
-    )
+    add("--intensity", choices=("auto", "hu", "unit", "windowed"), default="auto",
+        help="what a stored value means [auto]")
+    add("--hu-range", nargs=2, type=float, default=(-1000.0, 1500.0), metavar=("LO", "HI"),
+        help="HU that 0 and 1 stand for with --intensity unit [-1000 1500]")
+    add("--windows", type=window_list, default="chest",
+        help="chest, medsiglip, merlin, or lo:hi,lo:hi,lo:hi in HU [chest]")
     add("--num-slices", type=count, help="slices (depth) after resampling [64; 160 for a 3D backbone]")
-    add(
-        "--image-size",
-        type=count,
-        help="rows and columns after resampling [the checkpoint's own; 224 for a 3D backbone]",
-    )
+    add("--image-size", type=count,
+        help="rows and columns after resampling [the checkpoint's own; 224 for a 3D backbone]")
     add("--allow-patient-overlap", action="store_true", help="warn, rather than stop, when a patient is in two splits")
     add("--num-workers", type=whole_number, default=4, help="processes that read volumes; 0 reads in the main one [4]")
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained", help="SigLIP checkpoint: a hub name, a folder, .bin, .pt, .pth or .safetensors")
-    add(
-        "--freeze-up-to",
-        type=layer_count,
-        default=0,
-        metavar="N",
-        help="freeze the first N backbone layers, or all [0]",
-    )
+    add("--freeze-up-to", type=layer_count, default=0, metavar="N",
+        help="freeze the first N backbone layers, or all [0]")
     add("--dropout-rate", type=fraction, default=0.1, help="dropout before and inside the head [0.1]")
-    add(
-        "--slice-pooling",
-        choices=("attention", "mean", "max"),
-        default="attention",
-        help="how slices become a scan [attention]",
-    )
+    add("--slice-pooling", choices=("attention", "mean", "max"), default="attention",
+        help="how slices become a scan [attention]")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("bce", "focal", "balanced"), default="bce", help="multilabel loss over known labels [bce]")
@@ -197,68 +180,43 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=count, default=100, help="passes over split train at most [100]")
     add("--batch-size", type=count, default=16, help="scans per process and forward pass [16]")
     add("--lr", type=amount, default=1e-4, help="peak learning rate [1e-4]")
-    add(
-        "--weight-decay",
-        type=amount,
-        default=1e-4,
-        help="decoupled decay; biases, norms and embeddings have none [1e-4]",
-    )
+    add("--weight-decay", type=amount, default=1e-4,
+        help="decoupled decay; biases, norms and embeddings have none [1e-4]")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd has Nesterov momentum 0.9 [adamw]")
-    add(
-        "--scheduler",
-        choices=("plateau", "cosine"),
-        default="plateau",
-        help="plateau halves the rate when macro F1 rests [plateau]",
-    )
+    add("--scheduler", choices=("plateau", "cosine"), default="plateau",
+        help="plateau halves the rate when macro F1 rests [plateau]")
     add("--warmup", type=whole_number, default=0, metavar="STEPS", help="optimiser steps of linear warm-up from 0 [0]")
     add("--gradient-accumulation-steps", type=count, default=1, help="forward passes per optimiser step [1]")
     add("--max-grad-norm", type=amount, default=1.0, help="gradients are clipped to this norm; 0 switches it off [1.0]")
-    add(
-        "--early-stopping-patience",
-        type=whole_number,
-        default=10,
-        help="epochs without a better macro F1; 0 never stops [10]",
-    )
+    add("--early-stopping-patience", type=whole_number, default=10,
+        help="epochs without a better macro F1; 0 never stops [10]")
     add("--use-ema", action="store_true", help="validate, save and predict with averaged weights")
     add("--ema-decay", type=fraction, default=0.999, help="decay of the averaged weights after their warm-up [0.999]")
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
-    add(
-        "--compile",
-        choices=("auto", "on", "off"),
-        default="auto",
-        help="torch.compile of the repeated block; auto: on a GPU [auto]",
-    )
+    add("--compile", choices=("auto", "on", "off"), default="auto",
+        help="torch.compile of the repeated block; auto: on a GPU [auto]")
     add("--seed", type=whole_number, default=42, help="the same seed on the same machine gives the same run [42]")
 
     add = parser.add_argument_group("output").add_argument
     add("--resume", metavar="auto|FOLDER", help="continue the run in --output-dir, or the one in another folder")
     add("--overwrite", action="store_true", help="replace the run that --output-dir holds")
-    add(
-        "--save-every-minutes",
-        type=amount,
-        default=15.0,
-        help="save the state within an epoch too; 0: only after it [15]",
-    )
+    add("--save-every-minutes", type=amount, default=15.0,
+        help="save the state within an epoch too; 0: only after it [15]")
     add("--output-dir", type=Path, default=Path("./outputs"), help="folder for everything a run writes [./outputs]")
     add("--log-interval", type=count, default=50, help="forward passes between updates of the running loss [50]")
-    add(
-        "--wandb-project",
-        default="siglip-ct-classification",
-        help="Weights & Biases project [siglip-ct-classification]",
-    )
-    add("--wandb-mode", choices=("auto", "online", "offline", "disabled"), default="auto", help="auto: online with a key and a network, else offline [auto]")  # fmt: skip
+    add("--wandb-project", default="siglip-ct-classification",
+        help="Weights & Biases project [siglip-ct-classification]")
+    add("--wandb-mode", choices=("auto", "online", "offline", "disabled"), default="auto",
+        help="auto: online with a key and a network, else offline [auto]")
 
     add = parser.add_argument_group("prediction").add_argument
     add("--test-only", type=Path, metavar="CHECKPOINT", help="predict with this checkpoint of ours and stop")
-    add(
-        "--test-output",
-        type=Path,
-        default=Path("test_predictions.csv"),
-        help="a bare name goes to --output-dir [test_predictions.csv]",
-    )
+    add("--test-output", type=Path, default=Path("test_predictions.csv"),
+        help="a bare name goes to --output-dir [test_predictions.csv]")
     add("--test-split", help="split to predict [test if the CSV has it, else val]")
     add("--threshold", type=fraction, default=0.5, help="a probability at or above it is positive [0.5]")
     return parser
+# fmt: on
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -557,7 +515,7 @@ def _download(name: str) -> Path:
         config = fetch("config.json", cached)
         path = next((path for filename in WEIGHT_FILES if (path := fetch(filename, cached))), None)
         shards = _shards(path) if path and path.suffix == ".json" else []
-        if path and all([fetch(shard, cached) for shard in shards]) and (config or not cached):
+        if path and all(fetch(shard, cached) for shard in shards) and (config or not cached):
             return path
     raise BadInput(f"{name}: this hub model has no weights file of a known name; download it and name the file")
 
@@ -1212,8 +1170,8 @@ class Schedule:
     """Learning rate as a multiple of `--lr`, over optimiser steps taken.
 
     Linear from 0 during `warmup` steps; then `cosine` falls to 0 at `total_steps` (the formula of
-    `transformers.get_cosine_schedule_with_warmup`), and `plateau` halves each time that the score has not risen for more
-    than `PATIENCE` epochs. An undefined score moves nothing.
+    `transformers.get_cosine_schedule_with_warmup`), and `plateau` halves each time that the score has not risen for
+    more than `PATIENCE` epochs. An undefined score moves nothing.
     """
 
     PATIENCE, FACTOR = 3, 0.5
@@ -2026,7 +1984,7 @@ class RunFolder:
         self.handle.flush()
 
     def clear(self) -> None:
-        """Forget an earlier run (`--overwrite`): its commit first, so that a kill never leaves a half of it standing."""
+        """Forget an earlier run (`--overwrite`): its commit first, so that a kill never leaves half of it standing."""
         made = ["best_model.pth", "results.jsonl", "checkpoint_epoch_*.pth", "progress.png", "training.log", ".*.tmp"]
         for pattern in [self.last.name, self.previous.name, *made]:
             for file in self.path.glob(pattern):

@@ -46,8 +46,8 @@ def test_required_arguments_are_named(missing, capsys):
 @pytest.mark.parametrize(
     "wrong",
     [
-        ["--epochs", "0"], ["--batch-size", "-1"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "inf"], ["--threshold", "1.5"],
-        ["--dropout-rate", "1"], ["--focal-gamma", "-1"], ["--warmup", "-5"], ["--freeze-up-to", "some"],
+        ["--epochs", "0"], ["--batch-size", "-1"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "inf"],
+        ["--threshold", "1.5"], ["--dropout-rate", "1"], ["--focal-gamma", "-1"], ["--warmup", "-5"], ["--freeze-up-to", "some"],
         ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
         ["--hu-range", "5", "5"], ["--loss", "mse"], ["--seed", "-1"], ["--label-columns", "A", "A"], ["--epo", "3"],
     ],
@@ -83,7 +83,8 @@ def test_help_is_answered_without_importing_torch():
     probe = (
         "import runpy, sys\nsys.argv = ['finetune_siglip.py', '--help']\n"
         f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        "except SystemExit as stop: print('\\nloaded' if {'torch', 'numpy'} & set(sys.modules) else '\\nquick', stop.code)"
+        "except SystemExit as stop: code = stop.code\n"
+        "print('\\nloaded' if {'torch', 'numpy'} & set(sys.modules) else '\\nquick', code)"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "quick 0"

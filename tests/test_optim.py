@@ -108,9 +108,10 @@ def test_ema_is_in_place_only_inside_the_block_and_raw_weights_return_to_the_bit
     ema = Ema(model, decay=0.9)
     with torch.no_grad():
         ema.average["weight"].fill_(7.0)
-    with pytest.raises(RuntimeError, match="inside"), ema.applied():
+    with ema.applied():
         assert (model.weight == 7).all()
-        raise RuntimeError("inside")
+    with pytest.raises(KeyError), ema.applied():
+        raise KeyError
     assert all(torch.equal(p, raw[n]) for n, p in model.named_parameters())
     assert (ema.average["weight"] == 7).all()
 

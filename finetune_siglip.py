@@ -143,8 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="finetune_siglip.py",
         description="Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.",
-        epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory, rights), 4 diverged, 128 + signal stopped."
-                epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory, rights), 4 diverged, 128 + signal stopped.",
+        epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory), 4 diverged, 128 + signal: stopped.",
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
@@ -1612,8 +1611,8 @@ def bootstrap_metrics(
 ) -> dict:
     """95 % percentile intervals [low, high] of every figure, nested as in `compute_metrics`; None where undefined.
 
-    Patients are drawn with replacement, each with all of their scans: scans of one patient are not independent. A figure
-    that is undefined in more than one resample of ten (a finding in a patient or two) has no interval.
+    Patients are drawn with replacement, each with all of their scans: scans of one patient are not independent. A
+    figure that is undefined in more than one resample of ten (a finding in a patient or two) has no interval.
     """
     targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
     members, patient = np.unique(np.asarray(patients, dtype=object).astype(str), return_inverse=True)

@@ -47,7 +47,8 @@ def test_required_arguments_are_named(missing, capsys):
     "wrong",
     [
         ["--epochs", "0"], ["--batch-size", "-1"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "inf"],
-        ["--threshold", "1.5"], ["--dropout-rate", "1"], ["--focal-gamma", "-1"], ["--warmup", "-5"], ["--freeze-up-to", "some"],
+        ["--threshold", "1.5"], ["--dropout-rate", "1"], ["--focal-gamma", "-1"], ["--warmup", "-5"],
+        ["--freeze-up-to", "some"],
         ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
         ["--hu-range", "5", "5"], ["--loss", "mse"], ["--seed", "-1"], ["--label-columns", "A", "A"], ["--epo", "3"],
     ],

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
+import difflib
 import fcntl
 import hashlib
 import io
@@ -18,13 +20,17 @@ import re
 import shutil
 import signal
 import socket
+import stat
+import struct
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -422,8 +428,821 @@ def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple
 # ── 3 Table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The CSV: every data error found and reported at once, with its row.
 
+TABLE_COLUMNS = ("series_id", "split", "img_path", "patient_id")
+SPLITS = ("train", "val", "test")
+LABEL_CELLS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan, "-1": math.nan, "-1.0": math.nan}
+CT_RATE_ID = re.compile(r"([a-z]+_\d+)_[a-z]+_\d+(\.\w+)*", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of the CSV; every list is in CSV order."""
+
+    labels: tuple[str, ...]
+    series_ids: list[str]  # byte for byte as in the file
+    patient_ids: list[str]
+    splits: list[str]
+    paths: list[Path]  # relative ones are resolved against the CSV's folder
+    targets: np.ndarray  # (n, L) float32: 0, 1, NaN = unknown
+    line_numbers: list[int]  # in the CSV file, the header being line 1
+
+    def __len__(self) -> int:
+        return len(self.series_ids)
+
+    def subset(self, rows: Sequence[int]) -> Table:
+        """The given rows, in the given order."""
+        names = ("series_ids", "patient_ids", "splits", "paths", "line_numbers")
+        lists = {name: [getattr(self, name)[row] for row in rows] for name in names}
+        return Table(labels=self.labels, targets=self.targets[list(rows)], **lists)
+
+    def split(self, name: str) -> Table:
+        """The rows of one split."""
+        return self.subset([row for row, split in enumerate(self.splits) if split == name])
+
+
+class Complaints:
+    """Data errors gathered by kind: all are told at once, thousands of one kind in a few lines."""
+
+    shown = 20  # of one kind in full; of the others only the line numbers
+
+    def __init__(self, where: Path):
+        self.where = where
+        self.found: dict[str, list[tuple[int, str]]] = {}
+
+    def add(self, kind: str, line: int, message: str) -> None:
+        self.found.setdefault(kind, []).append((line, message))
+
+    def raise_if_any(self) -> None:
+        """BadInput with one message per error, in the order of lines within each kind."""
+        messages = []
+        for kind, items in self.found.items():
+            items.sort(key=lambda item: item[0])
+            messages += [f"{self.where}, line {line}: {message}" for line, message in items[: self.shown]]
+            if rest := [line for line, _ in items[self.shown :]]:
+                messages.append(f"{self.where}: {len(rest)} more of this kind ({kind}), on lines {line_ranges(rest)}")
+        if messages:
+            raise BadInput(*messages)
+
+
+def line_ranges(lines: Sequence[int]) -> str:
+    """Sorted line numbers as `2-5, 9`."""
+    runs: list[list[int]] = []
+    for line in lines:
+        if runs and line - runs[-1][1] <= 1:
+            runs[-1][1] = line
+        else:
+            runs.append([line, line])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def unsafe_text(text: str) -> str | None:
+    """Why a name cannot be written to a CSV that people open in a spreadsheet, or None."""
+    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return "would be run as a formula by spreadsheet programs: let it start with a letter or a digit"
+    if any(ord(char) < 32 or ord(char) == 127 for char in text):
+        return "holds a control character: remove it"
+    return None
+
+
+def read_rows(csv_path: Path, wrong: Complaints) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """Header and (line number, cells) of each row; a row that is no row of the table becomes a complaint.
+
+    Neither pandas nor a type guess: `007`, `NA` and `1e5` are names, and a trailing comma must not shift the columns.
+    """
+    try:
+        data = csv_path.read_bytes() if csv_path.is_file() else None
+    except OSError as error:
+        raise BadInput(f"{csv_path}: cannot be read ({error.strerror}): check --csv") from None
+    if data is None:
+        raise BadInput(f"{csv_path}: no such file: check --csv")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BadInput(f"{csv_path}: is UTF-16 text: save it as CSV UTF-8")
+    lines = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").split("\n")
+    parsed = []
+    for number, line in enumerate((line.removesuffix("\r") for line in lines), start=1):
+        if not line:
+            continue
+        try:
+            line.encode("utf-8")
+            if "\0" in line or "\r" in line:
+                raise csv.Error("a NUL byte" if "\0" in line else "a carriage return inside the line")
+            parsed.append((number, next(csv.reader([line], strict=True))))
+        except UnicodeEncodeError:
+            wrong.add("encoding", number, "is not UTF-8 text: save the table as CSV UTF-8")
+        except csv.Error as error:
+            wrong.add("format", number, f"is not a CSV row ({error}); a quoted cell must end on its own line")
+    if not parsed or parsed[0][0] != 1:
+        wrong.raise_if_any()
+        raise BadInput(f"{csv_path}, line 1: holds no header: the first line names the columns")
+    return parsed[0][1], parsed[1:]
+
+
+def find_columns(
+    header: list[str], wanted: Sequence[str], optional: Sequence[str], wrong: Complaints
+) -> dict[str, int]:
+    """Where each wanted column stands; one that is missing or twice there becomes a complaint."""
+    for name in wanted:
+        if header.count(name) > 1:
+            wrong.add("columns", 1, f"column {name!r} appears {header.count(name)} times: rename or remove the others")
+        elif name not in header and name not in optional:
+            near = difflib.get_close_matches(name, header, n=1, cutoff=0.75)
+            hint = f"the nearest one is {near[0]!r}" if near else f"it has {', '.join(map(repr, header))}"
+            if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+                hint = "the cells seem to be separated by something else than commas"
+            wrong.add("columns", 1, f"the header has no column {name!r}: {hint}")
+    return {name: header.index(name) for name in wanted if name in header}
+
+
+def check_label_names(labels: Sequence[str]) -> None:
+    """BadInput unless the names of the labels are usable as column names of what we write."""
+    messages = []
+    for name in dict.fromkeys(labels):
+        if not name.strip():
+            messages.append("--label-columns: holds an empty name")
+        elif labels.count(name) > 1:
+            messages.append(f"--label-columns: {name!r} is named {labels.count(name)} times")
+        elif name in TABLE_COLUMNS:
+            messages.append(f"--label-columns: {name!r} is not a finding")
+        elif reason := unsafe_text(name):
+            messages.append(f"--label-columns: {name!r} {reason}")
+    if messages or not labels:
+        raise BadInput(*(messages or ["--label-columns: name at least one finding"]))
+
+
+def parse_labels(
+    cells: list[str], at: dict[str, int], labels: Sequence[str], line: int, wrong: Complaints
+) -> list[float]:
+    """One row of targets; a column that is absent is unknown throughout."""
+    row = []
+    for name in labels:
+        cell = cells[at[name]].strip() if name in at else ""
+        if cell not in LABEL_CELLS:
+            wrong.add("labels", line, f"label {name!r} is {cell!r}: it must be 0, 1, or empty or -1 for unknown")
+        row.append(LABEL_CELLS.get(cell, math.nan))
+    return row
+
+
+def patient_of(series_id: str, patient_cell: str) -> str:
+    """The patient: the cell if filled; `train_12` for `train_12_a_1`; else the series is its own patient."""
+    match = CT_RATE_ID.fullmatch(series_id)
+    return patient_cell or (match[1] if match else series_id)
+
+
+def check_names(table: Table, columns: set[str], wrong: Complaints) -> None:
+    """Complaints on ids and splits that are wrong in themselves, and on ids given twice."""
+    first: dict[str, int] = {}
+    for line, series, patient, split in zip(
+        table.line_numbers, table.series_ids, table.patient_ids, table.splits, strict=True
+    ):
+        if "series_id" not in columns:
+            pass
+        elif not series:
+            wrong.add("series_id", line, "series_id is empty: give every scan an id")
+        elif reason := unsafe_text(series):
+            wrong.add("series_id", line, f"series_id {series!r} {reason}")
+        elif first.setdefault(series, line) != line:
+            wrong.add("series_id", line, f"series_id {series!r} is on line {first[series]} too: each scan has its own")
+        if series and patient != series and (reason := unsafe_text(patient)):
+            wrong.add("patient_id", line, f"patient_id {patient!r} {reason}")
+        if split not in SPLITS and "split" in columns:
+            wrong.add("split", line, f"split {split!r} is unknown: it must be one of {', '.join(SPLITS)}")
+
+
+def split_overlaps(table: Table) -> list[tuple[int, str]]:
+    """(line, message) for each patient, and each file, that is in more than one split."""
+    found = []
+    for what, keys in (("patient", table.patient_ids), ("file", [os.path.normpath(path) for path in table.paths])):
+        seen: dict[str, dict[str, int]] = {}
+        for line, key, split in zip(table.line_numbers, keys, table.splits, strict=True):
+            if split in SPLITS:
+                seen.setdefault(key, {}).setdefault(split, line)
+        for key, places in seen.items():
+            if key not in ("", ".") and len(places) > 1:
+                where = ", ".join(f"{split} (line {line})" for split, line in places.items())
+                found.append((max(places.values()), f"{what} {key!r} is in {where}"))
+    return found
+
+
+def path_complaint(path: Path) -> str | None:
+    """Why there is no scan at `path`, by its entry in the file system alone."""
+    try:
+        mode = path.stat()
+    except (OSError, ValueError) as error:
+        return f"{path}: {getattr(error, 'strerror', None) or error}: check img_path and that the disk is mounted"
+    if stat.S_ISDIR(mode.st_mode):  # a folder of DICOM slices
+        return None
+    if not stat.S_ISREG(mode.st_mode):  # opening a pipe would wait for ever
+        return f"{path}: is not a regular file"
+    return None if mode.st_size else f"{path}: is an empty file"
+
+
+def check_table(
+    table: Table, columns: set[str], wrong: Complaints, labels_required: bool, allow_patient_overlap: bool
+) -> None:
+    """BadInput with everything that `wrong` holds and that the rows contradict together or on the disk."""
+    if not len(table) and not wrong.found:
+        wrong.add("rows", 1, "no row follows the header")
+    check_names(table, columns, wrong)
+    if "img_path" in columns:
+        with ThreadPoolExecutor(16) as pool:  # a network disk answers many questions at once
+            for line, problem in zip(table.line_numbers, pool.map(path_complaint, table.paths), strict=True):
+                if problem:
+                    wrong.add("img_path", line, problem)
+    train = np.array(table.splits) == "train"
+    for column, name in enumerate(table.labels):
+        if labels_required and name in columns and train.any() and np.isnan(table.targets[train, column]).all():
+            wrong.add("labels", 1, f"label {name!r} is unknown in every row of split train: leave it out or fill it in")
+    overlaps = split_overlaps(table)
+    if allow_patient_overlap:
+        for line, message in overlaps[: Complaints.shown]:
+            log.warning("%s, line %d: %s", wrong.where, line, message)
+        if overlaps:
+            log.warning("%d patients or files are in two splits: scores will look better than they are", len(overlaps))
+    else:
+        for line, message in overlaps:
+            wrong.add("overlap", line, f"{message}: one split only, or --allow-patient-overlap")
+    wrong.raise_if_any()
+
+
+def read_table(
+    csv_path: Path | str,
+    label_columns: Sequence[str],
+    *,
+    labels_required: bool = True,
+    allow_patient_overlap: bool = False,
+) -> Table:
+    """The checked rows of the CSV.
+
+    Raises BadInput with every error of the table, each with its line. `labels_required=False` (prediction) accepts a
+    table without some or all label columns; their targets are NaN.
+    """
+    csv_path, labels = Path(csv_path), tuple(label_columns)
+    check_label_names(labels)
+    wrong = Complaints(csv_path)
+    header, rows = read_rows(csv_path, wrong)
+    optional = ("patient_id",) if labels_required else ("patient_id", *labels)
+    at = find_columns(header, (*TABLE_COLUMNS, *labels), optional, wrong)
+    table = Table(labels, [], [], [], [], np.empty((0, len(labels)), np.float32), [])
+    targets = []
+    for line, cells in rows:
+        if len(cells) != len(header):
+            hint = "look for a comma at its end, or inside a name without quotes"
+            wrong.add("cells", line, f"has {len(cells)} cells where the header has {len(header)}: {hint}")
+            continue
+        series, split, path, patient = (cells[at[name]] if name in at else "" for name in TABLE_COLUMNS)
+        table.line_numbers.append(line)
+        table.series_ids.append(series)
+        table.patient_ids.append(patient_of(series, patient))
+        table.splits.append(split)
+        table.paths.append(csv_path.parent / path if path else Path())
+        targets.append(parse_labels(cells, at, labels, line, wrong))
+        if "img_path" in at and not path:
+            wrong.add("img_path", line, "img_path is empty: it names the file of the scan")
+    table = dataclasses.replace(table, targets=np.array(targets, np.float32).reshape(len(targets), len(labels)))
+    check_table(table, set(at), wrong, labels_required, allow_patient_overlap)
+    return table
+
+
 # ── 4 Volume ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # From a file to the int16 tensor that travels to the device.
+
+ZIP_ENTRY = "<4xH2xHH4xIIIHHH4xII"  # maker, flags, method, crc, packed, size, three lengths, mode, offset
+AIR = -1024  # HU of what lies outside the scan
+HU_LIMIT = 8192  # no tissue, metal or padding in use lies beyond
+WINDOWED_SCALE = 32767  # int16 steps of a stored window value of 1
+READ_DELAYS = (0.5, 2.0)  # seconds before the second and third try at a volume: network disks come back
+
+
+class BadVolume(BadInput):
+    """One scan that cannot be read as what it should be."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Everything that decides a voxel's value on its way to the model; stored in every checkpoint."""
+
+    orientation: str  # towards which side of the patient each stored axis rises, e.g. "SPL", "RAS"
+    intensity: str  # "hu" | "unit" | "windowed"
+    hu_range: tuple[float, float]  # what 0 and 1 stand for with "unit"
+    windows: tuple[tuple[float, float], ...]  # K (lo, hi) pairs in HU
+    grid: tuple[int, int, int]  # (S, H, W)
+    channels: int = 1  # channels that leave the loader: 1, or C with "windowed"
+    spacing: tuple[float, float, float] | None = None  # mm per voxel (D, H, W) that raw scans are brought to
+    trusted: bool = False  # the intensity was named on purpose: a file's range is not held against it
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain lists, numbers and strings."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, stored: dict) -> Preprocessing:
+        """The inverse of `to_dict`; fields that a newer version added are ignored."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        tuples = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key in names
+        }
+        tuples["windows"] = tuple(tuple(window) for window in stored["windows"])
+        return cls(**tuples)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of its volume before any voxel is read."""
+
+    shape: tuple[int, ...]  # (C, then the three stored axes)
+    dtype: np.dtype
+    fortran: bool = False
+    start: int = 0  # bytes of the array file before its first voxel
+    orientation: str | None = None  # named by the file itself
+    spacing: tuple[float, ...] | None = None  # mm along the stored axes
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file inside a ZIP archive."""
+
+    deflated: bool
+    crc: int
+    packed: int  # bytes in the archive
+    size: int  # bytes after inflating
+    offset: int  # of the local header
+
+
+# An NPZ is read here rather than by numpy.load: that trusts what the archive says of itself (memory, pickles), and it
+# inflates through two more copies. Only what numpy writes is accepted: stored or deflated members, no ZIP64 archive.
+
+
+def zip_members(file: int, size: int, path: Path) -> dict[str, Member]:
+    """The directory of a ZIP archive of `size` bytes; BadVolume where it is not one that numpy would write."""
+    tail = os.pread(file, 42, max(0, size - 42))
+    end = tail[-22:]
+    if len(end) < 22 or end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
+        raise BadVolume(f"{path}: is no NPZ archive, or cut short: copy it again")
+    entries, length, start = struct.unpack("<10xHII2x", end)
+    zip64 = len(tail) == 42 and tail[:4] == b"PK\6\7"
+    if zip64 or entries > 64 or length > 65536 or start + length > size:
+        raise BadVolume(f"{path}: its archive directory is not one of an NPZ with one volume")
+    directory, members, at = os.pread(file, length, start), {}, 0
+    for _ in range(entries):
+        if len(directory) < at + 46 or directory[at : at + 4] != b"PK\1\2":
+            raise BadVolume(f"{path}: its archive directory is damaged")
+        made, flags, method, crc, packed, full, n, extra, comment, mode, offset = struct.unpack_from(
+            ZIP_ENTRY, directory, at
+        )
+        name = directory[at + 46 : at + 46 + n].decode("utf-8", "replace")
+        link = made >> 8 == 3 and stat.S_ISLNK(mode >> 16)
+        if name in members or link or flags & 1 or method not in (0, 8) or offset + packed > start:
+            raise BadVolume(f"{path}: member {name!r} is double, encrypted, a link or not stored the way numpy does")
+        members[name] = Member(method == 8, crc, packed, full, offset)
+        at += 46 + n + extra + comment
+    return members
+
+
+def read_exactly(file: int, length: int, offset: int, path: Path) -> bytes:
+    """`length` bytes at `offset`; one call to the system returns 2 GiB at most."""
+    parts = []
+    while length:
+        part = os.pread(file, min(length, 1 << 30), offset)
+        if not part:
+            raise BadVolume(f"{path}: is cut short: copy it again")
+        parts.append(part)
+        length, offset = length - len(part), offset + len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def read_member(file: int, member: Member, limit: int | None, path: Path) -> bytes:
+    """The bytes of a member, or its first `limit` ones; the whole is held against its length and checksum."""
+    if member.size > 1 << 25 and member.size > 200 * member.packed:  # noise alone keeps a CT below 20 : 1
+        raise BadVolume(
+            f"{path}: would inflate to {member.size / max(1, member.packed):.0f} times its size: no CT does"
+        )
+    names = struct.unpack("<HH", read_exactly(file, 30, member.offset, path)[26:])
+    start = member.offset + 30 + sum(names)
+    packed = read_exactly(file, min(member.packed, limit or member.packed), start, path)
+    try:
+        from isal.igzip_lib import DECOMP_DEFLATE, IgzipDecompressor
+        from isal.isal_zlib import crc32  # 4 times as fast as zlib's, and the inflating 1.4 times
+    except ImportError:
+        from zlib import crc32, decompressobj
+
+        decompressor = decompressobj(-15)
+    else:
+        decompressor = IgzipDecompressor(flag=DECOMP_DEFLATE)
+    try:
+        data = decompressor.decompress(packed, limit or member.size + 1) if member.deflated else packed
+    except Exception as error:  # the two libraries have no common class of error
+        raise BadVolume(f"{path}: is damaged ({error}): copy it again") from None
+    if limit is None and (len(data) != member.size or crc32(data) != member.crc):
+        raise BadVolume(f"{path}: is damaged: its voxels do not match their checksum: copy it again")
+    return data
+
+
+def parse_npy_header(head: bytes, path: Path) -> Header:
+    """The header of an array file in NumPy's format, from its first bytes."""
+    stream = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
+    except Exception as error:  # a hostile header can end in any error of Python's parser
+        raise BadVolume(f"{path}: has no readable array header ({type(error).__name__})") from None
+    return Header(tuple(shape), dtype, fortran, stream.tell())
+
+
+def volume_header(head: bytes, size: int, path: Path) -> Header:
+    """The header of a volume whose array file has `size` bytes: numbers, (C, D, H, W) or (D, H, W), no byte missing."""
+    header = parse_npy_header(head, path)
+    if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
+        raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
+    if len(header.shape) not in (3, 4) or min(header.shape) < 1:
+        raise BadVolume(f"{path}: has shape {header.shape}, not (C, D, H, W)")
+    if header.start + header.nbytes != size:
+        raise BadVolume(f"{path}: header and data disagree: {header.nbytes} bytes for {header.shape} {header.dtype}")
+    return header if len(header.shape) == 4 else dataclasses.replace(header, shape=(1, *header.shape))
+
+
+def small_array(file: int, member: Member | None, path: Path) -> np.ndarray | None:
+    """A member of a few values, such as `spacing`, or None where it is absent."""
+    if member is None or member.size > 4096:
+        return None
+    data = read_member(file, member, None, path)
+    header = parse_npy_header(data, path)
+    if header.dtype.kind not in "iufUS" or header.start + header.nbytes != len(data):
+        raise BadVolume(f"{path}: one of its members is not a plain array")
+    return np.frombuffer(data, header.dtype, offset=header.start)
+
+
+def npz_header(file: int, members: dict[str, Member], path: Path) -> Header:
+    """The header of member `image`, with what `orientation` and `spacing` say of it."""
+    if (image := members.get("image.npy")) is None:
+        names = ", ".join(sorted(members)) or "nothing"
+        raise BadVolume(
+            f"{path}: has no member 'image' (it holds {names}): save it with np.savez_compressed(…, image=…)"
+        )
+    header = volume_header(read_member(file, image, 4096, path), image.size, path)
+    code = small_array(file, members.get("orientation.npy"), path)
+    spacing = small_array(file, members.get("spacing.npy"), path)
+    if code is not None:
+        text = code[0].decode("ascii", "replace") if code.dtype.kind == "S" else str(code[0])
+        if len(code) != 1 or sorted(PATIENT_AXIS.get(letter, 9) for letter in text) != [0, 1, 2]:
+            raise BadVolume(f"{path}: its member 'orientation' is {text!r}, not a code such as SPL")
+        header = dataclasses.replace(header, orientation=text)
+    if spacing is not None:
+        if spacing.shape != (3,) or spacing.dtype.kind not in "iuf" or not ((spacing > 0.05) & (spacing < 50)).all():
+            raise BadVolume(f"{path}: its member 'spacing' is {spacing.tolist()}, not mm along the three stored axes")
+        header = dataclasses.replace(header, spacing=tuple(map(float, spacing)))
+    return header
+
+
+def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+    """Header and, if asked for, voxels (C, three stored axes) of an NPZ or NPY file, in the stored dtype."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
+        try:
+            entry = os.fstat(file)
+            if not stat.S_ISREG(entry.st_mode):
+                raise BadVolume(f"{path}: is not a regular file")
+            magic = os.pread(file, 6, 0)
+            if magic[:4] == b"PK\3\4":
+                members = zip_members(file, entry.st_size, path)
+                header = npz_header(file, members, path)
+                data = read_member(file, members["image.npy"], None, path) if voxels else b""
+            elif magic == b"\x93NUMPY":
+                header = volume_header(os.pread(file, 4096, 0), entry.st_size, path)
+                data = read_exactly(file, entry.st_size, 0, path) if voxels else b""
+            else:
+                raise BadVolume(f"{path}: is neither an NPZ nor an NPY file")
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
+    if not voxels:
+        return header, None
+    flat = np.frombuffer(data, header.dtype, offset=header.start)
+    return header, flat.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+def spl_axes(orientation: str) -> tuple[list[int], list[bool]]:
+    """For each of the axes S, P, L: which stored axis it is, and whether that one runs the other way."""
+    stored = [PATIENT_AXIS[letter] for letter in orientation]
+    axes = [stored.index(PATIENT_AXIS[letter]) for letter in "SPL"]
+    return axes, [orientation[axis] != letter for axis, letter in zip(axes, "SPL", strict=True)]
+
+
+def to_spl(volume: np.ndarray, orientation: str) -> np.ndarray:
+    """(C, three stored axes) as a view (C, D, H, W): slices feet to head, rows front to back, columns right to left."""
+    axes, flips = spl_axes(orientation)
+    view = volume.transpose(0, *(1 + axis for axis in axes))
+    return view[(slice(None), *(slice(None, None, -1 if flip else 1) for flip in flips))]
+
+
+def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
+    """The voxels (C, D, H, W) in SPL, in the stored dtype, read-only and without copying.
+
+    `orientation` names towards which side of the patient each stored axis rises; a file that says otherwise of itself,
+    and one that cannot be read whole, raises BadVolume.
+    """
+    path = Path(path)
+    header, stored = read_stored(path)
+    return to_spl(stored, stored_orientation(header, orientation, path))
+
+
+def stored_orientation(header: Header, expected: str, path: Path) -> str:
+    """The orientation of a file: what it says of itself must be what is expected."""
+    if header.orientation not in (None, expected):
+        raise BadVolume(f"{path}: says it is stored {header.orientation}, not {expected}: see --orientation")
+    return expected
+
+
+# Resampling has the meaning of torch's interpolate(antialias=True, align_corners=False), one axis after the other: a
+# triangle as wide as the output's spacing where the axis shrinks, linear interpolation where it grows. Its matrix is a
+# narrow band, so a few outputs at a time are one small dense product, which is what BLAS does best.
+
+
+@lru_cache(maxsize=64)
+def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """The (n_out, n_in) matrix of resampling as blocks of `rows` outputs: (outputs, inputs, float32 weights)."""
+    scale = n_in / n_out
+    centres = (np.arange(n_out)[:, None] + 0.5) * scale
+    weights = np.clip(1 - np.abs(np.arange(n_in) + 0.5 - centres) / max(1.0, scale), 0, None)
+    weights /= weights.sum(1, keepdims=True)
+    blocks = []
+    for start in range(0, n_out, rows):
+        block = weights[start : start + rows]
+        used = np.flatnonzero(block.any(0))
+        inputs = slice(int(used[0]), int(used[-1]) + 1)
+        blocks.append((slice(start, start + len(block)), inputs, np.ascontiguousarray(block[:, inputs], np.float32)))
+    return blocks
+
+
+def resample_volume(volume: np.ndarray, size: Sequence[int], scale: float = 1.0, offset: float = 0.0) -> np.ndarray:
+    """(C, D, H, W) of any number type -> int16 (C, *size): resampled in float32, then scale * value + offset, rounded.
+
+    Works through the outputs of the first axis in blocks that stay in the processor's cache. Raises ValueError where a
+    voxel is not finite or leaves the range of int16.
+    """
+    result = np.empty((len(volume), *size), np.int16)
+    for channel, out in zip(volume, result, strict=True):
+        _, rows_in, columns_in = channel.shape
+        for outputs, inputs, weights in resample_bands(len(channel), size[0], 8):
+            n = len(weights)
+            block = weights @ to_float32(channel[inputs]).reshape(weights.shape[1], -1)
+            block = block.reshape(n, rows_in, columns_in)
+            rows = np.empty((n, size[1], columns_in), np.float32)
+            for to, take, matrix in resample_bands(rows_in, size[1], 16):
+                np.matmul(matrix, block[:, take], out=rows[:, to])
+            rows, block = rows.reshape(-1, columns_in), np.empty((n * size[1], size[2]), np.float32)
+            for to, take, matrix in resample_bands(columns_in, size[2], 16):
+                np.matmul(rows[:, take], matrix.T, out=block[:, to])
+            if (scale, offset) != (1.0, 0.0):
+                block = block * np.float32(scale) + np.float32(offset)
+            np.rint(block, out=block)
+            if not (block.min() >= -32768 and block.max() <= 32767):  # false for NaN too
+                raise ValueError("it holds voxels that are not finite, or beyond ±32767 HU")
+            np.copyto(out[outputs], block.reshape(n, *size[1:]), casting="unsafe")
+    return result
+
+
+def to_float32(array: np.ndarray) -> np.ndarray:
+    """A contiguous float32 copy; torch turns float16 into float32 20 times as fast as NumPy does."""
+    if array.dtype == np.float16:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the array is read-only, and only read
+            return torch.from_numpy(array).float().contiguous().numpy()
+    return np.ascontiguousarray(array, np.float32)
+
+
+def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> tuple[str, str]:
+    """What the values of a scan within [low, high] stand for: ("hu" | "unit" | "windowed", "") or ("", why not)."""
+    if not math.isfinite(low + high):
+        return "", "holds voxels that are not finite"
+    if low == high:
+        return "", f"has the value {low:g} in every voxel"
+    if low < -HU_LIMIT or high > HU_LIMIT:
+        return "", f"has values from {low:g} to {high:g}, beyond ±{HU_LIMIT} HU"
+    fits_unit = dtype.kind == "f" and low >= -1e-3 and high <= 1 + 1e-3
+    if fits_unit:
+        return ("unit", "") if channels == 1 else ("windowed", "")
+    if dtype.kind == "f" and low >= -1 - 1e-3 and high <= 1 + 1e-3:
+        return "", f"has values from {low:g} to {high:g}: [-1, 1] is neither HU nor 0-1"
+    if low >= 0 and high <= 255:
+        return "", f"has values from {low:g} to {high:g}: an 8-bit picture, not HU"
+    if low >= 0:
+        return "", f"has values from {low:g} to {high:g}: air is near -1000 HU, so the rescale intercept is missing"
+    return "hu", ""
+
+
+def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
+    """int16 (C, S, H, W), SPL: HU, or 32767 times the value of a stored window. Raises BadVolume."""
+    path = Path(path)
+    header, stored = read_stored(path)
+    orientation = stored_orientation(header, prep.orientation, path)
+    if prep.intensity == "windowed" and len(stored) != prep.channels:
+        raise BadVolume(f"{path}: has {len(stored)} channels where the others have {prep.channels}")
+    axes, _ = spl_axes(orientation)
+    size = [0, 0, 0]
+    for axis, length in zip(axes, prep.grid, strict=True):
+        size[axis] = length
+    lo, hi = prep.hu_range
+    scale, offset = {"hu": (1.0, 0.0), "unit": (hi - lo, lo), "windowed": (WINDOWED_SCALE, 0.0)}[prep.intensity]
+    try:
+        voxels = resample_volume(stored[: prep.channels], size, scale, offset)
+    except ValueError as error:
+        raise BadVolume(f"{path}: {error}: leave the scan out or convert it again") from None
+    check_intensity((voxels.min() - offset) / scale, (voxels.max() - offset) / scale, header, prep, path)
+    return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, orientation)))
+
+
+def check_intensity(low: float, high: float, header: Header, prep: Preprocessing, path: Path) -> None:
+    """BadVolume where one file's values stand for something else than those of the others."""
+    if low == high:
+        raise BadVolume(f"{path}: has the same value in every voxel: it holds no scan")
+    seen, reason = guess_intensity(header.dtype, header.shape[0], float(low), float(high))
+    if not prep.trusted and seen != prep.intensity:
+        reason = reason or f"looks like {seen!r}, not {prep.intensity!r} as the others"
+        raise BadVolume(f"{path}: {reason}: convert it, or say what is meant with --intensity")
+
+
+def read_headers(table: Table) -> list[Header]:
+    """The header of every scan; BadInput names each one that is not as it should be."""
+    wrong, headers = Complaints(Path("the table")), []
+    with ThreadPoolExecutor(8) as pool:
+        for line, found in zip(table.line_numbers, pool.map(header_or_error, table.paths), strict=True):
+            if isinstance(found, BadVolume):
+                wrong.add("volume", line, str(found))
+            else:
+                headers.append(found)
+    wrong.raise_if_any()
+    return headers
+
+
+def header_or_error(path: Path) -> Header | BadVolume:
+    """For mapping over paths: an error is a value here."""
+    try:
+        return read_stored(path, voxels=False)[0]
+    except BadVolume as error:
+        return error
+
+
+def spread(rows: Sequence[int], n: int) -> list[int]:
+    """At most n of the rows, evenly spaced."""
+    return [rows[i * len(rows) // min(n, len(rows))] for i in range(min(n, len(rows)))]
+
+
+def decide_orientation(table: Table, headers: Sequence[Header], asked: str | None) -> str:
+    """`--orientation`, else what the files say of themselves, else SPL where their shapes do not speak against it."""
+    told = {header.orientation for header in headers} - {None}
+    if len(told) > 1:
+        raise BadInput(
+            f"the volumes name several orientations of themselves ({', '.join(sorted(told))}): prepare them alike"
+        )
+    orientation = asked or (told.pop() if told else "SPL")
+    depth = spl_axes(orientation)[0][0]
+    wrong = []
+    for row, header in enumerate(headers):
+        sizes = header.shape[1:]
+        across = [size for axis, size in enumerate(sizes) if axis != depth]
+        if not asked and header.orientation is None and across[0] != across[1] and len(set(sizes)) == 2:
+            wrong.append(row)
+    if wrong:
+        first = wrong[0]
+        raise BadInput(
+            f"{table.paths[first]} (row on line {table.line_numbers[first]}) has shape {headers[first].shape}: its two "
+            f"equal axes are not rows and columns under --orientation {orientation} ({len(wrong)} such files): "
+            f"name the order on purpose, {'--orientation RAS for (C, X, Y, Z)' if depth == 0 else '--orientation SPL'}"
+        )
+    return orientation
+
+
+def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) -> str:
+    """ "hu", "unit" or "windowed", from the ranges of a sample that holds every kind of file in the table."""
+    kinds: dict[tuple[str, int], list[int]] = {}
+    for row, header in enumerate(headers):
+        kinds.setdefault((header.dtype.kind, header.shape[0]), []).append(row)
+    rows = [row for group in kinds.values() for row in spread(group, max(2, sample // len(kinds)))]
+    seen: dict[str, list[str]] = {}
+    messages = []
+    for row in rows:
+        header, stored = read_stored(table.paths[row])
+        low, high = float(stored.min()), float(stored.max())
+        verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
+        if not verdict:
+            messages.append(f"{table.paths[row]} {reason}: convert it, or say what is meant with --intensity")
+        seen.setdefault(verdict, []).append(f"{table.paths[row]} ({header.dtype}, {low:g} to {high:g})")
+    if messages:
+        raise BadInput(*messages)
+    if len(seen) > 1:
+        examples = "; ".join(f"{verdict}: {files[0]}" for verdict, files in seen.items())
+        raise BadInput(
+            f"the volumes are of different kinds ({examples}): convert them alike; --intensity overrules this"
+        )
+    verdict, files = seen.popitem()
+    log.info("intensity: %s, decided from %d files such as %s", verdict, len(files), files[0])
+    return verdict
+
+
+def decide_preprocessing(
+    table: Table,
+    *,
+    grid: tuple[int, int, int],
+    windows: tuple[tuple[float, float], ...],
+    orientation: str | None = None,
+    intensity: str = "auto",
+    hu_range: tuple[float, float] = (-1000.0, 1500.0),
+) -> Preprocessing:
+    """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt."""
+    headers = read_headers(table)
+    decided = decide_intensity(table, headers) if intensity == "auto" else intensity
+    channels = headers[0].shape[0] if decided == "windowed" else 1
+    odd = [path for path, header in zip(table.paths, headers, strict=True) if header.shape[0] != channels]
+    if decided == "windowed" and odd:
+        raise BadInput(f"{odd[0]} and {len(odd) - 1} others have not {channels} channels as {table.paths[0]} has")
+    return Preprocessing(
+        orientation=decide_orientation(table, headers, orientation),
+        intensity=decided,
+        hu_range=tuple(hu_range),
+        windows=tuple(windows),
+        grid=tuple(grid),
+        channels=channels,
+        trusted=intensity != "auto",
+    )
+
+
+class CTVolumeDataset(torch.utils.data.Dataset):
+    """Item i: `volume` int16 (C, S, H, W), `targets` float32 (L,), `row` i, `bad`, `error`.
+
+    Item ~i is the same scan with unknown targets: a row that fills up a distributed epoch without counting.
+    A scan that three tries cannot read is `bad`: its targets are NaN, its volume is air, `error` says what happened.
+    """
+
+    def __init__(self, table: Table, prep: Preprocessing):
+        self.table, self.prep = table, prep
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, item: int) -> dict[str, object]:
+        row = item if item >= 0 else ~item
+        volume, error = self.read(row)
+        targets = torch.from_numpy(self.table.targets[row].copy())
+        if error or item < 0:
+            targets.fill_(math.nan)
+        return {"volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error}
+
+    def read(self, row: int) -> tuple[Tensor, str]:
+        """The volume and "", or a stand-in and why the scan could not be read."""
+        for delay in (*READ_DELAYS, None):
+            try:
+                return load_sample(self.table.paths[row], self.prep), ""
+            except BadVolume as problem:
+                error = f"series {self.table.series_ids[row]!r} (line {self.table.line_numbers[row]}): {problem}"
+                if delay is not None:
+                    time.sleep(delay)
+        empty = 0 if self.prep.intensity == "windowed" else AIR
+        return torch.full((self.prep.channels, *self.prep.grid), empty, dtype=torch.int16), error
+
+
+class VolumeLoader(torch.utils.data.DataLoader):
+    """Batches of a CTVolumeDataset; with `on_bad_volume="stop"` the first bad scan raises BadVolume in this process."""
+
+    on_bad_volume = "stop"
+
+    def __iter__(self) -> Iterator[dict]:
+        for batch in super().__iter__():
+            if self.on_bad_volume == "stop" and any(batch["error"]):
+                raise BadVolume(*filter(None, batch["error"]))
+            yield batch
+
+
+def build_loader(
+    dataset: CTVolumeDataset,
+    batches: Sequence[Sequence[int]],
+    num_workers: int,
+    pin_memory: bool,
+    on_bad_volume: str = "stop",
+) -> VolumeLoader:
+    """A loader of exactly these batches of items, in this order."""
+    loader = VolumeLoader(
+        dataset,
+        batch_sampler=list(batches),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=one_thread_per_worker,
+    )
+    loader.on_bad_volume = on_bad_volume
+    return loader
+
+
+def one_thread_per_worker(_: int) -> None:
+    """BLAS would start as many threads as there are cores in each of the workers."""
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+
 
 # ── 5 Backbone ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # From a file of pretrained tensors to an image encoder that certainly holds them.

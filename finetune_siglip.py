@@ -85,6 +85,7 @@ WINDOW_PRESETS = {
     "merlin": ((-1000.0, 1000.0),) * 3,
 }
 
+DEFAULT_HU_RANGE = (-1000.0, 1500.0)
 PATIENT_AXIS = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 
@@ -158,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--orientation", type=orientation_code, help="towards which side of the patient each stored axis rises [SPL]")
     add("--intensity", choices=("auto", "hu", "unit", "windowed"), default="auto",
         help="what a stored value means [auto]")
-    add("--hu-range", nargs=2, type=float, default=(-1000.0, 1500.0), metavar=("LO", "HI"),
+    add("--hu-range", nargs=2, type=float, default=DEFAULT_HU_RANGE, metavar=("LO", "HI"),
         help="HU that 0 and 1 stand for with --intensity unit [-1000 1500]")
     add("--windows", type=window_list, default="chest",
         help="chest, medsiglip, merlin, or lo:hi,lo:hi,lo:hi in HU [chest]")
@@ -1226,6 +1227,7 @@ def build_loader(
     on_bad_volume: str = "stop",
 ) -> VolumeLoader:
     """A loader of exactly these batches of items, in this order."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores help on a network disk
     loader = VolumeLoader(
         dataset,
         batch_sampler=list(batches),
@@ -2172,7 +2174,8 @@ def forward_backward(
     volume = batch["volume"].to(runtime.device, non_blocking=True)
     targets = batch["targets"].to(runtime.device, non_blocking=True)
     seed_everything(recipe.seed, state.epoch, state.micro, runtime.rank)  # dropout, the same after any interruption
-    volume = augment(volume, batch["row"].tolist(), recipe.augment, recipe.seed, state.epoch, recipe.intensity)
+    if recipe.augment != "none":
+        volume = augment(volume, batch["row"].tolist(), recipe.augment, recipe.seed, state.epoch, recipe.intensity)
     waiting = nullcontext() if last or runtime.world_size == 1 else state.model.no_sync()
     with waiting:
         with runtime.autocast():
@@ -2231,7 +2234,9 @@ def train_one_epoch(
     called between optimiser steps, where a settled state can be saved. Raises Diverged.
     """
     windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[state.micro // recipe.accumulation :]
-    loader = build_loader(dataset, [b for w in windows for b in w.batches], recipe.num_workers, runtime.device)
+    loader = build_loader(
+        dataset, [b for w in windows for b in w.batches], recipe.num_workers, runtime.device.type == "cuda"
+    )
     batches, waited, started = iter(loader), 0.0, time.perf_counter()
     state.model.train()
     bar = progress_bar(f"epoch {state.epoch + 1}", sum(len(b) for w in windows for b in w.batches), runtime)
@@ -2246,7 +2251,7 @@ def train_one_epoch(
         state.settle()
         norm = optimizer_step(state, recipe.max_grad_norm)
         state.tally["known"] += window.known
-        scans = partial(dataset.name_scans, [row for rows in window.batches for row in rows])
+        scans = partial(name_scans, dataset.table, window)
         state.unsettled = partial(lambda n, s: settle_step(state, n(), s, runtime.amp_dtype is not None), norm, scans)
         if state.micro % recipe.log_interval < recipe.accumulation:
             loss = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
@@ -2255,6 +2260,11 @@ def train_one_epoch(
     bar.close()
     state.settle()
     return epoch_figures(state, runtime, {"data": waited, "train": time.perf_counter() - started - waited})
+
+
+def name_scans(table: Table, window: Window) -> str:
+    """The ids of the scans that this rank put into a step."""
+    return ", ".join(table.series_ids[row] for rows in window.batches for row in rows if row >= 0)
 
 
 def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
@@ -2296,7 +2306,7 @@ def predict(
     rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1])]
     bar = progress_bar(title, len(mine), runtime)
-    for batch in build_loader(dataset, plan, recipe.num_workers, runtime.device):
+    for batch in build_loader(dataset, plan, recipe.num_workers, runtime.device.type == "cuda"):
         with runtime.autocast():
             output = model(batch["volume"].to(runtime.device, non_blocking=True))
         rows.append(batch["row"])
@@ -2960,7 +2970,12 @@ def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifie
     slices, *in_plane = backbone.default_grid
     grid = (args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane))
     preprocessing = decide_preprocessing(
-        table, grid, args.windows, orientation=args.orientation, intensity=args.intensity, hu_range=args.hu_range
+        table,
+        grid=grid,
+        windows=args.windows,
+        orientation=args.orientation,
+        intensity=args.intensity,
+        hu_range=args.hu_range,
     )
     freeze_up_to(backbone, args.freeze_up_to)
     seed_everything(args.seed)  # whatever the backbone's construction drew, the head starts the same
@@ -3039,7 +3054,7 @@ def describe_run(args: argparse.Namespace, table: Table, runtime: Runtime) -> di
     return {
         "arguments": arguments,
         "data": hashlib.sha256(rows + table.targets.tobytes()).hexdigest(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "world_size": runtime.world_size,
     }
@@ -3190,8 +3205,27 @@ def check_labels(path: Path, stored: list[str], asked: list[str]) -> None:
     raise BadInput(f"--label-columns differs from {path}: {'; '.join(details)}")
 
 
+def preprocessing_like(stored: Preprocessing, rows: Table, args: argparse.Namespace) -> Preprocessing:
+    """The checkpoint's preprocessing for other files: these may be stored in another way, which is found out anew."""
+    found = decide_preprocessing(
+        rows,
+        grid=stored.grid,
+        windows=stored.windows,
+        orientation=args.orientation or (None if stored.orientation == "SPL" else stored.orientation),
+        intensity=args.intensity,
+        hu_range=args.hu_range if args.hu_range != DEFAULT_HU_RANGE else stored.hu_range,
+    )
+    if (found.intensity == "windowed") != (stored.intensity == "windowed") or found.channels != stored.channels:
+        raise BadInput(
+            f"{rows.paths[0]}: these volumes are {found.intensity!r} with {found.channels} channels, those the "
+            f"checkpoint was trained on {stored.intensity!r} with {stored.channels}; convert them alike"
+        )
+    return found
+
+
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     """Predict with a checkpoint of ours; where labels are known, score as well."""
+    setup_logging(None, runtime.is_main)
     content = load_checked(args.test_only, MODEL_KIND)
     check_labels(args.test_only, content["labels"], args.label_columns)
     table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
@@ -3199,7 +3233,7 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     rows = table.split(split)
     if len(rows) == 0:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
-    preprocessing = decide_preprocessing_like(content["preprocessing"], rows, args)
+    preprocessing = preprocessing_like(Preprocessing.from_dict(content["preprocessing"]), rows, args)
     model = classifier_from(content).to(runtime.device)
     dataset = CTVolumeDataset(rows, preprocessing)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)

@@ -637,9 +637,7 @@ def path_complaint(path: Path) -> str | None:
     return None if mode.st_size else f"{path}: is an empty file"
 
 
-def check_table(
-    table: Table, columns: set[str], wrong: Complaints, labels_required: bool, allow_patient_overlap: bool
-) -> None:
+def check_table(table: Table, columns: set[str], wrong: Complaints, allow_patient_overlap: bool) -> None:
     """BadInput with everything that `wrong` holds and that the rows contradict together or on the disk."""
     if not len(table) and not wrong.found:
         wrong.add("rows", 1, "no row follows the header")
@@ -649,10 +647,6 @@ def check_table(
             for line, problem in zip(table.line_numbers, pool.map(path_complaint, table.paths), strict=True):
                 if problem:
                     wrong.add("img_path", line, problem)
-    train = np.array(table.splits) == "train"
-    for column, name in enumerate(table.labels):
-        if labels_required and name in columns and train.any() and np.isnan(table.targets[train, column]).all():
-            wrong.add("labels", 1, f"label {name!r} is unknown in every row of split train: leave it out or fill it in")
     overlaps = split_overlaps(table)
     if allow_patient_overlap:
         for line, message in overlaps[: Complaints.shown]:
@@ -700,7 +694,7 @@ def read_table(
         if "img_path" in at and not path:
             wrong.add("img_path", line, "img_path is empty: it names the file of the scan")
     table = dataclasses.replace(table, targets=np.array(targets, np.float32).reshape(len(targets), len(labels)))
-    check_table(table, set(at), wrong, labels_required, allow_patient_overlap)
+    check_table(table, set(at), wrong, allow_patient_overlap)
     return table
 
 
@@ -1094,14 +1088,14 @@ def spread(rows: Sequence[int], n: int) -> list[int]:
     return [rows[i * len(rows) // min(n, len(rows))] for i in range(min(n, len(rows)))]
 
 
-def decide_orientation(table: Table, headers: Sequence[Header], asked: str | None) -> str:
-    """`--orientation`, else what the files say of themselves, else SPL where their shapes do not speak against it."""
+def decide_orientation(table: Table, headers: Sequence[Header], asked: str | None, usual: str = "SPL") -> str:
+    """`asked`, else what the files say of themselves, else `usual` where their shapes do not speak against it."""
     told = {header.orientation for header in headers} - {None}
     if len(told) > 1:
         raise BadInput(
             f"the volumes name several orientations of themselves ({', '.join(sorted(told))}): prepare them alike"
         )
-    orientation = asked or (told.pop() if told else "SPL")
+    orientation = asked or (told.pop() if told else usual)
     depth = spl_axes(orientation)[0][0]
     wrong = []
     for row, header in enumerate(headers):
@@ -1148,12 +1142,12 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) 
 
 def decide_preprocessing(
     table: Table,
+    grid: Sequence[int],
+    windows: Sequence[Sequence[float]],
     *,
-    grid: tuple[int, int, int],
-    windows: tuple[tuple[float, float], ...],
     orientation: str | None = None,
     intensity: str = "auto",
-    hu_range: tuple[float, float] = (-1000.0, 1500.0),
+    hu_range: Sequence[float] = (-1000.0, 1500.0),
 ) -> Preprocessing:
     """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt."""
     headers = read_headers(table)
@@ -1166,11 +1160,28 @@ def decide_preprocessing(
         orientation=decide_orientation(table, headers, orientation),
         intensity=decided,
         hu_range=tuple(hu_range),
-        windows=tuple(windows),
+        windows=tuple((float(lo), float(hi)) for lo, hi in windows),
         grid=tuple(grid),
         channels=channels,
         trusted=intensity != "auto",
     )
+
+
+def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespace) -> Preprocessing:
+    """A checkpoint's preprocessing for other files: only how these are stored may differ, where a flag says so."""
+    prep = Preprocessing.from_dict(stored)
+    if args.orientation:
+        prep = dataclasses.replace(prep, orientation=args.orientation)
+    if args.intensity not in ("auto", prep.intensity):
+        if "windowed" in (args.intensity, prep.intensity):
+            raise BadInput(f"--intensity {args.intensity}: the checkpoint was trained on {prep.intensity!r} volumes")
+        prep = dataclasses.replace(prep, intensity=args.intensity, hu_range=tuple(args.hu_range), trusted=True)
+    headers = read_headers(table)
+    decided = decide_orientation(table, headers, args.orientation, prep.orientation)
+    prep = dataclasses.replace(prep, orientation=decided)
+    for row in spread(range(len(table)), 4):
+        load_sample(table.paths[row], prep)  # raises where the values are of another kind
+    return prep
 
 
 class CTVolumeDataset(torch.utils.data.Dataset):
@@ -1193,6 +1204,10 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         if error or item < 0:
             targets.fill_(math.nan)
         return {"volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error}
+
+    def name_scans(self, items: Sequence[int]) -> str:
+        """The series ids of these items, for a message."""
+        return ", ".join(self.table.series_ids[item if item >= 0 else ~item] for item in items)
 
     def read(self, row: int) -> tuple[Tensor, str]:
         """The volume and "", or a stand-in and why the scan could not be read."""
@@ -1223,16 +1238,16 @@ def build_loader(
     dataset: CTVolumeDataset,
     batches: Sequence[Sequence[int]],
     num_workers: int,
-    pin_memory: bool,
+    device: torch.device,
     on_bad_volume: str = "stop",
 ) -> VolumeLoader:
-    """A loader of exactly these batches of items, in this order."""
+    """A loader of exactly these batches of items, in this order, for a model on `device`."""
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores help on a network disk
     loader = VolumeLoader(
         dataset,
         batch_sampler=list(batches),
         num_workers=num_workers,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
         worker_init_fn=one_thread_per_worker,
     )
     loader.on_bad_volume = on_bad_volume
@@ -1244,6 +1259,70 @@ def one_thread_per_worker(_: int) -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Largest change of each kind; draws are uniform around none."""
+
+    turn: float  # degrees about the body's long axis
+    zoom: float  # log of the scale, drawn once in-plane and once along the body
+    move: float  # of the field of view, along each axis
+    shift: float  # of the 2000 HU from air to bone
+    noise: float  # standard deviation, of the same 2000 HU
+    gamma: float  # log of the exponent on the same 2000 HU
+
+
+AUGMENTATIONS = {
+    "light": Augmentation(turn=5, zoom=0.05, move=0.03, shift=0.0075, noise=0.006, gamma=0.03),  # 15 HU, 12 HU
+    "strong": Augmentation(turn=12, zoom=0.12, move=0.08, shift=0.02, noise=0.02, gamma=0.1),  # 40 HU, 40 HU
+}
+
+
+@torch.no_grad()
+def augment(volumes: Tensor, rows: Sequence[int], strength: str, seed: int, epoch: int, intensity: str) -> Tensor:
+    """(N, C, S, H, W) int16 from the loader -> float32 of the same units, each scan a little moved and altered.
+
+    A pure function of (seed, epoch, row), on whichever device the volumes are. Never mirrored: organs have sides. Scans
+    are turned in-plane only, so that no voxel spacing is needed; what comes in from outside is air.
+    """
+    if strength == "none":
+        return volumes
+    limits, result = AUGMENTATIONS[strength], torch.empty(volumes.shape, device=volumes.device)
+    low, span = (0.0, float(WINDOWED_SCALE)) if intensity == "windowed" else (-1000.0, 2000.0)
+    for volume, row, out in zip(volumes, rows, result, strict=True):
+        draws = np.random.default_rng(derive_seed(seed, epoch, row)).uniform(-1, 1, 9)
+        turn, zoom, zoom_z, x, y, z, shift, gamma, noise = draws.tolist()
+        moved = move_volume(
+            volume, math.radians(turn * limits.turn), math.exp(zoom * limits.zoom), math.exp(zoom_z * limits.zoom),
+            (x * limits.move, y * limits.move, z * limits.move), outside=low,
+        )  # fmt: skip
+        unit = ((moved - low) / span).clamp_(0, 1)
+        moved += span * (unit ** math.exp(gamma * limits.gamma) - unit + shift * limits.shift)
+        generator = torch.Generator(volumes.device).manual_seed(derive_seed(seed, epoch, row, 1))
+        out.normal_(0, span * limits.noise * abs(noise), generator=generator).add_(moved)
+    return result
+
+
+def move_volume(
+    volume: Tensor, angle: float, zoom: float, zoom_z: float, move: tuple[float, float, float], outside: float
+) -> Tensor:
+    """One (C, S, H, W) volume, float32: linear along the body, then one affine bilinear pass over all slices at once.
+
+    `move` is in parts of the field of view (columns, rows, slices); past the first and last slice these repeat.
+    """
+    c, s, h, w = volume.shape
+    z = torch.arange(s, device=volume.device, dtype=torch.float32) + 0.5 - s / 2
+    z = (z / zoom_z + s / 2 - 0.5 + move[2] * s).clamp(0, s - 1)
+    below = z.floor().long()
+    above = (below + 1).clamp(max=s - 1)
+    weight = (z - below)[:, None, None]
+    stack = torch.lerp(volume[:, below].float(), volume[:, above].float(), weight) - outside
+    cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
+    theta = [[cos, -sin * h / w, 2 * move[0]], [sin * w / h, cos, 2 * move[1]]]
+    grid = F.affine_grid(torch.tensor([theta], device=volume.device), [1, 1, h, w], align_corners=False)
+    moved = F.grid_sample(stack.view(1, c * s, h, w), grid, align_corners=False)
+    return moved.view(c, s, h, w) + outside
 
 
 # ── 5 Backbone ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2306,7 +2385,7 @@ def predict(
     rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1])]
     bar = progress_bar(title, len(mine), runtime)
-    for batch in build_loader(dataset, plan, recipe.num_workers, runtime.device.type == "cuda"):
+    for batch in build_loader(dataset, plan, recipe.num_workers, runtime.device):
         with runtime.autocast():
             output = model(batch["volume"].to(runtime.device, non_blocking=True))
         rows.append(batch["row"])

@@ -2616,6 +2616,30 @@ def evaluate(
     return out
 
 
+def move_thresholds_to_half(probabilities: np.ndarray, thresholds: float | np.ndarray) -> np.ndarray:
+    """A strictly rising map per label that puts each threshold at 0.5, for graders that cut there; AUROC is unchanged."""
+    p, t = np.asarray(probabilities, np.float64), np.asarray(thresholds, np.float64)
+    below = np.minimum(0.5 * p / np.maximum(t, 1e-300), np.nextafter(0.5, 0))  # rounding must not lift it onto 0.5
+    return np.where(p < t, below, 0.5 + 0.5 * (p - t) / np.maximum(1 - t, 1e-300))
+
+
+def aggregate_logits(
+    logits: np.ndarray, series_ids: Sequence[str], patient_ids: Sequence[str], over: str
+) -> np.ndarray:
+    """Each row of (n, L) replaced by the mean over its group, so that every scan keeps its row and its id.
+
+    over: "none"; "series", the reconstructions of one scan, known by CT-RATE style ids (train_12_a_1 and train_12_a_2);
+    "patient", all of a patient's scans.
+    """
+    if over == "none":
+        return logits
+    scans = [re.sub(r"(_\d+_[a-z]+)_\d+$", r"\1", name) for name in series_ids]
+    _, group = np.unique(np.array(scans if over == "series" else patient_ids, dtype=object), return_inverse=True)
+    sums = np.zeros((group.max(initial=-1) + 1, logits.shape[1]))
+    np.add.at(sums, group, logits)
+    return (sums / np.bincount(group)[:, None])[group]
+
+
 def format_metrics_table(metrics: dict) -> str:
     """The log's table: one line per label, then macro and micro; figures that are undefined show as a dash."""
     shown = {"precision": "prec", "recall": "recall", "specificity": "spec", "f1": "F1", "auc": "AUROC"}
@@ -2943,14 +2967,6 @@ class RunFolder:
 # What a person reads: results, predictions, plots, report.
 
 
-def append_result(path: Path, epoch: dict) -> None:
-    """Adds one JSON line; lines of this epoch or later, left by a run that was resumed further back, are replaced."""
-    line = json.dumps(epoch, allow_nan=False, default=float)
-    kept = [old for old in read_results(path) if old["epoch"] < epoch["epoch"]]
-    text = "".join(f"{entry}\n" for entry in [*(json.dumps(old) for old in kept), line])
-    save_atomic(path, lambda file: file.write(text.encode()))
-
-
 def read_results(path: Path) -> list[dict]:
     """The epochs in results.jsonl, in order; none where the file is not there yet."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -2963,8 +2979,13 @@ def write_predictions(
     thresholds: float | np.ndarray,
     labels: Sequence[str],
 ) -> None:
-    """CSV `id,{label}_prob,{label}_pred`, rows in the given order; a number read back is the very same number."""
+    """CSV `id,{label}_prob,{label}_pred`, rows in the given order; a number read back is the very same number.
+
+    A path that ends in .json gets the VLM3D challenge's format, whose grader cuts at 0.5: thresholds are moved there.
+    """
     probabilities = np.asarray(probabilities, np.float64)
+    if path.suffix == ".json":
+        return write_challenge_json(path, series_ids, move_thresholds_to_half(probabilities, thresholds), labels)
     decided = (probabilities >= thresholds).astype(int)
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
@@ -2972,6 +2993,41 @@ def write_predictions(
     for series_id, row, calls in zip(series_ids, probabilities.tolist(), decided.tolist(), strict=True):
         writer.writerow([series_id, *(cell for pair in zip(row, calls, strict=True) for cell in pair)])
     save_atomic(path, lambda file: file.write(buffer.getvalue().encode("utf-8", "surrogateescape")))
+
+
+def write_challenge_json(
+    path: Path, series_ids: Sequence[str], probabilities: np.ndarray, labels: Sequence[str]
+) -> None:
+    """The VLM3D challenge's classification format: one entry per scan, named without its file ending."""
+    entries = [
+        {
+            "input_image_name": re.sub(r"\.(nii\.gz|mha|npz)$", "", series_id),
+            "probabilities": dict(zip(labels, row, strict=True)),
+        }
+        for series_id, row in zip(series_ids, probabilities.tolist(), strict=True)
+    ]
+    content = {"name": "Generated probabilities", "type": "Abnormality Classification"}
+    content |= {"version": {"major": 1, "minor": 0}, "predictions": entries}
+    save_atomic(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
+
+
+def read_thresholds(path: Path, labels: Sequence[str]) -> np.ndarray:
+    """(L,) from a JSON file, either {label: threshold} or an evaluation file of ours. Raises BadInput."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(
+            f"--threshold {path} can't be read as JSON ({error}): give a number, auto or such a file"
+        ) from error
+    table = content.get("thresholds", content) if isinstance(content, dict) else {}
+    wrong = [
+        f"--threshold {path} holds {table.get(label, 'nothing')!r} for {label}: a number from 0 to 1 is needed"
+        for label in labels
+        if not (type(table.get(label)) in (int, float) and 0 <= table[label] <= 1)
+    ]
+    if wrong:
+        raise BadInput(*wrong)
+    return np.array([table[label] for label in labels], np.float64)
 
 
 def plot_progress(folder: Path, results: list[dict]) -> None:

@@ -260,3 +260,13 @@ def test_thresholds_tuned_where_they_are_reported_are_reported_cross_fitted() ->
     fixed = fs.evaluate(targets, probabilities, labels, 0.5, patients, resamples=20)
     assert fixed["metrics"] == fs.compute_metrics(targets, probabilities, labels, 0.5)
     assert "apparent" not in fixed
+
+
+def test_aggregation_averages_logits_and_keeps_every_row() -> None:
+    ids = ["valid_1_a_1", "other", "valid_1_a_2", "valid_1_b_1", "valid_11_a_1"]
+    patients = ["valid_1", "other", "valid_1", "valid_1", "valid_11"]
+    logits = np.array([[0.0], [7.0], [2.0], [10.0], [5.0]], np.float32)
+    assert fs.aggregate_logits(logits, ids, patients, "none") is logits
+    assert fs.aggregate_logits(logits, ids, patients, "series")[:, 0].tolist() == [1, 7, 1, 10, 5]
+    assert fs.aggregate_logits(logits, ids, patients, "patient")[:, 0].tolist() == [4, 7, 4, 4, 5]
+    assert fs.aggregate_logits(logits[:0], [], [], "patient").shape == (0, 1)

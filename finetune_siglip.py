@@ -2313,9 +2313,7 @@ def train_one_epoch(
     called between optimiser steps, where a settled state can be saved. Raises Diverged.
     """
     windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[state.micro // recipe.accumulation :]
-    loader = build_loader(
-        dataset, [b for w in windows for b in w.batches], recipe.num_workers, runtime.device.type == "cuda"
-    )
+    loader = build_loader(dataset, [b for w in windows for b in w.batches], recipe.num_workers, runtime.device)
     batches, waited, started = iter(loader), 0.0, time.perf_counter()
     state.model.train()
     bar = progress_bar(f"epoch {state.epoch + 1}", sum(len(b) for w in windows for b in w.batches), runtime)
@@ -3340,24 +3338,6 @@ def check_labels(path: Path, stored: list[str], asked: list[str]) -> None:
     raise BadInput(f"--label-columns differs from {path}: {'; '.join(details)}")
 
 
-def preprocessing_like(stored: Preprocessing, rows: Table, args: argparse.Namespace) -> Preprocessing:
-    """The checkpoint's preprocessing for other files: these may be stored in another way, which is found out anew."""
-    found = decide_preprocessing(
-        rows,
-        grid=stored.grid,
-        windows=stored.windows,
-        orientation=args.orientation or (None if stored.orientation == "SPL" else stored.orientation),
-        intensity=args.intensity,
-        hu_range=args.hu_range if args.hu_range != DEFAULT_HU_RANGE else stored.hu_range,
-    )
-    if (found.intensity == "windowed") != (stored.intensity == "windowed") or found.channels != stored.channels:
-        raise BadInput(
-            f"{rows.paths[0]}: these volumes are {found.intensity!r} with {found.channels} channels, those the "
-            f"checkpoint was trained on {stored.intensity!r} with {stored.channels}; convert them alike"
-        )
-    return found
-
-
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     """Predict with a checkpoint of ours; where labels are known, score as well."""
     setup_logging(None, runtime.is_main)
@@ -3368,7 +3348,7 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     rows = table.split(split)
     if len(rows) == 0:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
-    preprocessing = preprocessing_like(Preprocessing.from_dict(content["preprocessing"]), rows, args)
+    preprocessing = decide_preprocessing_like(content["preprocessing"], rows, args)
     model = classifier_from(content).to(runtime.device)
     dataset = CTVolumeDataset(rows, preprocessing)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)

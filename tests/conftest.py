@@ -1,6 +1,31 @@
-"""Puts the script on the import path, so that tests call its functions directly."""
+"""Puts the script on the import path and makes what several end-to-end tests share."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory):
+    """A folder with a random two-layer SigLIP tower for 16 x 16 images, written by transformers."""
+    import torch
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    from helpers import SMALL_TOWER
+
+    folder = tmp_path_factory.mktemp("tower")
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(**{key: value for key, value in SMALL_TOWER.items() if key != "family"})
+    SiglipVisionModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory):
+    """A table of 17 + 6 + 5 small phantoms (train, val, test)."""
+    import phantoms
+
+    return phantoms.write_dataset(tmp_path_factory.mktemp("scans"), 17, 6, 5, seed=3, shape=(8, 32, 32))

@@ -1,0 +1,235 @@
+"""Room 13, end to end: train, resume, predict and read back what was written."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, roc_auc_score
+
+import phantoms
+from finetune_siglip import MODEL_KIND, RUN_KIND, classifier_from, load_checked, main
+
+REAL = Path(__file__).parents[2] / "shared" / "data" / "ct"
+LABELS = ["Cardiomegaly", "Pleural effusion", "Lung nodule"]
+
+
+def arguments(scans, tower, out, *more, labels=LABELS):
+    return [
+        "--csv", str(scans), "--pretrained", str(tower), "--label-columns", *labels, "--output-dir", str(out),
+        "--num-slices", "4", "--batch-size", "4", "--num-workers", "0", "--wandb-mode", "disabled", "--lr", "1e-3",
+        *more,
+    ]  # fmt: skip
+
+
+def prediction_arguments(scans, model, out, *more, labels=LABELS):
+    return [
+        "--csv", str(scans), "--test-only", str(model), "--label-columns", *labels, "--output-dir", str(out),
+        "--num-workers", "0", "--batch-size", "4", *more,
+    ]  # fmt: skip
+
+
+def read_rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(scans, tower, tmp_path_factory):
+    """A finished run of three epochs with averaged weights, accumulation and a short last window."""
+    out = tmp_path_factory.mktemp("run")
+    more = (
+        "--epochs",
+        "3",
+        "--use-ema",
+        "--gradient-accumulation-steps",
+        "2",
+        "--scheduler",
+        "cosine",
+        "--warmup",
+        "2",
+    )
+    assert main(arguments(scans, tower, out, *more)) == 0
+    return out
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {file.name for file in finished.iterdir()}
+    assert {"best_model.pth", "last.ckpt", "results.jsonl", "training.log", "progress.png"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    lines = [json.loads(line) for line in (finished / "results.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert {"lr", "train_loss", "val_loss", "grad_norm", "macro_f1", "micro_f1", "macro_auc"} <= set(line)
+        assert set(line["per_label"]) == set(LABELS)
+        assert {"accuracy", "precision", "recall", "f1", "auc"} <= set(line["per_label"]["Lung nodule"])
+    best = max(lines, key=lambda line: (line["macro_f1"], -line["epoch"]))
+    content = load_checked(finished / "best_model.pth", MODEL_KIND)
+    assert content["epoch"] == best["epoch"]
+    assert content["labels"] == LABELS
+    assert content["metrics"]["macro_f1"] == best["macro_f1"]
+
+
+def test_validation_figures_are_those_of_scikit_learn_on_the_saved_model(finished, scans, tmp_path):
+    """The saved model, run through prediction, gives the very scores that ranked it: averaged weights included."""
+    assert main(prediction_arguments(scans, finished / "best_model.pth", tmp_path, "--test-split", "val")) == 0
+    predicted = read_rows(tmp_path / "test_predictions.csv")
+    truth = [row for row in read_rows(scans) if row["split"] == "val"]
+    assert [row["id"] for row in predicted] == [row["series_id"] for row in truth]
+    targets = np.array([[int(row[label]) for label in LABELS] for row in truth])
+    probabilities = np.array([[float(row[f"{label}_prob"]) for label in LABELS] for row in predicted])
+    calls = np.array([[int(row[f"{label}_pred"]) for label in LABELS] for row in predicted])
+    assert (calls == (probabilities >= 0.5)).all()
+    metrics = load_checked(finished / "best_model.pth", MODEL_KIND)["metrics"]
+    for i, label in enumerate(LABELS):
+        if 0 < targets[:, i].sum() < len(targets):
+            assert metrics["per_label"][label]["auc"] == pytest.approx(
+                roc_auc_score(targets[:, i], probabilities[:, i])
+            )
+        if targets[:, i].any() or calls[:, i].any():
+            expected = f1_score(targets[:, i], calls[:, i], zero_division=0)
+            assert metrics["per_label"][label]["f1"] == pytest.approx(expected)
+
+
+def test_predicting_needs_neither_pretrained_weights_nor_filled_labels(finished, scans, tmp_path):
+    rows = read_rows(scans)
+    table = scans.parent / "unlabelled.csv"
+    with open(table, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["series_id", "split", "img_path"])
+        writer.writerows([row["series_id"], row["split"], row["img_path"]] for row in rows)
+    for name, source in (("with", scans), ("without", table)):
+        assert main(prediction_arguments(source, finished / "best_model.pth", tmp_path / name)) == 0
+    with_labels, without = ((tmp_path / n / "test_predictions.csv").read_bytes() for n in ("with", "without"))
+    assert with_labels == without
+    assert len(read_rows(tmp_path / "with" / "test_predictions.csv")) == 5  # split test
+
+
+def test_a_checkpoint_alone_makes_the_model(finished):
+    model = classifier_from(load_checked(finished / "best_model.pth", MODEL_KIND)).eval()
+    with torch.no_grad():
+        assert model(torch.full((1, 1, 4, 16, 16), -800, dtype=torch.int16)).shape == (1, 3)
+
+
+def test_two_runs_are_identical_whatever_the_number_of_workers(scans, tower, tmp_path):
+    for name, workers in (("a", "0"), ("b", "2")):
+        assert main(arguments(scans, tower, tmp_path / name, "--epochs", "2", "--num-workers", workers)) == 0
+    first, second = ((tmp_path / name / "results.jsonl").read_bytes() for name in ("a", "b"))
+    assert first == second
+    states = [load_checked(tmp_path / name / "last.ckpt", RUN_KIND) for name in ("a", "b")]
+    for name, tensor in states[0]["model"].items():
+        assert torch.equal(tensor, states[1]["model"][name]), name
+
+
+def test_another_seed_gives_another_run(scans, tower, tmp_path):
+    for seed in ("1", "2"):
+        assert main(arguments(scans, tower, tmp_path / seed, "--epochs", "1", "--seed", seed)) == 0
+    assert (tmp_path / "1" / "results.jsonl").read_bytes() != (tmp_path / "2" / "results.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("loss", ["focal", "balanced"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_every_loss_and_optimiser_trains(scans, tower, tmp_path, loss, optimizer):
+    more = (
+        "--epochs",
+        "1",
+        "--loss",
+        loss,
+        "--optimizer",
+        optimizer,
+        "--slice-pooling",
+        "max",
+        "--freeze-up-to",
+        "all",
+    )
+    assert main(arguments(scans, tower, tmp_path, *more)) == 0
+    assert np.isfinite(json.loads((tmp_path / "results.jsonl").read_text())["train_loss"])
+
+
+def test_mixed_precision_trains_on_the_cpu(scans, tower, tmp_path):
+    assert main(arguments(scans, tower, tmp_path, "--epochs", "1", "--amp")) == 0
+
+
+def test_early_stopping_ends_the_run(scans, tower, tmp_path):
+    more = ("--epochs", "50", "--early-stopping-patience", "1", "--freeze-up-to", "all", "--lr", "1e-9")
+    assert main(arguments(scans, tower, tmp_path, *more)) == 0
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_is_not_overwritten_by_accident(finished, scans, tower, tmp_path, capsys):
+    out = shutil.copytree(finished, tmp_path / "copy")
+    before = (out / "last.ckpt").read_bytes()
+    assert main(arguments(scans, tower, out, "--epochs", "1")) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (out / "last.ckpt").read_bytes() == before
+    assert main(arguments(scans, tower, out, "--epochs", "1", "--overwrite")) == 0
+    assert len((out / "results.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--label-columns", *LABELS[::-1]], "order"),
+        (["--label-columns", *LABELS[:2]], "Lung nodule"),
+        (["--label-columns", *LABELS, "Emphysema"], "Emphysema"),
+        (["--test-split", "unheard"], "unheard"),
+        (["--csv", "nowhere.csv"], "nowhere.csv"),
+        (["--test-only", "nowhere.pth"], "nowhere.pth"),
+    ],
+)
+def test_a_wrong_prediction_is_refused_in_one_line(finished, scans, tmp_path, capsys, change, named):
+    argv = prediction_arguments(scans, finished / "best_model.pth", tmp_path / "out")
+    assert main([*argv, *change]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert named in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_data_error_is_told_at_once_with_its_line(scans, tower, tmp_path, capsys):
+    lines = scans.read_text().splitlines()
+    lines[3] = lines[3].replace("volumes/", "elsewhere/")
+    lines[5] = lines[5].rsplit(",", 1)[0] + ",2"
+    lines[8] = lines[7]
+    table = scans.parent / "wrong.csv"
+    table.write_text("\n".join(lines) + "\n")
+    last = lines[0].split(",")[-1]
+    assert main(arguments(table, tower, tmp_path / "out", labels=[*LABELS, last])) == 2
+    told = capsys.readouterr().err
+    for line in (4, 6, 9):
+        assert f"line {line}:" in told
+    assert all(line.startswith("error: ") for line in told.strip().splitlines())
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"no real scans at {REAL}")
+def test_real_scans_train_two_epochs_and_predict(tower, tmp_path):
+    table = tmp_path / "real.csv"
+    rows = [
+        ("covid_p001", "train", 1, 0),
+        ("cap001", "train", 0, 1),
+        ("normal001", "val", 1, 0),
+        ("again", "test", 0, ""),
+    ]
+    paths = {"again": "cap001"}
+    text = "series_id,split,img_path,Consolidation,Lung opacity\n"
+    for name, split, *labels in rows:
+        target = tmp_path / f"{name}.npz"
+        shutil.copyfile(REAL / f"{paths.get(name, name)}.npz", target)
+        text += ",".join([name, split, str(target), *map(str, labels)]) + "\n"
+    table.write_text(text)
+    labels = ["Consolidation", "Lung opacity"]
+    assert main(arguments(table, tower, tmp_path / "out", "--epochs", "2", labels=labels)) == 0
+    assert main(prediction_arguments(table, tmp_path / "out" / "best_model.pth", tmp_path / "out", labels=labels)) == 0
+    (row,) = read_rows(tmp_path / "out" / "test_predictions.csv")
+    assert row["id"] == "again"
+    assert 0 < float(row["Consolidation_prob"]) < 1
+
+
+def test_phantom_labels_are_among_the_18_findings(scans):
+    header = scans.read_text().splitlines()[0].split(",")
+    assert set(header[3:]) <= set(phantoms.CT_RATE_LABELS)
+    assert len(header[3:]) >= 8

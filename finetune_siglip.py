@@ -355,6 +355,11 @@ def setup_logging(output_dir: Path | None, is_main: bool) -> None:
         log.addHandler(to_file)
 
 
+def first_line(error: BaseException) -> str:
+    """An exception for a one-line message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class Tracker:
     """Weights & Biases where it works and nothing where it does not: a tracker never stops or delays a run."""
 
@@ -366,7 +371,7 @@ class Tracker:
             try:
                 action()
             except Exception as error:  # whatever it is, training goes on without the tracker
-                log.warning("Weights & Biases stopped: %s", str(error).splitlines()[:1])
+                log.warning("Weights & Biases stopped: %s", first_line(error))
                 self.run = None
 
     def record(self, figures: dict[str, Any], step: int) -> None:
@@ -403,7 +408,7 @@ def start_wandb(project: str, mode: str, config: dict[str, Any], folder: Path, i
         settings = wandb.Settings(silent=True, console="off", init_timeout=20)
         return Tracker(wandb.init(project=project, mode=chosen, config=config, dir=folder, settings=settings))
     except Exception as error:  # missing package, refused key, broken proxy: never a reason to lose a run
-        log.warning("Weights & Biases is off: %s", str(error).splitlines()[:1])
+        log.warning("Weights & Biases is off: %s", first_line(error))
         return Tracker()
 
 

@@ -1130,6 +1130,8 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) 
         header, stored = read_stored(table.paths[row])
         low, high = float(stored.min()), float(stored.max())
         verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
+        if verdict == "hu" and soft_tissue(stored) < 0.01:
+            verdict, reason = "", "has hardly a voxel of soft tissue (-200 to 300 HU): was its intercept applied twice?"
         if not verdict:
             messages.append(f"{table.paths[row]} {reason}: convert it, or say what is meant with --intensity")
         seen.setdefault(verdict, []).append(f"{table.paths[row]} ({header.dtype}, {low:g} to {high:g})")
@@ -1143,6 +1145,12 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) 
     verdict, files = seen.popitem()
     log.info("intensity: %s, decided from %d files such as %s", verdict, len(files), files[0])
     return verdict
+
+
+def soft_tissue(stored: np.ndarray) -> float:
+    """The part of a scan's voxels that lies between -200 and 300 HU, of every fourth one along each axis."""
+    some = stored[0, ::4, ::4, ::4].astype(np.float32)
+    return float(((some > -200) & (some < 300)).mean())
 
 
 def decide_preprocessing(

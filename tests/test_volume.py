@@ -1,0 +1,559 @@
+"""Room 4: a voxel keeps its place and value on the way from the file to the int16 tensor, or the file is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import finetune_siglip
+from finetune_siglip import (
+    AIR,
+    BadInput,
+    BadVolume,
+    CTVolumeDataset,
+    Preprocessing,
+    Table,
+    augment,
+    build_loader,
+    decide_preprocessing,
+    guess_intensity,
+    load_sample,
+    load_volume,
+    move_volume,
+    read_headers,
+    resample_volume,
+)
+from helpers import CHEST, ROOT
+
+CPU = torch.device("cpu")
+CODES = [
+    "".join(code)
+    for order in itertools.permutations(("RL", "AP", "SI"))
+    for code in itertools.product(*order)
+]  # fmt: skip
+
+
+def chest(*shape: int, seed: int = 0) -> np.ndarray:
+    """int16 HU (1, D, H, W) with air, lung, soft tissue and bone in it."""
+    rng = np.random.default_rng(seed)
+    return rng.choice([-1000, -850, 40, 60, 700], size=(1, *shape)).astype(np.int16) + rng.integers(
+        -20, 20, (1, *shape), dtype=np.int16
+    )
+
+
+def save(path: Path, **members: object) -> Path:
+    np.savez_compressed(path, **members)
+    return path
+
+
+def prep(grid: tuple[int, int, int], **changes: object) -> Preprocessing:
+    settings = {"orientation": "SPL", "intensity": "hu", "hu_range": (-1000.0, 1500.0), "windows": CHEST, "grid": grid}
+    return Preprocessing(**(settings | changes))
+
+
+def table_of(*paths: Path) -> Table:
+    n = len(paths)
+    targets = np.tile(np.array([[1, 0]], np.float32), (n, 1))
+    ids = [f"s{i}" for i in range(n)]
+    return Table(("A", "B"), ids, ids, ["train"] * n, list(paths), targets, list(range(2, n + 2)))
+
+
+# Orientation
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_all_48_orientation_codes_agree_with_nibabel(tmp_path: Path, code: str) -> None:
+    stored = chest(3, 4, 5)
+    path = save(tmp_path / "v.npz", image=stored)
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt(tuple(code)), nibabel.orientations.axcodes2ornt(tuple("SPL"))
+    )
+    expected = nibabel.orientations.apply_orientation(stored[0], turn)
+    np.testing.assert_array_equal(load_volume(path, code)[0], expected)
+
+
+def test_load_volume_makes_no_copy_and_keeps_the_dtype(tmp_path: Path) -> None:
+    stored = chest(3, 4, 5).astype(np.float16)
+    volume = load_volume(save(tmp_path / "v.npz", image=stored), "RAS")
+    assert volume.dtype == np.float16
+    assert volume.base is not None
+    assert volume.shape == (1, 5, 4, 3)
+
+
+@pytest.mark.parametrize("code", ["SPL", "RAS", "LPI", "ASR"])
+def test_a_sample_is_the_same_however_its_file_is_stored(tmp_path: Path, code: str) -> None:
+    volume = chest(12, 14, 16)
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt(tuple("SPL")), nibabel.orientations.axcodes2ornt(tuple(code))
+    )
+    turned = nibabel.orientations.apply_orientation(volume[0], turn)[None]
+    plain = load_sample(save(tmp_path / "a.npz", image=volume), prep((8, 10, 12)))
+    other = load_sample(save(tmp_path / "b.npz", image=turned), prep((8, 10, 12), orientation=code))
+    assert other.is_contiguous()
+    assert (plain.int() - other.int()).abs().max() <= 1  # flips change the order of float32 sums
+
+
+def test_fortran_order_and_foreign_byte_order_are_read(tmp_path: Path) -> None:
+    volume = chest(5, 6, 7)
+    expected = load_sample(save(tmp_path / "a.npz", image=volume), prep((4, 4, 4)))
+    for name, stored in (("f", np.asfortranarray(volume)), ("b", volume.astype(">i2")), ("d", volume.astype("f8"))):
+        assert torch.equal(load_sample(save(tmp_path / f"{name}.npz", image=stored), prep((4, 4, 4))), expected)
+
+
+def test_depth_last_arrays_stop_with_the_flag_that_settles_it(tmp_path: Path) -> None:
+    table = table_of(save(tmp_path / "v.npz", image=chest(12, 12, 9)))
+    with pytest.raises(BadInput, match="--orientation RAS"):
+        decide_preprocessing(table, (8, 8, 8), CHEST)
+    assert decide_preprocessing(table, (8, 8, 8), CHEST, orientation="RAS").orientation == "RAS"
+    assert decide_preprocessing(table, (8, 8, 8), CHEST, orientation="SPL").orientation == "SPL"
+
+
+def test_a_file_that_names_its_orientation_is_believed_and_held_to_it(tmp_path: Path) -> None:
+    path = save(tmp_path / "v.npz", image=chest(12, 12, 9), orientation="RAS", spacing=[1.5, 1.5, 3.0])
+    assert decide_preprocessing(table_of(path), (8, 8, 8), CHEST).orientation == "RAS"
+    with pytest.raises(BadVolume, match="stored RAS, not SPL"):
+        load_volume(path)
+    both = table_of(path, save(tmp_path / "w.npz", image=chest(9, 12, 12), orientation="SPL"))
+    with pytest.raises(BadInput, match="RAS, SPL"):
+        decide_preprocessing(both, (8, 8, 8), CHEST)
+
+
+@pytest.mark.parametrize("members", [{"orientation": "XYZ"}, {"spacing": [1.0, 0.0, 1.0]}, {"spacing": [1.0, 2.0]}])
+def test_senseless_members_are_refused(tmp_path: Path, members: dict) -> None:
+    with pytest.raises(BadVolume, match="member"):
+        load_volume(save(tmp_path / "v.npz", image=chest(3, 3, 3), **members))
+
+
+# Resampling
+
+
+def reference_axis(line: np.ndarray, n_out: int) -> np.ndarray:
+    """Triangle filter along axis 0 in float64, one output at a time, as in Pillow and torch's antialias=True."""
+    scale = len(line) / n_out
+    width = max(1.0, scale)
+    out = []
+    for i in range(n_out):
+        centre = (i + 0.5) * scale
+        weights = [max(0.0, 1 - abs(j + 0.5 - centre) / width) for j in range(len(line))]
+        out.append(sum(w * value for w, value in zip(weights, line, strict=True)) / sum(weights))
+    return np.array(out)
+
+
+def reference(volume: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+    result = volume.astype(np.float64)
+    for axis, n in enumerate(size):
+        result = np.moveaxis(reference_axis(np.moveaxis(result, axis, 0), n), 0, axis)
+    return result
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float16", "float32", "int32", "float64"])
+@pytest.mark.parametrize("size", [(7, 9, 8), (12, 20, 20), (30, 25, 40), (5, 40, 11), (12, 5, 64)])
+def test_voxels_are_within_one_hu_of_a_float64_reference(size: tuple[int, int, int], dtype: str) -> None:
+    volume = chest(12, 20, 20).astype(dtype)
+    found = resample_volume(volume, size)
+    assert found.dtype == np.int16
+    assert np.abs(found[0] - reference(volume[0], size)).max() <= 0.51
+
+
+def test_resampling_is_torchs_antialias_per_axis() -> None:
+    volume = chest(1, 48, 40)
+    expected = F.interpolate(
+        torch.from_numpy(volume).double(), size=(20, 64), mode="bilinear", antialias=True, align_corners=False
+    )
+    assert np.abs(resample_volume(volume, (1, 20, 64)) - expected.numpy()).max() <= 0.51
+
+
+def test_an_unchanged_grid_changes_no_voxel() -> None:
+    volume = chest(9, 17, 33)
+    np.testing.assert_array_equal(resample_volume(volume, (9, 17, 33)), volume)
+
+
+def test_unit_values_become_the_hu_they_stand_for(tmp_path: Path) -> None:
+    hu = chest(6, 8, 8).astype(np.float32)
+    unit = (np.clip(hu, -1000, 1500) + 1000) / 2500
+    found = load_sample(save(tmp_path / "v.npz", image=unit), prep((6, 8, 8), intensity="unit"))
+    assert np.abs(found.numpy() - np.clip(hu, -1000, 1500)).max() <= 1
+
+
+def test_windowed_channels_keep_their_values(tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).random((4, 6, 8, 8), np.float32)
+    sample = load_sample(save(tmp_path / "v.npz", image=stored), prep((6, 8, 8), intensity="windowed", channels=4))
+    assert np.abs(sample.numpy() / 32767 - stored).max() < 2e-5
+
+
+def test_with_several_hu_channels_the_first_one_counts(tmp_path: Path) -> None:
+    volume = np.concatenate([chest(5, 6, 6), chest(5, 6, 6, seed=1)])
+    sample = load_sample(save(tmp_path / "v.npz", image=volume), prep((5, 6, 6)))
+    np.testing.assert_array_equal(sample.numpy(), volume[:1])
+
+
+def test_preprocessing_survives_plain_types() -> None:
+    settings = prep((8, 9, 10), spacing=(3.0, 1.5, 1.5), channels=2)
+    stored = settings.to_dict()
+    assert all(isinstance(value, (str, int, float, list, bool, type(None))) for value in stored.values())
+    assert Preprocessing.from_dict(stored | {"later": 1}) == settings
+
+
+# Intensity
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype", "channels", "verdict"),
+    [
+        (-1024, 1400, "int16", 1, "hu"), (-1000, 1500, "float16", 1, "hu"), (-3024, 3071, "int16", 1, "hu"),
+        (0, 1, "float32", 1, "unit"), (0.02, 0.98, "float16", 1, "unit"), (0, 1, "float32", 3, "windowed"),
+        (-1, 1, "float32", 1, ""), (-0.7, 0.9, "float32", 3, ""), (0, 255, "uint8", 1, ""), (0, 255, "float32", 1, ""),
+        (0, 4095, "int16", 1, ""), (-9000, 1000, "int16", 1, ""), (-1000, 30000, "int16", 1, ""), (0, 0, "int16", 1, ""),
+        (math.nan, math.nan, "float32", 1, ""), (-math.inf, 5, "float32", 1, ""), (0, 1, "int16", 1, ""),
+    ],
+)  # fmt: skip
+def test_what_values_stand_for(low: float, high: float, dtype: str, channels: int, verdict: str) -> None:
+    found, reason = guess_intensity(np.dtype(dtype), channels, low, high)
+    assert found == verdict
+    assert bool(reason) != bool(verdict)
+
+
+def unit(*shape: int) -> np.ndarray:
+    return (chest(*shape).astype(np.float32) + 1100) / 2600
+
+
+@pytest.mark.parametrize(
+    ("stored", "words"),
+    [
+        (unit(8, 9, 9) * 2 - 1, r"\[-1, 1\]"),
+        ((unit(8, 9, 9) * 255).astype(np.uint8), "8-bit"),
+        (chest(8, 9, 9) + np.int16(1100), "intercept is missing"),
+        (chest(8, 9, 9) - np.int16(1024), "applied twice"),
+        (np.where(chest(8, 9, 9) > 600, 20000, -1000).astype(np.int16), "beyond"),
+    ],
+)
+def test_ranges_that_are_none_of_these_stop_the_run_naming_file_and_flag(
+    tmp_path: Path, stored: np.ndarray, words: str
+) -> None:
+    table = table_of(save(tmp_path / "odd.npz", image=stored))
+    with pytest.raises(BadInput, match=words) as caught:
+        decide_preprocessing(table, (8, 8, 8), CHEST)
+    assert "odd.npz" in str(caught.value)
+    assert "--intensity" in str(caught.value)
+
+
+def test_a_mixture_stops_the_run_with_an_example_of_each(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"hu{i}.npz", image=chest(8, 9, 9).astype(np.float32)) for i in range(3)]
+    paths.append(save(tmp_path / "unit.npz", image=unit(8, 9, 9).astype(np.float32)))
+    with pytest.raises(BadInput, match=r"hu: .*hu0.npz.*unit: .*unit.npz"):
+        decide_preprocessing(table_of(*paths), (8, 8, 8), CHEST)
+
+
+def test_one_odd_file_among_hundreds_is_found_when_it_is_read(tmp_path: Path) -> None:
+    odd = save(tmp_path / "odd.npz", image=unit(8, 9, 9))
+    with pytest.raises(BadVolume, match=r"odd\.npz: looks like 'unit', not 'hu'"):
+        load_sample(odd, prep((8, 8, 8)))
+    assert load_sample(odd, prep((8, 8, 8), trusted=True)).max() <= 1  # --intensity hu, on purpose
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_single_voxel_that_is_not_finite_refuses_the_scan(tmp_path: Path, value: float) -> None:
+    stored = chest(20, 24, 24).astype(np.float32)
+    stored[0, 7, 11, 13] = value
+    with pytest.raises(BadVolume, match="not finite"):
+        load_sample(save(tmp_path / "v.npz", image=stored), prep((8, 8, 8), trusted=True))
+
+
+def test_a_blank_scan_is_refused_even_on_purpose(tmp_path: Path) -> None:
+    path = save(tmp_path / "v.npz", image=np.zeros((1, 8, 8, 8), np.int16))
+    with pytest.raises(BadVolume, match="same value"):
+        load_sample(path, prep((8, 8, 8), trusted=True))
+
+
+def test_windowed_files_must_have_the_same_channels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    three, four = (save(tmp_path / f"{n}.npz", image=rng.random((n, 6, 8, 8), np.float32)) for n in (3, 4))
+    decided = decide_preprocessing(table_of(three), (6, 8, 8), CHEST)
+    assert (decided.intensity, decided.channels) == ("windowed", 3)
+    with pytest.raises(BadInput, match="channels"):
+        decide_preprocessing(table_of(three, four), (6, 8, 8), CHEST)
+    with pytest.raises(BadVolume, match="4 channels"):
+        load_sample(four, decided)
+
+
+# Damaged and hostile files
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    text = header.encode("latin1")
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text + data
+
+
+def zipped(path: Path, members: list[tuple[str, bytes]], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    return path
+
+
+PLAIN = "{'descr': '<i2', 'fortran_order': False, 'shape': (1, 2, 2, 2), }"
+OBJECT = "{'descr': '|O', 'fortran_order': False, 'shape': (), }"
+HOSTILE = {
+    "object array": [("image.npy", npy(PLAIN.replace("<i2", "|O"), b"cos\nsystem\n(S'true'\ntR."))],
+    "header larger than data": [("image.npy", npy(PLAIN.replace("1, 2, 2, 2", "1, 99999, 99999, 99"), b"\0" * 16))],
+    "data larger than header": [("image.npy", npy(PLAIN, b"\0" * 17))],
+    "negative shape": [("image.npy", npy(PLAIN.replace("1, 2, 2, 2", "1, -2, -2, 4"), b"\0" * 32))],
+    "two dimensions": [("image.npy", npy(PLAIN.replace("1, 2, 2, 2", "8, 1"), b"\0" * 16))],
+    "text": [("image.npy", npy(PLAIN.replace("<i2", "<U4"), b"\0" * 128))],
+    "records": [("image.npy", npy(PLAIN.replace("'<i2'", "[('a', '<i2')]"), b"\0" * 16))],
+    "code in the header": [("image.npy", npy("__import__('os').system('true')"))],
+    "deep header": [("image.npy", npy("(" * 9000))],
+    "no array": [("image.npy", b"hello")],
+    "no image": [("volume.npy", npy(PLAIN, b"\0" * 16))],
+    "no member": [],
+    "object orientation": [("image.npy", npy(PLAIN, b"\0" * 16)), ("orientation.npy", npy(OBJECT, b"cos\n."))],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_members_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BadVolume, match=r"v\.npz"):
+        load_volume(zipped(tmp_path / "v.npz", HOSTILE[name]))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_duplicate_and_linked_members_are_refused(tmp_path: Path) -> None:
+    whole = npy(PLAIN, bytes(range(16)))
+    twice = zipped(tmp_path / "twice.npz", [("image.npy", whole), ("image.npy", whole)])
+    link = zipfile.ZipInfo("image.npy")
+    link.create_system, link.external_attr = 3, 0o120777 << 16
+    with zipfile.ZipFile(tmp_path / "link.npz", "w") as archive:
+        archive.writestr(link, "/etc/hostname")
+    for path in (twice, tmp_path / "link.npz"):
+        with pytest.raises(BadVolume, match="double, encrypted, a link"):
+            load_volume(path)
+
+
+def test_pipes_folders_and_devices_are_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "null.npz").symlink_to("/dev/zero")
+    for name in ("pipe.npz", "null.npz"):
+        with pytest.raises(BadVolume, match="not a regular file"):
+            load_volume(tmp_path / name)
+    with pytest.raises(BadVolume, match="cannot be read"):
+        load_volume(tmp_path / "gone.npz")
+
+
+def test_a_file_cut_short_or_changed_anywhere_is_refused(tmp_path: Path) -> None:
+    whole = save(tmp_path / "v.npz", image=chest(6, 20, 20)).read_bytes()
+    broken = tmp_path / "broken.npz"
+    for length in (0, 3, 20, 100, len(whole) // 2, len(whole) - 60, len(whole) - 1):
+        broken.write_bytes(whole[:length])
+        with pytest.raises(BadVolume):
+            load_volume(broken)
+    for place in range(60, len(whole) - 120, 97):  # inside the deflated array
+        broken.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with pytest.raises(BadVolume, match=r"damaged|header"):
+            load_volume(broken)
+
+
+def test_bombs_are_refused_within_100_mb(tmp_path: Path) -> None:
+    shape, packed = (1, 128, 1024, 1024), zlib.compressobj(6, wbits=-15)
+    header = npy(PLAIN.replace("1, 2, 2, 2", ", ".join(map(str, shape))))
+    data = packed.compress(header)
+    zeros = bytes(1 << 24)
+    crc = zlib.crc32(header)
+    for _ in range(16):  # 256 MiB of zeros
+        data += packed.compress(zeros)
+        crc = zlib.crc32(zeros, crc)
+    data += packed.flush()
+    size = len(header) + (1 << 28)
+    local = struct.pack("<4sHHHHHIIIHH", b"PK\3\4", 20, 0, 8, 0, 0, crc, len(data), size, 9, 0) + b"image.npy"
+    central = struct.pack(
+        "<4sHHHHHHIIIHHHHHII", b"PK\1\2", 20, 20, 0, 8, 0, 0, crc, len(data), size, 9, 0, 0, 0, 0, 0, 0
+    )
+    central += b"image.npy"
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 1, 1, len(central), len(local) + len(data), 0)
+    bomb = tmp_path / "bomb.npz"
+    bomb.write_bytes(local + data + central + end)
+    lie = bytearray(bomb.read_bytes())  # the same, but the archive admits to 4 KiB only
+    at = len(local) + len(data)
+    lie[at + 24 : at + 28] = struct.pack("<I", 4096)
+    small = npy(PLAIN.replace("1, 2, 2, 2", "1, 2, 2, 1"))
+    (tmp_path / "lie.npz").write_bytes(lie)
+    zipped(tmp_path / "deep.npz", [("image.npy", small + b"\0" * 8), *((f"m{i}.npy", b"") for i in range(60000))])
+    code = (
+        "import resource, sys, finetune_siglip as f\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: f.load_volume(path)\n"
+        "    except f.BadVolume as error: print('refused')\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)\n"
+    )
+    paths = [str(tmp_path / f"{name}.npz") for name in ("bomb", "lie", "deep")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
+    *refused, megabytes = done.stdout.split()
+    assert refused == ["refused"] * 3
+    assert int(megabytes) < 100
+
+
+def test_headers_are_read_without_inflating_and_every_bad_file_is_named(tmp_path: Path) -> None:
+    good = save(tmp_path / "good.npz", image=chest(6, 20, 20), orientation="SPL", spacing=np.array([3.0, 1.5, 1.5]))
+    whole = good.read_bytes()
+    torn = tmp_path / "torn.npz"
+    torn.write_bytes(whole[: len(whole) // 3])
+    other = zipped(tmp_path / "other.npz", HOSTILE["object array"])
+    (header,) = read_headers(table_of(good))
+    assert (header.shape, header.dtype, header.orientation, header.spacing) == ((1, 6, 20, 20), np.int16, "SPL", (3.0, 1.5, 1.5))  # fmt: skip
+    with pytest.raises(BadInput) as caught:
+        read_headers(table_of(torn, good, other))
+    assert len(caught.value.messages) == 2
+    assert "line 2" in caught.value.messages[0]
+    assert "line 4" in caught.value.messages[1]
+
+
+def test_npy_files_and_three_dimensions_are_read(tmp_path: Path) -> None:
+    volume = chest(5, 6, 7)
+    np.save(tmp_path / "v.npy", volume[0])
+    np.testing.assert_array_equal(load_volume(tmp_path / "v.npy"), volume)
+    np.savez(tmp_path / "stored.npz", image=volume[0])
+    np.testing.assert_array_equal(load_volume(tmp_path / "stored.npz"), volume)
+    (tmp_path / "v.npy").write_bytes((tmp_path / "v.npy").read_bytes()[:-1])
+    with pytest.raises(BadVolume, match="disagree"):
+        load_volume(tmp_path / "v.npy")
+
+
+def test_zlib_serves_where_isal_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = chest(6, 20, 20)
+    path = save(tmp_path / "v.npz", image=volume)
+    for name in ("isal", "isal.igzip_lib", "isal.isal_zlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    np.testing.assert_array_equal(load_volume(path), volume)
+    path.write_bytes(path.read_bytes().replace(path.read_bytes()[300:310], bytes(10)))
+    with pytest.raises(BadVolume, match="damaged"):
+        load_volume(path)
+
+
+# Dataset and loader
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Table:
+    return table_of(*(save(tmp_path / f"{i}.npz", image=chest(6, 8, 8, seed=i)) for i in range(5)))
+
+
+def test_items_and_their_pad_rows(scans: Table) -> None:
+    dataset = CTVolumeDataset(scans, prep((4, 6, 6)))
+    item, pad = dataset[3], dataset[~3]
+    assert item["volume"].shape == (1, 4, 6, 6)
+    assert item["volume"].dtype == torch.int16
+    assert (item["targets"].tolist(), item["row"], item["bad"]) == ([1, 0], 3, False)
+    assert torch.equal(pad["volume"], item["volume"])
+    assert pad["targets"].isnan().all()
+    assert pad["row"] == 3
+    assert not np.isnan(scans.targets).any()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_yields_exactly_the_plan(scans: Table, workers: int) -> None:
+    plan = [[4, 0], [2], [~1, 3, 1]]
+    batches = list(build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), plan, workers, CPU))
+    assert [batch["row"].tolist() for batch in batches] == [[4, 0], [2], [1, 3, 1]]
+    assert batches[2]["targets"].isnan().all(dim=1).tolist() == [True, False, False]
+    assert batches[0]["volume"].dtype == torch.int16
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_scan_that_goes_bad_is_tried_three_times_then_stops_the_run(
+    scans: Table, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finetune_siglip, "READ_DELAYS", (0.0, 0.01))
+    scans.paths[2].write_bytes(b"gone bad")
+    batches = iter(build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[0], [2, 1]], workers, CPU))
+    next(batches)
+    with pytest.raises(BadVolume, match=r"series 's2' \(line 4\).*2.npz") as caught:
+        next(batches)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_scan_that_comes_back_is_read(scans: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune_siglip, "READ_DELAYS", (0.0, 0.0))
+    whole, tries = scans.paths[0].read_bytes(), []
+    scans.paths[0].unlink()
+
+    def come_back(_: float) -> None:
+        tries.append(1)
+        if len(tries) == 2:
+            scans.paths[0].write_bytes(whole)
+
+    monkeypatch.setattr(time, "sleep", come_back)
+    assert not CTVolumeDataset(scans, prep((4, 6, 6)))[0]["bad"]
+    assert len(tries) == 2
+
+
+def test_skipping_marks_the_scan_and_takes_its_targets_away(scans: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune_siglip, "READ_DELAYS", (0.0, 0.0))
+    scans.paths[2].unlink()
+    (batch,) = build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[1, 2]], 0, CPU, on_bad_volume="skip")
+    assert batch["bad"].tolist() == [False, True]
+    assert batch["targets"].isnan().tolist() == [[False, False], [True, True]]
+    assert (batch["volume"][1] == AIR).all()
+    assert "2.npz" in batch["error"][1]
+
+
+# Augmentation
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_row() -> None:
+    volumes = torch.from_numpy(np.stack([chest(6, 16, 16, seed=i) for i in range(3)]))
+    all_at_once = augment(volumes, [0, 1, 2], "strong", 7, 3, "hu")
+    for row in range(3):
+        assert torch.equal(augment(volumes[row : row + 1], [row], "strong", 7, 3, "hu")[0], all_at_once[row])
+    for seed, epoch, rows in ((8, 3, [0, 1, 2]), (7, 4, [0, 1, 2]), (7, 3, [3, 4, 5])):
+        assert not torch.equal(augment(volumes, rows, "strong", seed, epoch, "hu"), all_at_once)
+    assert augment(volumes, [0, 1, 2], "none", 7, 3, "hu") is volumes
+
+
+def test_augmented_batches_do_not_depend_on_the_number_of_workers(scans: Table) -> None:
+    def epoch(workers: int) -> list[torch.Tensor]:
+        loader = build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[3, 1], [0, 4, 2]], workers, CPU)
+        return [augment(batch["volume"], batch["row"].tolist(), "light", 1, 2, "hu") for batch in loader]
+
+    for one, other in zip(epoch(0), epoch(2), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_moving_by_nothing_changes_nothing_and_sides_stay_sides() -> None:
+    volume = torch.from_numpy(chest(6, 32, 48))
+    assert (move_volume(volume, 0.0, 1.0, 1.0, (0, 0, 0), AIR) - volume).abs().max() < 0.1
+    right = torch.full((1, 4, 32, 32), -1000, dtype=torch.int16)
+    right[..., 4:10] = 500  # on the patient's right
+    for row in range(20):
+        moved = augment(right[None], [row], "strong", 0, 0, "hu")[0]
+        assert moved[..., :16].mean() > moved[..., 16:].mean() + 100
+
+
+def test_a_quarter_turn_of_slices_that_are_not_square_keeps_shapes() -> None:
+    """With the field of view of rows and columns equal in voxels, a disc stays a disc."""
+    y, x = torch.meshgrid(torch.arange(40) - 19.5, torch.arange(60) - 29.5, indexing="ij")
+    disc = ((x**2 + y**2 < 100) * 1000).to(torch.int16)[None, None]
+    assert (move_volume(disc, math.pi / 2, 1.0, 1.0, (0, 0, 0), 0.0) - disc).abs().max() < 400
+
+
+def test_light_augmentation_stays_near_the_scan() -> None:
+    volumes = torch.from_numpy(chest(8, 32, 32))[None].repeat(8, 1, 1, 1, 1)
+    light = augment(volumes, list(range(8)), "light", 0, 0, "hu")
+    assert light.dtype == torch.float32
+    assert light.isfinite().all()
+    assert (light.mean(dim=(1, 2, 3, 4)) - volumes.float().mean(dim=(1, 2, 3, 4))).abs().max() < 120
+    windowed = augment(volumes.abs(), list(range(8)), "light", 0, 0, "windowed")
+    assert windowed.isfinite().all()

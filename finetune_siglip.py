@@ -752,7 +752,6 @@ class Header:
     shape: tuple[int, ...]  # (C, then the three stored axes)
     dtype: np.dtype
     fortran: bool = False
-    start: int = 0  # bytes of the array file before its first voxel
     orientation: str | None = None  # named by the file itself
     spacing: tuple[float, ...] | None = None  # mm along the stored axes
 
@@ -766,14 +765,14 @@ class Member:
     """One file inside a ZIP archive."""
 
     deflated: bool
-    crc: int
+    crc: int | None
     packed: int  # bytes in the archive
     size: int  # bytes after inflating
     offset: int  # of the local header
 
 
-# An NPZ is read here rather than by numpy.load: that trusts what the archive says of itself (memory, pickles), and it
-# inflates through two more copies. Only what numpy writes is accepted: stored or deflated members, no ZIP64 archive.
+# An NPZ is read here rather than by numpy.load: that trusts what the archive says of itself (memory, pickles) and needs
+# two copies of the volume. Only what numpy writes is accepted: stored or deflated members, no ZIP64 archive.
 
 
 def zip_members(file: int, size: int, path: Path) -> dict[str, Member]:
@@ -797,93 +796,108 @@ def zip_members(file: int, size: int, path: Path) -> dict[str, Member]:
         link = made >> 8 == 3 and stat.S_ISLNK(mode >> 16)
         if name in members or link or flags & 1 or method not in (0, 8) or offset + packed > start:
             raise BadVolume(f"{path}: member {name!r} is double, encrypted, a link or not stored the way numpy does")
+        if full > 1 << 25 and full > 200 * packed:  # noise alone keeps a CT below 20 : 1
+            raise BadVolume(f"{path}: would inflate to {full / max(1, packed):.0f} times its size: no CT does")
         members[name] = Member(method == 8, crc, packed, full, offset)
         at += 46 + n + extra + comment
     return members
 
 
-def read_exactly(file: int, length: int, offset: int, path: Path) -> bytes:
-    """`length` bytes at `offset`; one call to the system returns 2 GiB at most."""
-    parts = []
-    while length:
-        part = os.pread(file, min(length, 1 << 30), offset)
-        if not part:
-            raise BadVolume(f"{path}: is cut short: copy it again")
-        parts.append(part)
-        length, offset = length - len(part), offset + len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+class MemberReader:
+    """The bytes of a member, or of a plain file, from front to back; what they inflate to is never kept."""
+
+    def __init__(self, file: int, member: Member, path: Path):
+        self.file, self.member, self.path = file, member, path
+        self.at = member.offset
+        if member.crc is not None:
+            local = os.pread(file, 30, member.offset)
+            if len(local) < 30:
+                raise BadVolume(f"{path}: is cut short: copy it again")
+            self.at += 30 + sum(struct.unpack("<HH", local[26:]))
+        self.end, self.left, self.step, self.crc = self.at + member.packed, member.size, 4096, 0
+        try:
+            from isal.isal_zlib import crc32, decompressobj  # inflates 1.4 times as fast as zlib
+        except ImportError:
+            from zlib import crc32, decompressobj
+        self.crc32 = crc32
+        self.inflater = decompressobj(-15) if member.deflated else None
+
+    def packed(self, length: int) -> bytes:
+        """The next bytes of the file, none at the member's end."""
+        data = os.pread(self.file, max(0, min(length, self.end - self.at)), self.at)
+        self.at += len(data)
+        return data
+
+    def read(self, length: int) -> bytes:
+        """Exactly `length` bytes."""
+        parts = []
+        self.left -= length
+        while length:
+            if self.inflater is None:
+                data = part = self.packed(min(length, 1 << 30))  # Linux reads 2 GiB at most
+            else:
+                data = self.inflater.unconsumed_tail or self.packed(self.step)
+                self.step = min(2 * self.step, 1 << 20)  # a header needs little, voxels are read in large pieces
+                try:
+                    part = self.inflater.decompress(data, length)
+                except Exception as error:  # isal and zlib have no common class of error
+                    raise BadVolume(f"{self.path}: is damaged ({error}): copy it again") from None
+            if not (data or part):
+                raise BadVolume(f"{self.path}: is damaged or cut short: copy it again")
+            parts.append(part)
+            length -= len(part)
+        whole = parts[0] if len(parts) == 1 else b"".join(parts)
+        self.crc = self.crc32(whole, self.crc)
+        return whole
+
+    def finish(self) -> None:
+        """BadVolume unless the member ends where it says and the whole of it matches its checksum."""
+        while self.left:
+            self.read(min(self.left, 1 << 20))
+        if self.inflater and not self.inflater.eof:
+            more = self.inflater.decompress(self.inflater.unconsumed_tail or self.packed(4096), 1)
+            if more or not self.inflater.eof:
+                raise BadVolume(f"{self.path}: is damaged: it does not end where it should: copy it again")
+        if self.member.crc not in (None, self.crc):
+            raise BadVolume(f"{self.path}: is damaged: its voxels do not match their checksum: copy it again")
 
 
-def read_member(file: int, member: Member, limit: int | None, path: Path) -> bytes:
-    """The bytes of a member, or its first `limit` ones; the whole is held against its length and checksum."""
-    if member.size > 1 << 25 and member.size > 200 * member.packed:  # noise alone keeps a CT below 20 : 1
-        raise BadVolume(
-            f"{path}: would inflate to {member.size / max(1, member.packed):.0f} times its size: no CT does"
-        )
-    names = struct.unpack("<HH", read_exactly(file, 30, member.offset, path)[26:])
-    start = member.offset + 30 + sum(names)
-    packed = read_exactly(file, min(member.packed, limit or member.packed), start, path)
+def read_npy_header(reader: MemberReader) -> Header:
+    """The header of an array file in NumPy's format; the reader then stands before the first value."""
+    path, head = reader.path, reader.read(min(10, reader.member.size))
     try:
-        from isal.igzip_lib import DECOMP_DEFLATE, IgzipDecompressor
-        from isal.isal_zlib import crc32  # 4 times as fast as zlib's, and the inflating 1.4 times
-    except ImportError:
-        from zlib import crc32, decompressobj
-
-        decompressor = decompressobj(-15)
-    else:
-        decompressor = IgzipDecompressor(flag=DECOMP_DEFLATE)
-    try:
-        data = decompressor.decompress(packed, limit or member.size + 1) if member.deflated else packed
-    except Exception as error:  # the two libraries have no common class of error
-        raise BadVolume(f"{path}: is damaged ({error}): copy it again") from None
-    if limit is None and (len(data) != member.size or crc32(data) != member.crc):
-        raise BadVolume(f"{path}: is damaged: its voxels do not match their checksum: copy it again")
-    return data
-
-
-def parse_npy_header(head: bytes, path: Path) -> Header:
-    """The header of an array file in NumPy's format, from its first bytes."""
-    stream = io.BytesIO(head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
+        version = np.lib.format.read_magic(io.BytesIO(head))
+        if version == (1, 0):
+            parse, length = np.lib.format.read_array_header_1_0, head[8:10]
+        else:
+            parse, length = np.lib.format.read_array_header_2_0, head[8:10] + reader.read(2)
+        n = int.from_bytes(length, "little")
+        shape, fortran, dtype = parse(io.BytesIO(length + reader.read(min(n, 16384))))
+    except BadVolume:
+        raise
     except Exception as error:  # a hostile header can end in any error of Python's parser
         raise BadVolume(f"{path}: has no readable array header ({type(error).__name__})") from None
-    return Header(tuple(shape), dtype, fortran, stream.tell())
-
-
-def volume_header(head: bytes, size: int, path: Path) -> Header:
-    """The header of a volume whose array file has `size` bytes: numbers, (C, D, H, W) or (D, H, W), no byte missing."""
-    header = parse_npy_header(head, path)
-    if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
-        raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
-    if len(header.shape) not in (3, 4) or min(header.shape) < 1:
-        raise BadVolume(f"{path}: has shape {header.shape}, not (C, D, H, W)")
-    if header.start + header.nbytes != size:
-        raise BadVolume(f"{path}: header and data disagree: {header.nbytes} bytes for {header.shape} {header.dtype}")
-    return header if len(header.shape) == 4 else dataclasses.replace(header, shape=(1, *header.shape))
+    start = 8 + len(length) + n
+    if dtype.hasobject or start + math.prod(shape) * dtype.itemsize != reader.member.size or min(shape, default=1) < 1:
+        raise BadVolume(f"{path}: its header does not match its data: {dtype} {shape} in {reader.member.size} bytes")
+    return Header(tuple(shape), dtype, fortran)
 
 
 def small_array(file: int, member: Member | None, path: Path) -> np.ndarray | None:
     """A member of a few values, such as `spacing`, or None where it is absent."""
-    if member is None or member.size > 4096:
+    if member is None:
         return None
-    data = read_member(file, member, None, path)
-    header = parse_npy_header(data, path)
-    if header.dtype.kind not in "iufUS" or header.start + header.nbytes != len(data):
-        raise BadVolume(f"{path}: one of its members is not a plain array")
-    return np.frombuffer(data, header.dtype, offset=header.start)
+    reader = MemberReader(file, member, path)
+    header = read_npy_header(reader)
+    if member.size > 4096 or header.dtype.kind not in "iufUS":
+        raise BadVolume(f"{path}: its members 'orientation' and 'spacing' must be small plain arrays")
+    values = np.frombuffer(reader.read(header.nbytes), header.dtype)
+    reader.finish()
+    return values
 
 
-def npz_header(file: int, members: dict[str, Member], path: Path) -> Header:
-    """The header of member `image`, with what `orientation` and `spacing` say of it."""
-    if (image := members.get("image.npy")) is None:
-        names = ", ".join(sorted(members)) or "nothing"
-        raise BadVolume(
-            f"{path}: has no member 'image' (it holds {names}): save it with np.savez_compressed(…, image=…)"
-        )
-    header = volume_header(read_member(file, image, 4096, path), image.size, path)
+def describe_members(header: Header, file: int, members: dict[str, Member], path: Path) -> Header:
+    """The header with what the members `orientation` and `spacing` add to it."""
     code = small_array(file, members.get("orientation.npy"), path)
     spacing = small_array(file, members.get("spacing.npy"), path)
     if code is not None:
@@ -898,31 +912,47 @@ def npz_header(file: int, members: dict[str, Member], path: Path) -> Header:
     return header
 
 
-def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
-    """Header and, if asked for, voxels (C, three stored axes) of an NPZ or NPY file, in the stored dtype."""
+@contextmanager
+def open_volume(path: Path) -> Iterator[tuple[Header, MemberReader]]:
+    """Header of an NPZ or NPY file, and the reader of its voxels. Raises BadVolume, also for errors of the disk."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
-        try:
-            entry = os.fstat(file)
-            if not stat.S_ISREG(entry.st_mode):
-                raise BadVolume(f"{path}: is not a regular file")
-            magic = os.pread(file, 6, 0)
-            if magic[:4] == b"PK\3\4":
-                members = zip_members(file, entry.st_size, path)
-                header = npz_header(file, members, path)
-                data = read_member(file, members["image.npy"], None, path) if voxels else b""
-            elif magic == b"\x93NUMPY":
-                header = volume_header(os.pread(file, 4096, 0), entry.st_size, path)
-                data = read_exactly(file, entry.st_size, 0, path) if voxels else b""
-            else:
-                raise BadVolume(f"{path}: is neither an NPZ nor an NPY file")
-        finally:
-            os.close(file)
     except OSError as error:
         raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
-    if not voxels:
-        return header, None
-    flat = np.frombuffer(data, header.dtype, offset=header.start)
+    try:
+        entry, members = os.fstat(file), {}
+        if not stat.S_ISREG(entry.st_mode):
+            raise BadVolume(f"{path}: is not a regular file")
+        magic = os.pread(file, 6, 0)
+        if magic[:4] == b"PK\3\4":
+            members = zip_members(file, entry.st_size, path)
+            if "image.npy" not in members:
+                names = ", ".join(sorted(members))
+                raise BadVolume(f"{path}: has no member 'image' (but {names}): save it with savez_compressed(image=…)")
+            reader = MemberReader(file, members["image.npy"], path)
+        elif magic == b"\x93NUMPY":
+            reader = MemberReader(file, Member(False, None, entry.st_size, entry.st_size, 0), path)
+        else:
+            raise BadVolume(f"{path}: is neither an NPZ nor an NPY file")
+        header = read_npy_header(reader)
+        if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
+            raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
+        if len(header.shape) not in (3, 4):
+            raise BadVolume(f"{path}: has shape {header.shape}, not (C, D, H, W)")
+        if len(header.shape) == 3:
+            header = dataclasses.replace(header, shape=(1, *header.shape))
+        yield describe_members(header, file, members, path), reader
+    except OSError as error:
+        raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
+    finally:
+        os.close(file)
+
+
+def read_stored(path: Path) -> tuple[Header, np.ndarray]:
+    """Header and all voxels (C, three stored axes) in the stored dtype, read-only."""
+    with open_volume(path) as (header, reader):
+        flat = np.frombuffer(reader.read(header.nbytes), header.dtype)
+        reader.finish()
     return header, flat.reshape(header.shape, order="F" if header.fortran else "C")
 
 
@@ -979,41 +1009,48 @@ def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice,
     return blocks
 
 
-def resample_volume(volume: np.ndarray, size: Sequence[int], scale: float = 1.0, offset: float = 0.0) -> np.ndarray:
-    """(C, D, H, W) of any number type -> int16 (C, *size): resampled in float32, then scale * value + offset, rounded.
+def resample_planes(
+    next_planes: Callable[[int], np.ndarray], shape: Sequence[int], out: np.ndarray, scale: float, offset: float
+) -> tuple[float, float]:
+    """Resample one channel of `shape` into int16 `out`, as scale * value + offset; returns the range of the results.
 
-    Works through the outputs of the first axis in blocks that stay in the processor's cache. Raises ValueError where a
-    voxel is not finite or leaves the range of int16.
+    `next_planes(n)` gives the next n planes of the first axis: a file is resampled while it is inflated, through
+    buffers that stay in the processor's cache. Where a voxel is not finite the range is NaN.
     """
-    result = np.empty((len(volume), *size), np.int16)
-    for channel, out in zip(volume, result, strict=True):
-        _, rows_in, columns_in = channel.shape
-        for outputs, inputs, weights in resample_bands(len(channel), size[0], 8):
-            n = len(weights)
-            block = weights @ to_float32(channel[inputs]).reshape(weights.shape[1], -1)
-            block = block.reshape(n, rows_in, columns_in)
-            rows = np.empty((n, size[1], columns_in), np.float32)
-            for to, take, matrix in resample_bands(rows_in, size[1], 16):
-                np.matmul(matrix, block[:, take], out=rows[:, to])
-            rows, block = rows.reshape(-1, columns_in), np.empty((n * size[1], size[2]), np.float32)
-            for to, take, matrix in resample_bands(columns_in, size[2], 16):
-                np.matmul(rows[:, take], matrix.T, out=block[:, to])
-            if (scale, offset) != (1.0, 0.0):
-                block = block * np.float32(scale) + np.float32(offset)
-            np.rint(block, out=block)
-            if not (block.min() >= -32768 and block.max() <= 32767):  # false for NaN too
-                raise ValueError("it holds voxels that are not finite, or beyond ±32767 HU")
-            np.copyto(out[outputs], block.reshape(n, *size[1:]), casting="unsafe")
-    return result
+    (_, rows_in, columns_in), (_, n_rows, n_columns) = shape, out.shape
+    bands = resample_bands(shape[0], len(out), 4)  # 4 and 16 were the fastest of the sizes from 4 to 32
+    window = torch.empty(max(len(weights.T) for _, _, weights in bands), rows_in, columns_in)
+    planes, block = window.numpy(), np.empty((4, rows_in, columns_in), np.float32)
+    rows, final = np.empty((4, n_rows, columns_in), np.float32), np.empty((4, n_rows, n_columns), np.float32)
+    first, held, low, high = 0, 0, math.inf, -math.inf
+    for outputs, inputs, weights in bands:
+        kept, n, m = first + held - inputs.start, *weights.shape
+        planes[:kept] = planes[held - kept : held].copy()
+        copy_planes(next_planes(m - kept), window[kept:m])
+        first, held = inputs.start, m
+        np.matmul(weights, planes[:m].reshape(m, -1), out=block[:n].reshape(n, -1))
+        for to, take, matrix in resample_bands(rows_in, n_rows, 16):
+            np.matmul(matrix, block[:n, take], out=rows[:n, to])
+        flat, last = rows[:n].reshape(-1, columns_in), final[:n].reshape(-1, n_columns)
+        for to, take, matrix in resample_bands(columns_in, n_columns, 16):
+            np.matmul(flat[:, take], matrix.T, out=last[:, to])
+        if (scale, offset) != (1.0, 0.0):
+            final[:n] = final[:n] * np.float32(scale) + np.float32(offset)
+        low, high = min(low, float(last.min())), max(high, float(last.max()))
+        if not math.isfinite(low + high):  # NaN would get lost in min and max
+            return math.nan, math.nan
+        np.copyto(out[outputs], np.rint(final[:n], out=final[:n]), casting="unsafe")
+    return low, high
 
 
-def to_float32(array: np.ndarray) -> np.ndarray:
-    """A contiguous float32 copy; torch turns float16 into float32 20 times as fast as NumPy does."""
-    if array.dtype == np.float16:
+def copy_planes(planes: np.ndarray, into: Tensor) -> None:
+    """Any number type to float32; torch does float16 20 times as fast as NumPy."""
+    if planes.dtype == np.float16:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the array is read-only, and only read
-            return torch.from_numpy(array).float().contiguous().numpy()
-    return np.ascontiguousarray(array, np.float32)
+            into.copy_(torch.from_numpy(planes))
+    else:
+        np.copyto(into.numpy(), planes, casting="unsafe")
 
 
 def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> tuple[str, str]:
@@ -1039,29 +1076,50 @@ def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> 
 def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
     """int16 (C, S, H, W), SPL: HU, or 32767 times the value of a stored window. Raises BadVolume."""
     path = Path(path)
-    header, stored = read_stored(path)
-    orientation = stored_orientation(header, prep.orientation, path)
-    if prep.intensity == "windowed" and len(stored) != prep.channels:
-        raise BadVolume(f"{path}: has {len(stored)} channels where the others have {prep.channels}")
-    axes, _ = spl_axes(orientation)
-    size = [0, 0, 0]
-    for axis, length in zip(axes, prep.grid, strict=True):
-        size[axis] = length
     lo, hi = prep.hu_range
     scale, offset = {"hu": (1.0, 0.0), "unit": (hi - lo, lo), "windowed": (WINDOWED_SCALE, 0.0)}[prep.intensity]
-    try:
-        voxels = resample_volume(stored[: prep.channels], size, scale, offset)
-    except ValueError as error:
-        raise BadVolume(f"{path}: {error}: leave the scan out or convert it again") from None
-    check_intensity((voxels.min() - offset) / scale, (voxels.max() - offset) / scale, header, prep, path)
+    with open_volume(path) as (header, reader):
+        orientation = stored_orientation(header, prep.orientation, path)
+        if prep.intensity == "windowed" and header.shape[0] != prep.channels:
+            raise BadVolume(f"{path}: has {header.shape[0]} channels where the others have {prep.channels}")
+        size = [0, 0, 0]
+        for axis, length in zip(spl_axes(orientation)[0], prep.grid, strict=True):
+            size[axis] = length
+        voxels, ranges = np.empty((prep.channels, *size), np.int16), []
+        for out, source in zip(voxels, channel_sources(header, reader), strict=False):
+            with np.errstate(invalid="ignore"):  # infinite voxels are found in the range
+                ranges.append(resample_planes(source, header.shape[1:], out, scale, offset))
+        reader.finish()
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    check_range(low, high, scale, offset, header, prep, path)
     return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, orientation)))
 
 
-def check_intensity(low: float, high: float, header: Header, prep: Preprocessing, path: Path) -> None:
-    """BadVolume where one file's values stand for something else than those of the others."""
+def channel_sources(header: Header, reader: MemberReader) -> Iterator[Callable[[int], np.ndarray]]:
+    """For each channel in turn, a function that reads its next n planes."""
+    plane = header.shape[2:]
+    if header.fortran:
+        flat = np.frombuffer(reader.read(header.nbytes), header.dtype).reshape(header.shape, order="F")
+        for channel in flat:
+            yield partial(lambda planes, n: np.stack([next(planes) for _ in range(n)]), iter(channel))
+        return
+
+    def next_planes(n: int) -> np.ndarray:
+        return np.frombuffer(reader.read(n * math.prod(plane) * header.dtype.itemsize), header.dtype).reshape(n, *plane)
+
+    for _ in range(header.shape[0]):
+        yield next_planes
+
+
+def check_range(
+    low: float, high: float, scale: float, offset: float, header: Header, prep: Preprocessing, path: Path
+) -> None:
+    """BadVolume where one file's resampled values, [low, high], stand for something else than those of the others."""
+    if not (low >= -32768 and high <= 32767):  # NaN too
+        raise BadVolume(f"{path}: holds voxels that are not finite, or beyond ±32767: leave it out or convert it again")
     if low == high:
         raise BadVolume(f"{path}: has the same value in every voxel: it holds no scan")
-    seen, reason = guess_intensity(header.dtype, header.shape[0], float(low), float(high))
+    seen, reason = guess_intensity(header.dtype, header.shape[0], (low - offset) / scale, (high - offset) / scale)
     if not prep.trusted and seen != prep.intensity:
         reason = reason or f"looks like {seen!r}, not {prep.intensity!r} as the others"
         raise BadVolume(f"{path}: {reason}: convert it, or say what is meant with --intensity")
@@ -1083,7 +1141,8 @@ def read_headers(table: Table) -> list[Header]:
 def header_or_error(path: Path) -> Header | BadVolume:
     """For mapping over paths: an error is a value here."""
     try:
-        return read_stored(path, voxels=False)[0]
+        with open_volume(path) as (header, _):
+            return header
     except BadVolume as error:
         return error
 

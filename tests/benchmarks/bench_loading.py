@@ -1,0 +1,102 @@
+"""Reading one scan: the usual pipeline, its float32 variant, ours, and ours from the cache, interleaved on one thread.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/bench_loading.py [--rounds 7] [--ct FOLDER]
+
+The scan is a chest CT of 192 x 256 x 256 voxels, stored as float16 in a deflated NPZ: `covid_p001.npz` of FOLDER
+resampled to that size, or a phantom where there is no such file. The usual pipeline loads it with NumPy, makes three
+windows in float16 and resizes the three channels to 160 x 224 x 224 with MONAI. Each side ends with the sample in shared
+memory, where a loader's worker has to leave it. The last line holds the ratios of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import phantoms
+from helpers import CHEST
+
+import finetune_siglip as fs
+
+SHAPE, GRID = (192, 256, 256), (160, 224, 224)
+
+
+def write_scan(ct_folder: Path, folder: Path, depth: int = SHAPE[0]) -> Path:
+    """The scan of the docstring with `depth` slices."""
+    real = ct_folder / "covid_p001.npz"
+    hu = fs.load_volume(real)[0] if real.is_file() else phantoms.make_phantom(0, shape=(96, 256, 256)).hu
+    size = (depth, *SHAPE[1:])
+    resized = F.interpolate(torch.from_numpy(hu.astype(np.float32))[None, None], size=size, mode="trilinear")
+    path = folder / f"scan_{depth}.npz"
+    np.savez_compressed(path, image=resized[0].half().numpy())
+    return path
+
+
+def usual(path: Path, dtype: type) -> torch.Tensor:
+    """NumPy, three windows in `dtype`, MONAI: what the loaders of published code do."""
+    from monai.transforms import Resize
+
+    volume = np.load(path)["image"][0].astype(dtype)
+    windows = [np.clip((volume - dtype(lo)) / dtype(hi - lo), 0, 1) for lo, hi in CHEST]
+    return Resize(GRID, mode="trilinear")(torch.from_numpy(np.stack(windows).astype(np.float32)))
+
+
+def shared(sample: torch.Tensor) -> torch.Tensor:
+    """What the default collate function of a worker does with a batch of one."""
+    storage = sample._typed_storage()._new_shared(sample.numel(), device=sample.device)
+    return torch.stack([sample], out=sample.new(storage).resize_(1, *sample.shape))
+
+
+def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each round of each side."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for round_ in range(rounds + 1):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            if round_:  # the first one warms up
+                times[name].append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--ct", type=Path, default=Path(os.environ.get("CT_DATA", ROOT.parent / "shared/data/ct")))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    fs.one_thread_per_worker(0)
+    prep = fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, GRID)
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_scan(args.ct, Path(folder))
+        print(f"{path.stat().st_size / 1e6:.1f} MB packed, {2 * np.prod(SHAPE) / 1e6:.1f} MB inflated")
+        sides: dict[str, Callable[[], object]] = {
+            "usual": lambda: shared(usual(path, np.float16)),
+            "float32": lambda: shared(usual(path, np.float32)),
+            "first": lambda: shared(fs.load_sample(path, prep)),
+        }
+        times = interleaved(sides, args.rounds)
+    for name, values in times.items():
+        print(f"{name:8} median {statistics.median(values):7.1f} ms, min {min(values):7.1f}, max {max(values):7.1f}")
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    print(
+        f"first_read_ratio={medians['usual'] / medians['first']:.2f} "
+        f"first_read_vs_float32_ratio={medians['float32'] / medians['first']:.2f}"
+    )
+
+
+if __name__ == "__main__":
+    main()

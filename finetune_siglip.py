@@ -2133,7 +2133,10 @@ def build_optimizer(args: argparse.Namespace, model: SiglipClassifier) -> torch.
             groups[0.0 if undecayed else args.weight_decay].append(parameter)
     groups_list = [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
     if args.optimizer == "sgd":
-        return torch.optim.SGD(groups_list, lr=args.lr, momentum=0.9, nesterov=True, fused=True)
+        optimizer = torch.optim.SGD(groups_list, lr=args.lr, momentum=0.9, nesterov=True, fused=True)
+        for parameter in (p for group in groups_list for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # else a first step that is
+        return optimizer  # skipped leaves memory as it was found in them
     return torch.optim.AdamW(groups_list, lr=args.lr, fused=True)
 
 
@@ -2453,17 +2456,18 @@ def predict(
     mine = list(range(len(dataset)))[runtime.rank :: runtime.world_size]
     plan = [mine[i : i + recipe.batch_size] for i in range(0, len(mine), recipe.batch_size)]
     rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
-    logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1])]
+    logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1], device=runtime.device)]
     bar = progress_bar(title, len(mine), runtime)
     for batch in build_loader(dataset, plan, recipe.num_workers, runtime.device):
-        with runtime.autocast():
-            output = model(batch["volume"].to(runtime.device, non_blocking=True))
+        with runtime.autocast():  # one by one: what a scan scores is then the same whatever it is batched with
+            volumes = batch["volume"].to(runtime.device, non_blocking=True)
+            output = torch.cat([model(volume[None]) for volume in volumes])
         rows.append(batch["row"])
-        logits.append(output.float().cpu())
+        logits.append(output.float())
         bar.update(len(output))
         after_batch()
     bar.close()
-    return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).numpy())[1]
+    return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
 
 
 # ── 10 Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from finetune_siglip import Backbone, SiglipClassifier, build_backbone
+from finetune_siglip import (
+    Backbone,
+    CTVolumeDataset,
+    Ema,
+    Preprocessing,
+    Schedule,
+    SiglipClassifier,
+    Table,
+    TrainState,
+    build_backbone,
+    build_optimizer,
+)
 
 ROOT = Path(__file__).parents[1]
 TINY_SIGLIP = ROOT / "tests" / "assets" / "tiny-siglip"
@@ -33,3 +46,35 @@ def small_classifier(labels: int = 3, seed: int = 0, **options: object) -> Sigli
 def random_hu(*shape: int, seed: int = 0) -> torch.Tensor:
     """int16 Hounsfield units of a chest's range."""
     return torch.randint(-1024, 1500, shape, dtype=torch.int16, generator=torch.Generator().manual_seed(seed))
+
+
+def small_scans(folder: Path, n: int, slices: int = 3, labels: int = 3, unknown: float = 0.2) -> CTVolumeDataset:
+    """n scans of 16 x 16 pixels as files in `folder`; some targets are unknown, never all of a label."""
+    rng = np.random.default_rng(n)
+    targets = rng.integers(0, 2, (n, labels)).astype(np.float32)
+    targets[rng.random((n, labels)) < unknown] = np.nan
+    targets[:2] = [[0.0], [1.0]][:n]
+    paths = [folder / f"scan_{row:03d}.npz" for row in range(n)]
+    for row, path in enumerate(paths):
+        np.savez(path, image=random_hu(1, slices, 16, 16, seed=row).numpy())
+    names, ids = tuple(f"label {i}" for i in range(labels)), [path.stem for path in paths]
+    table = Table(names, ids, ids, ["train"] * n, paths, targets, list(range(2, n + 2)))
+    return CTVolumeDataset(table, Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (slices, 16, 16)))
+
+
+def small_state(model: SiglipClassifier, *, amp: bool = False, ema: bool = False, **options: object) -> TrainState:
+    """A model ready to be trained on the CPU; with `amp` a scaler for float16 goes along."""
+    args = Namespace(
+        **{
+            "optimizer": "adamw",
+            "lr": 1e-3,
+            "weight_decay": 0.01,
+            "layer_decay": 1.0,
+            "backbone_lr_scale": 1.0,
+            **options,
+        }
+    )
+    return TrainState(
+        model, build_optimizer(args, model), Schedule("plateau", 0, 100),
+        torch.amp.GradScaler("cpu", enabled=amp), Ema(model, 0.9) if ema else None,
+    )  # fmt: skip

@@ -1,0 +1,225 @@
+"""Room 9: which scan goes where, what a step does to the weights, and what a step that is skipped leaves alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from finetune_siglip import (
+    Diverged,
+    MultilabelBCELoss,
+    Recipe,
+    Runtime,
+    optimizer_step,
+    plan_epoch,
+    predict,
+    settle_step,
+    train_one_epoch,
+)
+from helpers import small_classifier, small_scans, small_state
+
+CPU = Runtime(torch.device("cpu"))
+
+
+def targets_of(n, labels=3):
+    targets = np.random.default_rng(0).integers(0, 2, (n, labels)).astype(np.float32)
+    targets[::3, 0] = np.nan
+    return targets
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize(("n", "batch_size", "accumulation"), [(1, 4, 1), (7, 2, 1), (24, 2, 2), (25, 3, 4)])
+def test_an_epoch_has_every_row_once_and_as_many_passes_on_every_rank(n, batch_size, accumulation, world_size):
+    targets, recipe = targets_of(n), Recipe(batch_size, accumulation)
+    plans = [plan_epoch(targets, recipe, Runtime(CPU.device, None, rank, world_size), 3) for rank in range(world_size)]
+    items = [item for plan in plans for window in plan for batch in window.batches for item in batch]
+    assert sorted(item for item in items if item >= 0) == list(range(n))
+    assert all(0 <= ~item < n for item in items if item < 0)  # pads are scans of this split
+    for windows in zip(*plans, strict=True):  # the same number of steps everywhere
+        lengths = [[len(batch) for batch in window.batches] for window in windows]
+        assert all(length == lengths[0] for length in lengths)
+        rows = [item for window in windows for batch in window.batches for item in batch if item >= 0]
+        assert {window.known for window in windows} == {int((~np.isnan(targets[rows])).sum())}
+        assert all(0 < length <= batch_size for length in lengths[0])
+
+
+def test_an_epoch_is_a_function_of_seed_and_epoch():
+    targets = targets_of(40)
+
+    def order(seed, epoch, **more):
+        windows = plan_epoch(targets, Recipe(4, seed=seed, **more), CPU, epoch)
+        return [row for window in windows for batch in window.batches for row in batch]
+
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) == order(1, 0, accumulation=3)  # dealt out in another way, but in the same order
+    assert len({tuple(order(seed, epoch)) for seed, epoch in [(1, 0), (1, 1), (2, 0), (2, 1)]}) == 4
+
+
+def gradients_after(folder, batch_size, accumulation, n=8):
+    """The epoch's loss and the gradient of each of its steps."""
+    dataset = small_scans(folder, n, unknown=0.4)
+    model = small_classifier(dropout=0.0)
+    state, steps = small_state(model, lr=1e-30), []
+
+    def keep(optimizer, *_):
+        steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    state.optimizer.register_step_pre_hook(keep)
+    recipe = Recipe(batch_size, accumulation, max_grad_norm=0.0)
+    return train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, CPU), steps, dataset
+
+
+def test_accumulation_gives_the_gradients_of_one_big_batch_in_the_short_last_window_too(tmp_path):
+    (whole, big, _), (parts, small, _) = gradients_after(tmp_path, 6, 1), gradients_after(tmp_path, 2, 3)
+    assert len(big) == len(small) == 2  # six scans, then the two that are left
+    for one, other in zip(big, small, strict=True):
+        for name, gradient in one.items():
+            torch.testing.assert_close(other[name], gradient, rtol=0, atol=1e-6, msg=name)
+    assert parts["train_loss"] == pytest.approx(whole["train_loss"], abs=1e-6)
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_known_labels(tmp_path):
+    figures, _, dataset = gradients_after(tmp_path, 3, 1)
+    logits = predict(small_classifier(dropout=0.0), dataset, Recipe(4), CPU)
+    known = ~np.isnan(dataset.table.targets)
+    p, y = 1 / (1 + np.exp(-logits[known].astype(float))), dataset.table.targets[known]
+    assert figures["train_loss"] == pytest.approx(-np.where(y == 1, np.log(p), np.log(1 - p)).mean(), abs=1e-5)
+
+
+def test_pads_count_for_nothing(tmp_path):
+    dataset = small_scans(tmp_path, 4)
+    item, pad = dataset[2], dataset[~2]
+    assert torch.equal(item["volume"], pad["volume"])
+    assert torch.isnan(pad["targets"]).all()
+    model, loss = small_classifier(dropout=0.0), MultilabelBCELoss()
+    loss(model(torch.stack([pad["volume"]])), pad["targets"][None], reduction="sum").backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def spoilt_state(name, amp):
+    """A state two good steps old whose next gradient is not finite."""
+    model = small_classifier(dropout=0.0)
+    state = small_state(model, optimizer=name, amp=amp, ema=True)
+    for good in (True, True, False):
+        for index, p in enumerate(model.parameters()):
+            p.grad = torch.full_like(p, 0.1 if good or index else math.nan) * state.scaler.get_scale()
+        if state.scaler.is_enabled():
+            state.scaler.scale(torch.zeros(()))  # creates its tensors, as scaling the loss does
+        if good:
+            settle_step(state, optimizer_step(state, 1.0)(), lambda: "", amp)
+    return state
+
+
+def contents(state):
+    """Weights, moments, averages, schedule: all that a step may change, except the loss scale."""
+    moments = [v.clone() for s in state.optimizer.state.values() for v in s.values()]
+    weights = [p.detach().clone() for p in state.model.parameters()]
+    return weights + moments + [v.clone() for v in state.ema.average.values()], state.schedule.state_dict()
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_step_that_is_not_finite_changes_nothing(name, amp):
+    state = spoilt_state(name, amp)
+    before, schedule = contents(state)
+    scale = state.scaler.get_scale()
+    norm = optimizer_step(state, 1.0)()
+    assert math.isnan(norm)
+    settle_step(state, norm, lambda: "", may_skip=True)
+    after, schedule_after = contents(state)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert schedule_after == schedule
+    assert (state.skipped, state.skipped_in_row, state.schedule.steps) == (1, 1, 2)
+    assert not amp or state.scaler.get_scale() == scale / 2
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_first_step_that_is_skipped_leaves_no_rubbish_behind(name):
+    model, reference = small_classifier(dropout=0.0), small_classifier(dropout=0.0)
+    states = [small_state(m, optimizer=name) for m in (model, reference)]
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.inf)
+    settle_step(states[0], optimizer_step(states[0], 1.0)(), lambda: "", may_skip=True)
+    for state in states:
+        for p in state.model.parameters():
+            p.grad = torch.full_like(p, 0.1)
+        optimizer_step(state, 1.0)
+    for got, expected in zip(model.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(got, expected)
+
+
+class Spoilt(MultilabelBCELoss):
+    """A loss that turns into infinity on its n-th use."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at, self.used = at, 0
+
+    def forward(self, logits, targets, reduction="mean"):
+        self.used += 1
+        return super().forward(logits, targets, reduction) * (math.inf if self.used == self.at else 1.0)
+
+
+def test_divergence_in_full_precision_names_the_scans_and_spoils_no_weight(tmp_path):
+    dataset, model = small_scans(tmp_path, 6), small_classifier()
+    state, seen = small_state(model, ema=True), []
+
+    def keep():
+        seen.append([p.detach().clone() for p in model.parameters()])
+
+    with pytest.raises(Diverged) as stopped:
+        train_one_epoch(state, dataset, Spoilt(3), Recipe(2), CPU, keep)
+    rows = plan_epoch(dataset.table.targets, Recipe(2), CPU, 0)[2].batches[0]
+    assert all(dataset.table.series_ids[row] in str(stopped.value) for row in rows)
+    assert "epoch 1, after 2 steps" in str(stopped.value)
+    assert state.schedule.steps == state.ema.steps == 2
+    assert all(torch.equal(a, b) for a, b in zip(seen[1], model.parameters(), strict=True))
+
+
+def test_ten_skipped_steps_in_a_row_end_a_run_in_mixed_precision():
+    state = small_state(small_classifier(), amp=True)
+    for _ in range(9):
+        settle_step(state, math.inf, lambda: "x", may_skip=True)
+    settle_step(state, 1.0, lambda: "x", may_skip=True)
+    for _ in range(9):
+        settle_step(state, math.nan, lambda: "x", may_skip=True)
+    with pytest.raises(Diverged):
+        settle_step(state, math.nan, lambda: "x", may_skip=True)
+
+
+def test_a_step_is_settled_before_the_next_one_and_before_the_state_is_used(tmp_path):
+    dataset, state = small_scans(tmp_path, 6), small_state(small_classifier(), ema=True)
+    seen = []
+
+    def look():
+        pending = state.schedule.steps
+        state.settle()
+        seen.append((pending, state.schedule.steps, state.ema.steps))
+        state.settle()  # a second time it does nothing
+
+    train_one_epoch(state, dataset, MultilabelBCELoss(), Recipe(2), CPU, look)
+    assert seen == [(0, 1, 1), (1, 2, 2), (2, 3, 3)]
+    assert state.tally["steps"] == 3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_predict_returns_each_row_once_in_order_whatever_the_batches(tmp_path, batch_size):
+    dataset, model = small_scans(tmp_path, 7), small_classifier().eval()
+    logits = predict(model, dataset, Recipe(batch_size), CPU)
+    assert logits.shape == (7, 3)
+    with torch.no_grad():
+        for row in range(7):
+            assert np.array_equal(logits[row], model(dataset[row]["volume"][None])[0].numpy())
+
+
+def test_training_gives_the_same_weights_twice(tmp_path):
+    dataset, results = small_scans(tmp_path, 6), []
+    for noise in (0, 1):
+        state = small_state(small_classifier(dropout=0.3))
+        torch.manual_seed(noise)  # what ran before must not matter
+        figures = train_one_epoch(state, dataset, MultilabelBCELoss(), Recipe(2, augment="none"), CPU)
+        figures.pop("seconds")
+        results.append((figures, [p.detach().clone() for p in state.model.parameters()]))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))

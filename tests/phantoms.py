@@ -264,7 +264,7 @@ def plant_atelectasis(rng: np.random.Generator, body: Body) -> np.ndarray:
 def plant_lung_nodule(rng: np.random.Generator, body: Body) -> np.ndarray:
     nodules = np.zeros(body.hu.shape, bool)
     for _ in range(rng.integers(1, 4)):
-        r = rng.uniform(7.5, 11)
+        r = rng.uniform(9, 14)
         nodules |= body.ball(*body.lung_point(rng), r + 2, r, r) & body.lungs
     return body.fill(nodules, rng.uniform(20, 80))
 
@@ -313,6 +313,7 @@ def plant_medical_material(rng: np.random.Generator, body: Body) -> np.ndarray:
         route.append((heart["z"] - 0.3 * heart["up"], heart["y"] - 8, heart["x"] + 12))
     for start, end in itertools.pairwise(route):
         metal[tuple(body.line(start, end, 200))] = True
+    metal |= np.roll(metal, 1, axis=2)  # two voxels wide: metal blooms
     return body.fill(metal, 3000 if kind == "pacemaker" else 1500)
 
 

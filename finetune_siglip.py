@@ -405,7 +405,8 @@ def start_wandb(project: str, mode: str, config: dict[str, Any], folder: Path, i
         chosen = wandb_mode() if mode == "auto" else mode
         if chosen == "offline":
             log.info("Weights & Biases: offline, `wandb sync %s` uploads later", folder / "wandb" / "offline-*")
-        settings = wandb.Settings(silent=True, console="off", init_timeout=20)
+        patience = 20 if chosen == "online" else 90  # seconds; offline nothing but a busy machine takes time
+        settings = wandb.Settings(silent=True, console="off", init_timeout=patience)
         return Tracker(wandb.init(project=project, mode=chosen, config=config, dir=folder, settings=settings))
     except Exception as error:  # missing package, refused key, broken proxy: never a reason to lose a run
         log.warning("Weights & Biases is off: %s", first_line(error))

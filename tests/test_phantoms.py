@@ -4,8 +4,9 @@ import csv
 from pathlib import Path
 
 import numpy as np
-import phantoms
 import pytest
+
+import phantoms
 
 TINY_SIGLIP = Path(__file__).parent / "assets" / "tiny-siglip"
 CALCIUM = ("Coronary artery wall calcification", "Arterial wall calcification")

@@ -26,10 +26,9 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import finetune_siglip as fs
 import phantoms
 from helpers import CHEST
-
-import finetune_siglip as fs
 
 SHAPE, GRID = (192, 256, 256), (160, 224, 224)
 

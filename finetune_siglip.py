@@ -7,8 +7,10 @@ import argparse
 import csv
 import dataclasses
 import difflib
+import errno
 import fcntl
 import hashlib
+import importlib.metadata
 import io
 import json
 import logging
@@ -23,13 +25,15 @@ import socket
 import stat
 import struct
 import sys
+import threading
 import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,8 +70,8 @@ class Diverged(UserError):
     code = 4
 
 
-class Interrupted(Exception):
-    """A signal asked for a stop; the state has been or is being saved."""
+class Interrupted(BaseException):
+    """A signal asked for a stop. Not an Exception, so that code which survives any error does not swallow it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -310,23 +314,82 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(seed)
 
 
-class StopRequest:
-    """SIGTERM, SIGINT and SIGUSR1 ask for a stop at the next safe point; a second one leaves at once."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    signal_number = 0
+
+class StopRequest:
+    """SIGTERM, SIGINT and SIGUSR1 ask for a stop; a second one leaves at once.
+
+    While `patient`, a stop waits for the next point where the state can be saved, and whoever works polls
+    `signal_number`. Until then there is nothing to save and Interrupted is raised on the spot.
+    """
+
+    ECHO = 0.5  # seconds: torchrun and srun pass on a Ctrl-C that has already come, and that is no second request
+
+    def __init__(self, patient: bool = True):
+        self.signal_number, self.asked_at, self.patient = 0, 0.0, patient
 
     def __enter__(self) -> StopRequest:
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+        self.before = {number: signal.signal(number, self._ask) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.signal_number:
+        now = time.monotonic()
+        if not self.signal_number:
+            self.signal_number, self.asked_at = number, now
+            if not self.patient:
+                raise Interrupted(number)
+        elif now - self.asked_at > self.ECHO:
             os._exit(128 + number)  # files are written aside and renamed, so nothing is torn by leaving here
-        self.signal_number = number
+
+
+class RankWatch:
+    """Says that this rank lives, and ends this process (exit 3) soon after another rank no longer does.
+
+    A collective operation would wait for a dead rank for half an hour. Beats are counted and not timed, so that ranks
+    which were suspended together find each other alive.
+    """
+
+    INTERVAL, PATIENCE = 2.0, 8  # seconds between beats; beats without a word from a rank
+
+    def __init__(self, runtime: Runtime):
+        self.rank, self.others = runtime.rank, [r for r in range(runtime.world_size) if r != runtime.rank]
+        self.over = threading.Event()
+        if self.others:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self.store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        heard, silent = dict.fromkeys(self.others, b""), dict.fromkeys(self.others, 0)
+        words = f"pid {os.getpid()} on {socket.gethostname()}"
+        beat = 0
+        while not self.over.wait(self.INTERVAL):
+            try:
+                self.store.set(f"beat/{self.rank}", f"{words}, beat {(beat := beat + 1)}")
+                for rank in self.others:
+                    word = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
+                    silent[rank] = 0 if word != heard[rank] else silent[rank] + 1
+                    heard[rank] = word
+                    if silent[rank] > self.PATIENCE:
+                        self.leave(f"rank {rank} ({word.decode().split(', beat')[0]}) has died or hangs")
+            except RuntimeError:  # the store lives in rank 0, or in torchrun
+                self.leave(f"rank 0 ({heard.get(0, b'').decode().split(', beat')[0]}) has died")
+
+    def leave(self, why: str) -> None:
+        if not self.over.is_set():
+            log.error("%s, so rank %d ends too; --resume auto goes on from the last save", why, self.rank)
+            os._exit(BadEnvironment.code)
+
+    def part(self) -> None:
+        """All ranks end together, each at its own pace from here on."""
+        self.over.set()
+        if self.others:
+            torch.distributed.barrier()
 
 
 class ConsoleHandler(logging.Handler):
@@ -350,7 +413,10 @@ def setup_logging(output_dir: Path | None, is_main: bool) -> None:
     log.propagate = False
     log.addHandler(ConsoleHandler())
     if output_dir and is_main:
-        to_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
+        try:
+            to_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
+        except OSError as error:
+            return log.warning("no training.log, the run goes on without it: %s", error)
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         log.addHandler(to_file)
 
@@ -1332,6 +1398,8 @@ def one_thread_per_worker(_: int) -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
+    for number in STOP_SIGNALS:  # a stop is sent to every process of a job, but the main one saves and needs its data
+        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -2388,7 +2456,8 @@ def train_one_epoch(
     Returns `lr`, `train_loss` (mean over known labels), `grad_norm` (mean over steps) and `seconds`. `after_step` is
     called between optimiser steps, where a settled state can be saved. Raises Diverged.
     """
-    windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[state.micro // recipe.accumulation :]
+    done = math.ceil(state.micro / recipe.accumulation)  # the last window of an epoch may be a short one
+    windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[done:]
     loader = build_loader(dataset, [b for w in windows for b in w.batches], recipe.num_workers, runtime.device)
     batches, waited, started = iter(loader), 0.0, time.perf_counter()
     state.model.train()
@@ -2741,7 +2810,7 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Raises BadEnvironment; whatever happens, `path` is the old file or the whole new one and nothing else is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -2751,9 +2820,16 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        raise BadEnvironment(f"{path} can't be written ({error}); {free:,} bytes are free there") from error
+        why = getattr(error.__cause__ or error.__context__ or error, "strerror", None) or str(error).splitlines()[0]
+        raise BadEnvironment(f"{path} can't be written ({why}); {free:,} bytes are free there") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it gets its name; `leftovers` knows these names again."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def sync_folder(folder: Path) -> None:
@@ -2766,20 +2842,20 @@ def sync_folder(folder: Path) -> None:
 
 
 def link_atomic(source: Path, path: Path) -> None:
-    """Make `path` the same file as `source` (a second name, or a copy where the file system has no links)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Make `path` the same file as `source`: a second name, or a copy where the file system has no links."""
+    temporary = temporary_name(path)
     try:
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        os.link(source, temporary)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        raise BadEnvironment(f"{path} can't be written ({error})") from error
+    except OSError:
+        with source.open("rb") as original:
+            save_atomic(path, lambda file: shutil.copyfileobj(original, file, 2**22))
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()  # renaming one name of a file to another of its names leaves both
 
 
 def digest_of(content: Any) -> str:
@@ -2806,33 +2882,73 @@ def digest_of(content: Any) -> str:
     return sha.hexdigest()
 
 
+def require_finite(content: Any, where: str) -> None:
+    """Raises Diverged, naming the tensor, if any number in nested containers is NaN or infinite."""
+    if isinstance(content, Tensor):
+        if content.is_floating_point() and not torch.isfinite(content).all():
+            raise Diverged(f"{where} is not finite and is not saved; the last save stands: lower --lr or add --warmup")
+    elif isinstance(content, (dict, list, tuple)):
+        for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+            require_finite(value, f"{where}/{name}")
+
+
 def save_checked(path: Path, content: dict[str, Any]) -> str:
-    """Save plain types and tensors together with their digest, which is returned."""
+    """Save plain types and finite tensors together with their digest, which is returned."""
+    require_finite(content, path.name)
+    require_space(path.parent, tensor_bytes(content))
     digest = digest_of(content)
     save_atomic(path, lambda file: torch.save({**content, "digest": digest}, file))
     return digest
 
 
-def load_checked(path: Path, kind: str) -> dict[str, Any]:
-    """Read what `save_checked` wrote. Raises BadInput for another kind of file and for a damaged one."""
+FIELDS = {
+    MODEL_KIND: {"model": dict, "labels": list, "preprocessing": dict, "backbone": dict, "head": dict, "epoch": int},
+    RUN_KIND: {"identity": dict, "model": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "progress": dict,
+               "parameters": list, "losses": list, "history": dict},
+}  # fmt: skip
+
+
+def load_checked(path: Path, kind: str, digest: str | None = None) -> dict[str, Any]:
+    """Read what `save_checked` wrote. Raises BadInput for another kind of file and for a damaged one.
+
+    With `digest` the file must also be the very one that had it when it was saved.
+    """
     what = "a checkpoint of this script" if kind == MODEL_KIND else "the state of a run of this script"
-    if not path.is_file():
+    damaged = BadInput(f"{path}: damaged, its content doesn't match its digest; use another copy")
+    if not os.path.isfile(path):
         raise BadInput(f"{path}: there is no such file; name {what}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        raise BadInput(
-            f"{path}: not readable as {what} ({type(error).__name__}); it is damaged or another file"
-        ) from error
+        why = f"{type(error).__name__}; it is damaged or another file"
+        raise BadInput(f"{path}: not readable as {what} ({why})") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise BadInput(f"{path}: not {what}; --pretrained takes other people's weights")
     if content.get("format") != FORMAT:
         raise BadInput(
             f"{path}: format {content.get('format')}, this script reads {FORMAT}; use the script that wrote it"
         )
-    if content.pop("digest", None) != digest_of(content):
-        raise BadInput(f"{path}: damaged, its content doesn't match its digest; use another copy")
+    try:  # a crafted tensor can claim any shape over few bytes: its size is looked at before its values
+        stored = content.pop("digest", None)
+        whole = tensor_bytes(content) <= path.stat().st_size and stored == digest_of(content)
+    except Exception as error:
+        raise damaged from error
+    if not whole or digest not in (None, stored):
+        raise damaged
+    lacking = [name for name, form in FIELDS[kind].items() if not isinstance(content.get(name), form)]
+    if lacking:
+        raise BadInput(f"{path}: lacks {', '.join(lacking)}; use the script that wrote it")
     return content
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What goes wrong while the content of a whole file is put to use is due to the file: BadInput naming it."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise BadInput(f"{path}: can't be used ({why}); use the script that wrote it") from error
 
 
 def tensor_bytes(content: Any) -> int:
@@ -2845,11 +2961,11 @@ def tensor_bytes(content: Any) -> int:
 
 def require_space(folder: Path, needed: int) -> None:
     """Raises BadEnvironment unless `needed` bytes and a little more are free in a folder."""
+    if not folder.exists():  # the write that follows says so
+        return
     free = shutil.disk_usage(folder).free
     if free < (needed := needed + 2**20):
-        raise BadEnvironment(
-            f"{folder}: {needed:,} bytes are needed there and {free:,} are free; make room and --resume auto"
-        )
+        raise BadEnvironment(f"{folder}: {needed:,} bytes are needed there, {free:,} are free; make room")
 
 
 def cpu_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -2869,15 +2985,32 @@ def pack_model(model: nn.Module, setup: dict[str, Any], epoch: int, metrics: dic
     }
 
 
-def classifier_from(content: dict[str, Any]) -> SiglipClassifier:
-    """The model in a checkpoint, its weights loaded; every tensor must fit."""
-    backbone = build_backbone(content["backbone"])
-    preprocessing = Preprocessing.from_dict(content["preprocessing"])
-    model = SiglipClassifier(
-        backbone, preprocessing.windows, preprocessing.intensity, len(content["labels"]), **content["head"]
-    )
-    model.load_state_dict(content["model"], strict=True)
+def classifier_from(content: dict[str, Any], path: Path = Path("checkpoint")) -> SiglipClassifier:
+    """The model in a checkpoint, its weights loaded; every tensor must fit. Raises BadInput naming `path`."""
+    with reading(path):
+        backbone = build_backbone(content["backbone"])
+        preprocessing = Preprocessing.from_dict(content["preprocessing"])
+        model = SiglipClassifier(
+            backbone, preprocessing.windows, preprocessing.intensity, len(content["labels"]), **content["head"]
+        )
+        require_fit("model", content["model"], model.state_dict())
+        model.load_state_dict(content["model"], strict=True)
     return model
+
+
+def require_fit(what: str, stored: dict[str, Any], wanted: dict[str, Tensor]) -> None:
+    """Raises ValueError unless both hold the same names, each with the same shape and type.
+
+    PyTorch itself takes an optimiser state of any shape, and copies (1,) over (n,) without a word.
+    """
+    if missing := [name for name in wanted if not isinstance(stored.get(name), Tensor)]:
+        raise ValueError(f"{what} lacks {', '.join(missing[:5])}")
+    if foreign := [name for name in stored if name not in wanted]:
+        raise ValueError(f"{what} has {', '.join(map(str, foreign[:5]))} that this model has not")
+    for name, tensor in wanted.items():
+        if (stored[name].shape, stored[name].dtype) != (tensor.shape, tensor.dtype):
+            forms = [f"{tuple(t.shape)} {t.dtype}" for t in (stored[name], tensor)]
+            raise ValueError(f"{what}/{name} is {forms[0]}, this model needs {forms[1]}")
 
 
 @dataclass
@@ -2907,6 +3040,10 @@ class TopKCheckpoints:
     def is_best(self, epoch: int) -> bool:
         return bool(self.entries) and self.entries[0][1] == epoch
 
+    def forget(self, epoch: int) -> None:
+        """Drop an epoch whose file is lost."""
+        self.entries = [entry for entry in self.entries if entry[1] != epoch]
+
 
 @dataclass
 class History:
@@ -2922,8 +3059,9 @@ def pack_state(state: TrainState, losses: list[float], history: History, identit
     """Everything that a resumed run needs to go on as if nothing had happened; the state must be settled.
 
     There are no random states in it: every draw is a function of (seed, epoch, forward pass, rank). `losses` holds each
-    rank's sum so far.
+    rank's sum so far. `parameters` names what the optimiser knows by number only.
     """
+    top = history.top
     return {
         "kind": RUN_KIND,
         "format": FORMAT,
@@ -2931,26 +3069,47 @@ def pack_state(state: TrainState, losses: list[float], history: History, identit
         "model": cpu_weights(state.model),
         "ema": {"steps": state.ema.steps, "average": state.ema.average} if state.ema else None,
         "optimizer": state.optimizer.state_dict(),
+        "parameters": list(optimized(state)),
         "schedule": state.schedule.state_dict(),
         "scaler": state.scaler.state_dict(),
         "progress": {name: getattr(state, name) for name in ("epoch", "micro", "skipped", "skipped_in_row", "tally")},
         "losses": losses,
         "history": {
             "lines": history.lines,
-            "entries": history.top.entries,
-            "digests": history.digests,
+            "entries": top.entries,
+            "digests": {name: history.digests[name] for name in top.names if name in history.digests},
             "epochs_without_gain": history.epochs_without_gain,
         },
     }
 
 
+def optimized(state: TrainState) -> dict[str, Tensor]:
+    """The parameters by name, in the order in which the optimiser numbers them."""
+    names = {id(parameter): name for name, parameter in unwrap(state.model).named_parameters()}
+    return {names[id(p)]: p for group in state.optimizer.param_groups for p in group["params"]}
+
+
 def restore_state(content: dict[str, Any], state: TrainState, history: History, rank: int) -> None:
-    """The inverse of `pack_state`."""
-    unwrap(state.model).load_state_dict(content["model"], strict=True)
+    """The inverse of `pack_state`. Raises ValueError, before anything is changed, for a tensor that does not fit."""
+    model, parameters = unwrap(state.model), optimized(state)
+    require_fit("model", content["model"], model.state_dict())
+    if content["parameters"] != list(parameters):
+        raise ValueError("the optimiser steps other parameters than this run's")
+    for number, (name, parameter) in enumerate(parameters.items()):
+        moments = {
+            key: value
+            for key, value in content["optimizer"]["state"].get(number, {}).items()
+            if key != "step" and value is not None
+        }
+        require_fit(f"optimizer/{name}", moments, dict.fromkeys(moments, parameter))
+    if bool(content["ema"]) != bool(state.ema):
+        raise ValueError("only one of the two runs averages its weights")
     if state.ema:
+        require_fit("ema", content["ema"]["average"], state.ema.average)
         state.ema.steps = content["ema"]["steps"]
         for name, average in content["ema"]["average"].items():
             state.ema.average[name].copy_(average)
+    model.load_state_dict(content["model"], strict=True)
     state.optimizer.load_state_dict(content["optimizer"])
     state.schedule.load_state_dict({**content["schedule"], "total_steps": state.schedule.total_steps})
     state.scaler.load_state_dict(content["scaler"])
@@ -2958,7 +3117,7 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
         setattr(state, name, value)
     state.loss_sum.fill_(content["losses"][rank])
     history.lines, history.digests = content["history"]["lines"], content["history"]["digests"]
-    history.top.entries = [tuple(entry) for entry in content["history"]["entries"]]
+    history.top.entries = [(score, epoch) for score, epoch in content["history"]["entries"]]
     history.epochs_without_gain = content["history"]["epochs_without_gain"]
 
 
@@ -2966,76 +3125,130 @@ class RunFolder:
     """`--output-dir` of one run: `last.ckpt` is the single point of commit, all other files follow from it."""
 
     def __init__(self, path: Path):
-        self.path, self.last, self.previous = path, path / "last.ckpt", path / "last.previous.ckpt"
+        self.path, self.last = path, path / "last.ckpt"
+        self.previous, self.fresh = path / "last.previous.ckpt", path / "last.fresh.ckpt"
+        self.fell_back = False
+
+    def has_state(self) -> bool:
+        return self.last.exists() or self.previous.exists()
 
     def holds_run(self) -> bool:
-        return self.last.exists() or self.previous.exists() or (self.path / "results.jsonl").exists()
+        return self.has_state() or (self.path / "results.jsonl").exists()
 
-    def lock(self) -> None:
-        """Keep the folder for this process. Raises BadEnvironment naming the holder."""
+    def same_as(self, other: RunFolder) -> bool:
+        return self.path.resolve() == other.path.resolve()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the folder for this process. Raises BadEnvironment naming the holder.
+
+        A record lock, for it ends with this very process: a data-loading worker that outlives a killed run inherits any
+        other kind, and the run could not be resumed at once.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.handle = open(self.path / ".lock", "a+")  # noqa: SIM115, held until the process ends
+            handle = open(self.path / ".lock", "a+")  # noqa: SIM115, closed below
         except OSError as error:
-            raise BadEnvironment(
-                f"{self.path} can't be written ({error.strerror}); choose another --output-dir"
-            ) from error
-        try:
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.handle.seek(0)
-            raise BadEnvironment(f"{self.path} is in use by {self.handle.read().strip() or 'another run'}") from None
-        self.handle.truncate(0)
-        self.handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        self.handle.flush()
+            why = f"{self.path} can't be written ({error.strerror})"
+            raise BadEnvironment(f"{why}; choose another --output-dir") from error
+        with handle:
+            try:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    log.warning("%s: this disk has no locks (%s); start no second run there", self.path, error.strerror)
+                else:
+                    handle.seek(0)
+                    holder = handle.read().strip() or "another run"
+                    raise BadEnvironment(f"{self.path} is in use by {holder}; wait for it or stop it") from None
+            handle.truncate(0)
+            handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+            handle.flush()
+            yield
+
+    def ours(self, *patterns: str) -> list[Path]:
+        """Files here, and no folders, whose whole names match: what a run makes and not what only looks like it."""
+        wanted = re.compile("|".join(patterns))
+        return [file for file in self.path.iterdir() if wanted.fullmatch(file.name) and not file.is_dir()]
 
     def clear(self) -> None:
         """Forget an earlier run (`--overwrite`): its commit first, so that a kill never leaves half of it standing."""
-        made = ["best_model.pth", "results.jsonl", "checkpoint_epoch_*.pth", "progress.png", "training.log", ".*.tmp"]
-        for pattern in [self.last.name, self.previous.name, *made]:
-            for file in self.path.glob(pattern):
-                file.unlink()
+        try:
+            for file in [self.last, self.previous, *self.ours(*DERIVED, CHECKPOINT, TEMPORARY)]:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise BadEnvironment(f"{error.filename} can't be removed ({error.strerror})") from error
 
     def commit(self, content: dict[str, Any]) -> None:
         """Make `content` the state of the run. The one before it gives way once the new one has been read back."""
-        require_space(self.path, tensor_bytes(content))
-        fresh = self.path / ".last.ckpt.fresh.tmp"
         try:
-            save_checked(fresh, content)
-            load_checked(fresh, RUN_KIND)
+            digest = save_checked(self.fresh, content)
+            forget_cached(self.fresh)
+            load_checked(self.fresh, RUN_KIND, digest)
             if self.last.exists():
                 link_atomic(self.last, self.previous)
-            os.replace(fresh, self.last)
+            os.replace(self.fresh, self.last)
             sync_folder(self.path)
         except BadInput as error:
-            raise BadEnvironment(
-                f"{self.path}: what was written reads back damaged; check this disk ({error})"
-            ) from error
+            why = f"what was written reads back damaged; check this disk ({error})"
+            raise BadEnvironment(f"{self.path}: {why}") from error
         except OSError as error:
-            raise BadEnvironment(f"{self.last} can't be written ({error})") from error
+            raise BadEnvironment(f"{self.last} can't be written ({error.strerror})") from error
         finally:
-            fresh.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.fresh.unlink()
 
     def derive(self, history: History) -> None:
-        """Bring every other file in line with what was committed."""
+        """Bring every other file in line with what was committed; what no longer counts goes last."""
         lines = "".join(line + "\n" for line in history.lines).encode()
         save_atomic(self.path / "results.jsonl", lambda file: file.write(lines))
         if history.top.entries:
-            link_atomic(self.path / history.top.names[0], self.path / "best_model.pth")
-        for file in [*self.path.glob("checkpoint_epoch_*.pth"), *self.path.glob(".*.tmp")]:
+            best = self.path / history.top.names[0]
+            if history.top.best and not best.exists():  # someone removed it; its content is in memory
+                save_checked(best, history.top.best)
+            link_atomic(best, self.path / "best_model.pth")
+        for file in self.ours(CHECKPOINT, TEMPORARY):
             if file.name not in history.top.names:
-                file.unlink()
+                with suppress(OSError):  # a file too many harms nothing
+                    file.unlink()
 
     def load(self) -> dict[str, Any]:
         """The last state that is whole. Raises BadInput where there is none."""
-        if not (self.last.exists() or self.previous.exists()):
-            raise BadInput(f"{self.path} holds no run to resume; leave out --resume to start one")
         try:
             return load_checked(self.last, RUN_KIND)
         except BadInput as error:
+            if not self.previous.exists():
+                raise
             log.warning("%s", error)
-            log.warning("going back to %s", self.previous)
-            return load_checked(self.previous, RUN_KIND)
+            content = load_checked(self.previous, RUN_KIND)
+        log.warning("going back to the state before it, %s", self.previous)
+        self.fell_back = True
+        return content
+
+    def load_top(self, history: History) -> None:
+        """Check the files of the top k against their digests; the best one's weights go to memory.
+
+        A file that is damaged or gone leaves the ranking, with a warning: the run itself does not need it.
+        """
+        for _, epoch in reversed(list(history.top.entries)):
+            name = history.top.name(epoch)
+            try:
+                history.top.best = load_checked(self.path / name, MODEL_KIND, history.digests.get(name))
+            except BadInput as error:
+                log.warning("%s; epoch %d leaves the ranking", error, epoch)
+                history.top.forget(epoch)
+
+
+# names, as patterns, of the files that a run makes in its folder
+CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
+DERIVED = (r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html")
+TEMPORARY = r"last\.fresh\.ckpt|\.(" + "|".join((*DERIVED, CHECKPOINT, r"last(\.\w+)?\.ckpt")) + r")\.\d+\.tmp"
+
+
+def forget_cached(path: Path) -> None:
+    """Let the next read come from the disk rather than from memory, where the system can do so."""
+    with suppress(OSError, AttributeError), path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 # ── 12 Papers ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3150,18 +3363,25 @@ class Run:
     identity: dict[str, Any]
     tracker: Tracker
     saved_at: float = field(default_factory=time.monotonic)
+    saved: tuple[int, ...] = ()  # the position that the last commit holds
 
     def poll(self) -> None:
         """Leave by Interrupted if a signal has come; with several ranks only `after_step` may, where they agree."""
         if self.stop.signal_number and self.runtime.world_size == 1:
             raise Interrupted(self.stop.signal_number)
 
+    @property
+    def position(self) -> tuple[int, ...]:
+        return self.state.epoch, self.state.micro, self.state.schedule.steps, self.state.skipped
+
     def save(self) -> None:
-        """Commit the state as it is now, between two steps."""
+        """Commit the state as it is now, between two steps, unless the last commit is of this very step."""
         self.state.settle()
-        losses = rank_losses(self.state, self.runtime)
-        if self.runtime.is_main:
-            self.folder.commit(pack_state(self.state, losses, self.history, self.identity))
+        if self.position != self.saved:
+            losses = rank_losses(self.state, self.runtime)
+            if self.runtime.is_main:
+                self.folder.commit(pack_state(self.state, losses, self.history, self.identity))
+            self.saved = self.position
         self.saved_at = time.monotonic()
 
     def after_step(self) -> None:
@@ -3172,6 +3392,22 @@ class Run:
             raise Interrupted(signal_number)
         if due:
             self.save()
+
+    def redo_files(self) -> None:
+        """Bring what follows from the last commit in line with it; a picture is no reason to stop."""
+        if self.runtime.is_main:
+            self.folder.derive(self.history)
+            try:
+                plot_progress(self.folder.path, [json.loads(line) for line in self.history.lines])
+            except Exception as error:
+                log.warning("progress.png is not drawn: %s", str(error).splitlines()[:1])
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the largest moment of this run takes on the disk: three states, the top k, one more and the best."""
+        weights, trained = tensor_bytes(self.state.model.state_dict()), tensor_bytes(optimized(self.state))
+        moments = 2 if self.args.optimizer == "adamw" else 1
+        return 3 * (weights + trained * (moments + bool(self.state.ema))) + weights * (self.history.top.k + 2)
 
 
 def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifier, Preprocessing]:
@@ -3243,7 +3479,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate},
         "thresholds": [args.threshold] * len(table.labels),
     }
-    identity = describe_run(args, table, runtime)
+    identity = describe_run(args, table, model, preprocessing, runtime)
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
     tracker = start_wandb(args.wandb_project, args.wandb_mode, identity["arguments"], folder.path, runtime.is_main)
     effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
@@ -3257,16 +3493,28 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     return Run(args, runtime, stop, folder, train, val, state, History(), loss_fn, recipe, setup, identity, tracker)
 
 
-def describe_run(args: argparse.Namespace, table: Table, runtime: Runtime) -> dict[str, Any]:
-    """What a resumed run is compared with: arguments, data and machine, in plain types."""
+def describe_run(
+    args: argparse.Namespace, table: Table, model: SiglipClassifier, preprocessing: Preprocessing, runtime: Runtime
+) -> dict[str, Any]:
+    """What a resumed run is compared with, in plain types. Where a file lies is no part of what it is."""
     arguments = {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items())}
-    rows = repr((table.labels, table.series_ids, table.splits, [str(p) for p in table.paths])).encode()
+    used = table.subset([row for row, split in enumerate(table.splits) if split in ("train", "val")])
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in used.paths]
+    rows = repr((used.labels, used.series_ids, used.splits, sizes)).encode() + used.targets.tobytes()
     return {
-        "arguments": arguments,
-        "data": hashlib.sha256(rows + table.targets.tobytes()).hexdigest(),
-        "torch": str(torch.__version__),
-        "threads": torch.get_num_threads(),
-        "world_size": runtime.world_size,
+        "arguments": json.loads(json.dumps(arguments)),
+        "training and validation rows": hashlib.sha256(rows).hexdigest(),
+        "pretrained weights": digest_of(cpu_weights(model.backbone)),
+        "preprocessing": preprocessing.to_dict(),
+        "precision": str(runtime.amp_dtype),
+        "number of processes": runtime.world_size,
+        "machine": {
+            "python": sys.version.split()[0],
+            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "transformers")},
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "cpu",
+            "compile": args.compile,
+        },
     }
 
 
@@ -3320,7 +3568,7 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float]) -> N
     """What a person sees of an epoch: table, curves, tracker, and where the time went."""
     if not run.runtime.is_main:
         return
-    run.folder.derive(run.history)
+    run.redo_files()
     log.info(
         "epoch %d/%d  train loss %.4f  val loss %.4f  lr %.2e  grad norm %.3f%s", line["epoch"], run.args.epochs,
         line["train_loss"], line["val_loss"], line["lr"], line["grad_norm"],
@@ -3329,7 +3577,6 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float]) -> N
     log.info("%s", format_metrics_table(line))
     log.info("%s", "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
     run.tracker.record(line, line["epoch"])
-    plot_progress(run.folder.path, [json.loads(text) for text in run.history.lines])
 
 
 def finish_run(run: Run) -> None:
@@ -3343,65 +3590,115 @@ def finish_run(run: Run) -> None:
 def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
     """Fine-tune, keep the best, predict."""
     folder = RunFolder(args.output_dir)
-    open_folder(args, folder, runtime)
-    setup_logging(args.output_dir, runtime.is_main)
-    run = prepare_run(args, runtime, stop, folder)
-    if args.resume:
-        resume(run)
-    patience = args.early_stopping_patience
-    try:
-        while run.state.epoch < args.epochs and not 0 < patience <= run.history.epochs_without_gain:
-            run_epoch(run)
-    except Interrupted:
-        run.save()
-        log.info("stopped by a signal; `--resume auto` goes on from epoch %d", run.state.epoch + 1)
-        raise
-    finish_run(run)
+    check_folder(args, folder)
+    with folder.locked() if runtime.is_main else nullcontext():
+        setup_logging(args.output_dir, runtime.is_main)
+        run = prepare_run(args, runtime, stop, folder)
+        start_or_resume(run)
+        stop.patient = True
+        train_to_the_end(run)
     return 0
 
 
+def train_to_the_end(run: Run) -> None:
+    """Epoch after epoch until all are done, patience is over or a signal comes."""
+    epochs, patience = run.args.epochs, run.args.early_stopping_patience
+    try:
+        while run.state.epoch < epochs:
+            if 0 < patience <= run.history.epochs_without_gain:
+                log.info("no better macro F1 for %d epochs: stopping early", run.history.epochs_without_gain)
+                break
+            run.after_step()
+            run_epoch(run)
+        finish_run(run)
+    except Interrupted:
+        run.save()
+        log.info("the state is saved: --resume auto goes on from epoch %d", run.state.epoch + 1)
+        raise
+
+
 RESUME_MAY_CHANGE = {
-    "epochs", "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume",
-    "overwrite", "output_dir", "save_every_minutes", "compile", "test_output", "test_split",
+    "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
+    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split",
+    "csv", "pretrained", "amp", "compile",  # compared by what they lead to, in the other entries of the identity
 }  # fmt: skip
 
 
-def open_folder(args: argparse.Namespace, folder: RunFolder, runtime: Runtime) -> None:
-    """Take the output folder for this run, or say what stands in the way."""
-    if not runtime.is_main:
-        return
-    folder.lock()
-    if args.overwrite:
-        folder.clear()
-    elif args.resume is None and folder.holds_run():
-        raise BadInput(f"{folder.path} holds a run; --resume auto continues it, --overwrite replaces it")
+def check_folder(args: argparse.Namespace, folder: RunFolder) -> None:
+    """Raises BadInput where --output-dir holds a run that was not asked for, or none that was; touches nothing."""
+    if args.resume and args.overwrite:
+        raise BadInput("--resume continues a run and --overwrite replaces it: leave out one of them")
+    source = resume_source(args, folder) if args.resume else None
+    if source and not source.has_state():
+        raise BadInput(f"{source.path} holds no run to resume: leave out --resume to start one there")
+    if not (source and source.same_as(folder)) and not args.overwrite and folder.holds_run():
+        raise BadInput(f"{folder.path} holds a run: --resume auto continues it, --overwrite replaces it")
 
 
-def resume(run: Run) -> None:
-    """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
-    source = run.folder if run.args.resume == "auto" else RunFolder(Path(run.args.resume))
-    content = source.load()
-    then, now = content["identity"], run.identity
-    changed = [
-        f"--{name.replace('_', '-')} was {then['arguments'].get(name)!r}, now {value!r}"
-        for name, value in now["arguments"].items()
-        if name not in RESUME_MAY_CHANGE and then["arguments"].get(name) != value
-    ]
-    changed += [
-        f"{name} was {then[name]}, now {now[name]}"
-        for name in ("data", "torch", "threads", "world_size")
-        if then[name] != now[name]
-    ]
-    if changed:
-        raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
-    restore_state(content, run.state, run.history, run.runtime.rank)
-    if run.history.top.entries:
-        run.history.top.best = load_checked(run.folder.path / run.history.top.names[0], MODEL_KIND)
+def resume_source(args: argparse.Namespace, folder: RunFolder) -> RunFolder:
+    """The folder that `--resume auto|PATH` means; PATH may also be the last.ckpt in it."""
+    if args.resume == "auto":
+        return folder
+    path = Path(args.resume)
+    return RunFolder(path.parent if path.name == folder.last.name and not path.is_dir() else path)
+
+
+def start_or_resume(run: Run) -> None:
+    """Begin with an empty folder, or where another run has left off."""
+    if run.args.resume:
+        resume(run, resume_source(run.args, run.folder))
+    elif run.runtime.is_main:
+        if run.folder.holds_run():
+            log.info("--overwrite: removing the run that %s holds", run.folder.path)
+        run.folder.clear()
     if run.runtime.is_main:
-        run.folder.derive(run.history)
-    if run.args.epochs != then["arguments"]["epochs"] and run.args.scheduler == "cosine":
-        log.warning("--epochs differs, so the cosine schedule goes on along the curve of the new length")
+        present = sum(file.stat().st_size for file in run.folder.ours(CHECKPOINT, *DERIVED, r"last.*\.ckpt"))
+        require_space(run.folder.path, max(0, run.peak_bytes - present))
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What of a run's identity has changed in a way that changes its numbers."""
+    before, after = then["arguments"], now["arguments"]
+    found = [
+        f"--{name.replace('_', '-')} was {before.get(name)!r}, now {value!r}"
+        for name, value in after.items()
+        if name not in RESUME_MAY_CHANGE and name != "epochs" and before.get(name) != value
+    ]
+    if after["epochs"] < before["epochs"]:
+        found.append(f"--epochs was {before['epochs']}, now {after['epochs']}: it can only grow")
+    for name in [name for name in now if name not in ("arguments", "machine") and then.get(name) != now[name]]:
+        short = [str(identity.get(name))[:200] for identity in (then, now)]
+        found.append(f"the {name} differ" if len(short[0]) == 64 else f"{name} was {short[0]}, now {short[1]}")
+    return found
+
+
+def resume(run: Run, source: RunFolder) -> None:
+    """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
+    content, history = source.load(), run.history
+    with reading(source.last):
+        then, now = content["identity"], run.identity
+        if changed := differences(then, now):
+            raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
+        for name, value in now["machine"].items():
+            if (before := then["machine"].get(name)) != value:
+                log.warning("%s was %s, now %s: the run goes on, but not to the same bits", name, before, value)
+        restore_state(content, run.state, history, run.runtime.rank)
+    source.load_top(history)
+    positions = agree(run.runtime, *run.position, *(-x for x in run.position))  # nobody removes what another reads
+    if positions[: len(run.position)] != [-x for x in positions[len(run.position) :]]:
+        raise BadEnvironment(f"{source.path}: the processes of this run don't find the same state there")
+    if run.runtime.is_main:
+        if source.fell_back:  # or the next commit would keep the damaged file as the previous one
+            link_atomic(source.previous, source.last)
+        if not source.same_as(run.folder):
+            for name in history.top.names:
+                link_atomic(source.path / name, run.folder.path / name)
+            run.folder.commit(content)
+    run.saved = run.position
+    run.redo_files()
     log.info("resumed after epoch %d, forward pass %d of the next one", run.state.epoch, run.state.micro)
+    if now["arguments"]["epochs"] != then["arguments"]["epochs"] and run.args.scheduler == "cosine":
+        log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
 
 
 def check_labels(path: Path, stored: list[str], asked: list[str]) -> None:
@@ -3426,7 +3723,7 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     if len(rows) == 0:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
     preprocessing = decide_preprocessing_like(content["preprocessing"], rows, args)
-    model = classifier_from(content).to(runtime.device)
+    model = classifier_from(content, args.test_only).to(runtime.device)
     dataset = CTVolumeDataset(rows, preprocessing)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
     recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=preprocessing.intensity)
@@ -3443,26 +3740,47 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     return 0
 
 
+def explain(error: BaseException) -> int:
+    """Say in one line why the run has ended; returns the exit code. What only a bug can raise is raised again."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, UserError):
+        for message in error.messages:
+            log.error("%s", message)
+        return error.code
+    if isinstance(error, Interrupted):
+        log.info("stopped by %s", error)
+        return 128 + error.number
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        advice = "lower --batch-size, --image-size or --num-slices, or add --amp"
+        log.error("out of memory (%s); %s", text.split(". ")[0] or "in main memory", advice)
+    elif "DataLoader worker" in text and isinstance(error, RuntimeError) and "Caught" not in text:
+        log.error("a process that reads volumes has died (%s); lower --num-workers or --batch-size, see /dev/shm", text)
+    elif isinstance(error, OSError):
+        log.error("%s: %s", error.filename or "the system", error.strerror or text)
+    else:
+        raise error
+    return BadEnvironment.code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with these arguments; returns the exit code."""
     args = parse_args(argv)
     setup_logging(None, is_main=True)
-    try:
-        with StopRequest() as stop:
+    with StopRequest(patient=False) as stop:
+        try:
             runtime = init_runtime(args.amp)
-            return run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
-    except UserError as error:
-        for message in error.messages:
-            log.error("%s", message)
-        return error.code
-    except Interrupted as signal_received:
-        return 128 + signal_received.number
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        log.error(
-            "out of memory (%s); lower --batch-size, --image-size or --num-slices, or add --amp",
-            str(error).split(".")[0],
-        )
-        return BadEnvironment.code
+            watch = RankWatch(runtime)
+            code = run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
+            watch.part()
+            return code
+        except RuntimeError as error:
+            if stop.signal_number:  # a worker that was starting when the signal came has died of it
+                return 128 + stop.signal_number
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # perhaps of another rank's death: its name is on the way
+                time.sleep(RankWatch.INTERVAL * (RankWatch.PATIENCE + 3))
+            return explain(error)
+        except (Exception, Interrupted) as error:
+            return explain(error)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import errno
 import os
+import socket
 
 import pytest
 import torch
 
 from finetune_siglip import (
+    FIELDS,
     MODEL_KIND,
     RUN_KIND,
     BadEnvironment,
@@ -25,6 +27,7 @@ def content(**more):
     return {
         "kind": MODEL_KIND,
         "format": 1,
+        **{name: form() for name, form in FIELDS[MODEL_KIND].items()},
         "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3).bool()},
         **more,
     }
@@ -121,7 +124,8 @@ def test_the_top_3_are_ranked_best_first_with_ties_to_the_earlier_epoch():
 def test_a_commit_keeps_the_one_before_and_falls_back_to_it_when_damaged(tmp_path, caplog):
     folder = RunFolder(tmp_path)
     for epoch in (1, 2):
-        folder.commit({"kind": RUN_KIND, "format": 1, "epoch": epoch})
+        fields = {name: form() for name, form in FIELDS[RUN_KIND].items()}
+        folder.commit({"kind": RUN_KIND, "format": 1, **fields, "epoch": epoch})
     assert folder.load()["epoch"] == 2
     data = bytearray(folder.last.read_bytes())
     data[len(data) // 2] ^= 255
@@ -135,21 +139,34 @@ def test_deriving_removes_what_is_left_over_and_rewrites_results(tmp_path):
         history.top.offer(score, epoch)
         save_checked(tmp_path / history.top.name(epoch), content(epoch=epoch))
         history.lines.append(f'{{"epoch": {epoch}}}')
-    (tmp_path / "checkpoint_epoch_009.pth").write_bytes(b"from an interrupted save")
-    (tmp_path / ".last.ckpt.123.tmp").write_bytes(b"half")
+    leftovers = [
+        "checkpoint_epoch_009.pth", ".last.ckpt.123.tmp", ".last.fresh.ckpt.9.tmp", "last.fresh.ckpt",
+        ".best_model.pth.1.tmp", ".results.jsonl.77.tmp", ".checkpoint_epoch_002.pth.5.tmp", ".progress.png.5.tmp",
+    ]  # fmt: skip
+    others = ["checkpoint_epoch_best.pth", "checkpoint_epoch_001.pth.bak", ".notes.tmp", ".other.ckpt.123.tmp"]
+    for name in leftovers + others:
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / "checkpoint_epoch_007.pth").mkdir()
     (tmp_path / "results.jsonl").write_text('{"epoch": 1}\n{"epo')
     folder.derive(history)
-    assert sorted(f.name for f in tmp_path.iterdir()) == [
-        "best_model.pth", "checkpoint_epoch_001.pth", "checkpoint_epoch_002.pth", "results.jsonl",
-    ]  # fmt: skip
+    expected = ["best_model.pth", "checkpoint_epoch_001.pth", "checkpoint_epoch_002.pth", "results.jsonl"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([*expected, *others, "checkpoint_epoch_007.pth"])
     assert load_checked(tmp_path / "best_model.pth", MODEL_KIND)["epoch"] == 2
     assert (tmp_path / "results.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
 
 
 def test_a_second_run_in_the_folder_is_refused_naming_the_first(tmp_path):
-    first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
-    first.lock()
-    with pytest.raises(BadEnvironment, match=f"pid {os.getpid()} on "):
-        second.lock()
-    first.handle.close()
-    second.lock()
+    with RunFolder(tmp_path / "run").locked():
+        child = os.fork()
+        if not child:  # a record lock belongs to a process, so only another one can be refused
+            code = 0
+            try:
+                with RunFolder(tmp_path / "run").locked():
+                    code = 1
+            except BadEnvironment as error:
+                code = 0 if f"pid {os.getppid()} on {socket.gethostname()}" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitpid(child, 0)[1] == 0
+    with RunFolder(tmp_path / "run").locked():
+        pass

@@ -45,7 +45,9 @@ def test_a_second_signal_leaves_at_once():
     program = (
         "import os, signal, time, finetune_siglip\n"
         "with finetune_siglip.StopRequest():\n"
-        "    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGINT)\n"  # the echo of a launcher
+        "    time.sleep(finetune_siglip.StopRequest.ECHO + 0.1)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)"
     )
     done = subprocess.run(

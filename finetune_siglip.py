@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -1469,19 +1468,6 @@ def move_volume(
 # ── 5 Backbone ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # From a file of pretrained tensors to an image encoder that certainly holds them.
 
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What a file holds: tensors keyed as the built backbone's `state_dict()`, and the `config` to build it."""
-
-    family: str
-    config: dict
-    tensors: dict[str, Tensor]
-    source: str
-    notes: list[str]
-    unused: list[str]  # names in the file that belong to no part of the image encoder
-
-
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_FILES = (  # of a folder or hub model, in order of trust; BioViL's stand beside a text-only pytorch_model.bin
     *("biovil_t_image_model_proj_size_128.pt", "biovil_image_resnet50_proj_size_128.pt"),
@@ -1510,30 +1496,30 @@ LOOKS = (  # pattern of a tensor's name, what the file then seems to be
 SUPPORTED = "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), the 3D ResNet-152 and BioViL(-T)"
 
 
-def _locate(source: str) -> Path:
+def locate_weights(source: str) -> Path:
     """The weights file that a path or hub name stands for."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        named = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+    if os.path.isdir(path):
+        named = [path / name for name in WEIGHT_FILES if os.path.isfile(path / name)]
         found = named[:1] or [file for file in sorted(path.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
         if len(found) != 1:
             names = ", ".join(file.name for file in found[:5]) or "none"
             raise BadInput(f"{path}: a folder should hold one weights file, found {names}: name the file")
         return found[0]
-    if path.exists():
-        if not path.is_file():
+    if os.path.exists(path):
+        if not os.path.isfile(path):
             raise BadInput(f"{path}: not a regular file")
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(WEIGHT_SUFFIXES):
         raise BadInput(f"{source}: no such file or folder (--pretrained)")
-    return _download(source)
+    return download_weights(source)
 
 
-def _download(name: str) -> Path:
-    """The weights file of a hub model, its config and shards beside it: from the local cache, else from the network."""
+def download_weights(name: str) -> Path:
+    """The weights file of a hub model, config and shards beside it: from the local cache, else from the network."""
     from huggingface_hub import errors, hf_hub_download, logging
 
-    logging.set_verbosity_error()  # it retries a dead network for 20 s in ten lines of its own
+    logging.set_verbosity_error()  # it retries a dead network for 20 s, in ten lines of its own
 
     def fetch(filename: str, cached: bool) -> Path | None:
         try:
@@ -1552,37 +1538,34 @@ def _download(name: str) -> Path:
             raise BadEnvironment(f"{name}: the Hugging Face hub answered: {error}".splitlines()[0]) from None
 
     for cached in (True, False):
-        config = fetch("config.json", cached)
+        fetch("config.json", cached)
         path = next((path for filename in WEIGHT_FILES if (path := fetch(filename, cached))), None)
-        shards = _shards(path) if path and path.suffix == ".json" else []
-        if path and all(fetch(shard, cached) for shard in shards) and (config or not cached):
+        if path and all(fetch(shard, cached) for shard in (shards_of(path) if path.suffix == ".json" else [])):
             return path
     raise BadInput(f"{name}: this hub model has no weights file of a known name; download it and name the file")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or BadInput."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error}): download it again") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: a JSON object was expected")
-    return found
+        raise BadInput(f"{path}: not readable as JSON ({error}): get it again, or remove it") from None
+    return found if isinstance(found, dict) else {}
 
 
-def _shards(index: Path) -> list[str]:
+def shards_of(index: Path) -> list[str]:
     """Names of the files that an index of sharded weights lists; they must lie beside it."""
-    names = sorted({str(name) for name in dict(_read_json(index).get("weight_map", {})).values()})
+    names = sorted({str(name) for name in dict(read_json(index).get("weight_map", {})).values()})
     if not names or any(Path(name).name != name for name in names):
         raise BadInput(f"{index}: not an index of weight files lying beside it")
     return names
 
 
-def _open_weights(path: Path) -> dict:
+def open_weights(path: Path) -> dict[str, Any]:
     """The content of a weights file: names and tensors, perhaps nested; memory-mapped, and nothing in it is run."""
     if path.suffix == ".json":
-        return {k: v for name in _shards(path) for k, v in _flatten(_open_weights(path.parent / name))}
+        return {k: v for name in shards_of(path) for k, v in flatten(open_weights(path.parent / name)).items()}
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -1592,74 +1575,277 @@ def _open_weights(path: Path) -> dict:
     for start, what in () if safetensors else FOREIGN_FILES:  # a safetensors header may start with any byte
         if head.lstrip().startswith(start):
             raise BadInput(f"{path}: {what}")
-    if head[257:262] == b"ustar":
-        raise BadInput(f"{path}: a tar archive: unpack it first")
     try:
         if safetensors:
             from safetensors import safe_open
 
             with safe_open(path, framework="pt") as tensors:
                 return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        archived = []
         if head.startswith(b"PK"):
-            _refuse_other_archives(path)
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=head.startswith(b"PK"))
+            with zipfile.ZipFile(path) as archive:
+                archived = archive.namelist()
+        if any(name.endswith("/constants.pkl") for name in archived):
+            raise BadInput(f"{path}: a TorchScript program: save its state_dict() instead")
+        if any(name.endswith(".npy") for name in archived):
+            raise BadInput(f"{path}: a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(archived))
     except UserError:
         raise
-    except pickle.UnpicklingError as error:
-        needs = re.search(r"(?:GLOBAL|class|global:?) ([A-Za-z_][\w.]*\.\w+)", str(error))
-        held = f" ({needs[1]})" if needs else ""
-        raise BadInput(
-            f"{path}: reading it would run code that it names{held}, which this script does not do: "
-            "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
-        ) from None
-    except Exception as error:  # a damaged file can make the readers raise anything
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+    except Exception as error:  # the bytes can lead the readers anywhere
+        if needs := re.search(r"(?:GLOBAL|class|global:?) ([A-Za-z_][\w.]*\.\w+)", str(error)):
+            raise BadInput(
+                f"{path}: reading it would run code that it names ({needs[1]}), which this script does not do: "
+                "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
+            ) from None
+        reason = (str(error) or "it is empty").splitlines()[0][:120]
         raise BadInput(f"{path}: not readable as weights, damaged or incomplete ({reason}): get it again") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: holds a {type(found).__name__}, not named tensors. {SUPPORTED}")
     return found
 
 
-def _refuse_other_archives(path: Path) -> None:
-    """Zip archives that PyTorch did not write as plain tensors, by what is in them."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise BadInput(f"{path}: a TorchScript program: save its state_dict() instead")
-    if any(name.endswith(".npy") for name in names):
-        raise BadInput(f"{path}: a NumPy archive (a CT volume, or JAX weights): use the Hugging Face copy of the model")
-
-
-def _flatten(node: dict, prefix: str = "", seen: frozenset[int] = frozenset()) -> Iterator[tuple[str, Tensor]]:
+def flatten(root: dict) -> dict[str, Tensor]:
     """Tensors of nested containers (`state_dict`, `model`, `ema` …) by dotted name, without what wrappers inserted."""
-    for key, value in node.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Tensor):
-            yield (
-                re.sub(r"(?:(?<=\.)|^)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", "", name),
-                value,
-            )
-        elif isinstance(value, dict) and id(value) not in seen:
-            yield from _flatten(value, name + ".", seen | {id(value)})
+    wrappers = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+    tensors: dict[str, Tensor] = {}
+    queue, seen = [("", root)], {id(root)}
+    for prefix, node in queue:  # grows as it is read
+        for key, value in node.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, Tensor):
+                tensors.setdefault(wrappers.sub("", name), value)
+            elif isinstance(value, dict) and id(value) not in seen and len(name) < 500:
+                seen.add(id(value))  # a container may hold itself
+                queue.append((f"{name}.", value))
+    return tensors
 
 
-def _config_beside(path: Path) -> dict | None:
+def config_beside(path: Path) -> dict[str, Any] | None:
     """SigLIP's vision settings from the `config.json` beside a file, with the library's own defaults filled in."""
     file = path.parent / "config.json"
-    if not file.is_file():
-        return None
-    found = _read_json(file)
+    found = read_json(file) if file.is_file() else {}
     vision = found["vision_config"] if isinstance(found.get("vision_config"), dict) else found
     if "siglip" not in str(vision.get("model_type") or found.get("model_type")):
         return None
-    defaults = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "image_size": 224}
-    defaults |= {
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-        "vision_use_head": True,
+    defaults: dict[str, Any] = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
     }
+    defaults |= {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True}
     return {key: vision.get(key, default) for key, default in defaults.items()}
+
+
+@dataclass
+class Found:
+    """An image encoder's tensors while they are being named anew, and what else bears on its configuration."""
+
+    tensors: dict[str, Tensor]  # those not yet taken
+    source: str
+    sidecar: dict[str, Any] | None
+    heads: int | None
+    notes: list[str]
+
+    def take(self, *parts: str) -> dict[str, Tensor]:
+        """Remove and return the tensors of these parts of a model."""
+        return {name: self.tensors.pop(name) for name in list(self.tensors) if name.split(".")[0] in parts}
+
+
+def read_hf_siglip(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Hugging Face's names are the ones kept."""
+    kept = found.take("embeddings", "encoder", "post_layernorm", "head")
+    kept.pop("embeddings.position_ids", None)  # a counter that old files store
+    patch = kept[HF_ANCHOR]
+    if patch.ndim == 2:  # NaFlex: a linear layer over flattened (p, p, C) patches is a convolution written otherwise
+        side = math.isqrt(patch.shape[1] // 3)
+        kept[HF_ANCHOR] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+        found.notes.append("SigLIP 2 NaFlex: its tower is used at a fixed square size")
+    return siglip_config(kept, found, "gelu_pytorch_tanh"), kept
+
+
+def read_timm_siglip(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """timm's and open_clip's names: the fused qkv, and the attention pool's q and kv, become Hugging Face's."""
+    parts = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "blocks", "norm", "attn_pool")
+    theirs, kept = found.take(*parts), {}
+    positions = theirs.pop("pos_embed").flatten(0, -2)  # (1, P, E) to (P, E)
+    for kind in ("weight", "bias"):
+        pool = [theirs.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
+        kept[f"head.attention.in_proj_{kind}"] = torch.cat(pool)
+    for name, tensor in theirs.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                kept[f"encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}"] = rows
+        else:
+            for pattern, hf_name in TIMM_NAMES:
+                name = re.sub(pattern, hf_name, name)
+            kept[name] = tensor
+    kept["embeddings.position_embedding.weight"] = positions
+    width, _, patch, _ = kept[HF_ANCHOR].shape
+    # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
+    later = patch == 32 or width == 1536 or (width, patch) == (1152, 16) or (width, len(positions)) == (1024, 1024)
+    return siglip_config(kept, found, "gelu_pytorch_tanh" if later else "gelu"), kept
+
+
+def count_blocks(kept: dict[str, Tensor], pattern: str) -> int:
+    """How many blocks there are, `pattern` finding the number of one in a tensor's name."""
+    return 1 + max((int(match[1]) for name in kept if (match := re.match(pattern, name))), default=-1)
+
+
+def siglip_config(kept: dict[str, Tensor], found: Found, act: str) -> dict[str, Any]:
+    """Configuration from shapes; what shapes cannot tell comes from a fitting config.json, or is assumed and noted."""
+    width, channels, patch, _ = kept[HF_ANCHOR].shape
+    grid = math.isqrt(len(kept["embeddings.position_embedding.weight"]))
+    config: dict[str, Any] = {
+        "family": "siglip",
+        "hidden_size": width,
+        "num_hidden_layers": count_blocks(kept, r"encoder\.layers\.(\d+)\."),
+        "num_attention_heads": {1152: 16, 1536: 16}.get(width, width // 64),
+        "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]),
+        "num_channels": channels,
+        "patch_size": patch,
+        "image_size": 384 if (patch, grid) == (14, 27) else grid * patch,  # as published, though 384 = 27 * 14 + 6
+        **{"hidden_act": act, "layer_norm_eps": 1e-6, "vision_use_head": True},
+    }
+    if found.sidecar and found.sidecar["hidden_size"] == width:
+        config |= {k: v for k, v in found.sidecar.items() if k != "image_size" or v // patch == grid}
+    elif found.sidecar:
+        found.notes.append(f"config.json ignored: its tower is {found.sidecar['hidden_size']} wide, this one {width}")
+    elif not found.heads and width % 64:
+        raise BadInput(
+            f"{found.source}: without a config.json its width of {width} does not tell the number of attention heads: "
+            "name it with --backbone-heads"
+        )
+    elif not found.heads:
+        heads = config["num_attention_heads"]
+        found.notes.append(f"assumed, without a config.json: {heads} heads (--backbone-heads), {act}")
+    heads = config["num_attention_heads"] = found.heads or config["num_attention_heads"]
+    if width % heads:
+        raise BadInput(f"{found.source}: {heads} attention heads do not divide its width of {width} (--backbone-heads)")
+    return config
+
+
+def read_resnet3d(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Names as MONAI's, which are Merlin's."""
+    kept = found.take("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
+    stem, channels, *kernel = kept["conv1.weight"].shape
+    return {
+        "family": "resnet3d",
+        "layers": [count_blocks(kept, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+        "block_inplanes": [stem, stem * 2, stem * 4, stem * 8],
+        "num_channels": channels,
+        "conv1_t_size": kernel,
+        "bias_downsample": "layer1.0.downsample.0.bias" in kept,
+        "image_size": 224,
+    }, kept
+
+
+def read_biovil(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The encoder of `health_multimodal`'s ImageModel, without what a single image does not use."""
+    idle = ("encoder.encoder.fc.", "encoder.vit_pooler.")
+    kept = {k.removeprefix("encoder."): t for k, t in found.take("encoder").items() if not k.startswith(idle)}
+    encoder, size = "resnet50" if "encoder.layer4.0.conv3.weight" in kept else "resnet18", 480
+    if "backbone_to_vit.weight" in kept:
+        encoder, size = f"{encoder}_multi_image", 448
+        found.notes.append("BioViL-T without its temporal pooler: there is no prior image")
+    channels = kept["encoder.conv1.weight"].shape[1]
+    return {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}, kept
+
+
+TIMM_NAMES = (
+    (r"^patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
+    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
+    (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
+    (r"^norm\.", "post_layernorm."),
+    (r"^attn_pool\.latent", "head.probe"),
+    (r"^attn_pool\.proj", "head.attention.out_proj"),
+    (r"^attn_pool\.norm", "head.layernorm"),
+    (r"^attn_pool\.mlp", "head.mlp"),
+)
+HF_ANCHOR, TIMM_ANCHOR = "embeddings.patch_embedding.weight", "patch_embed.proj.weight"
+RESNET_ANCHOR, BIOVIL_ANCHOR = "layer3.35.conv3.weight", "encoder.encoder.layer4.1.conv2.weight"
+READERS: dict[str, Callable[[Found], tuple[dict[str, Any], dict[str, Tensor]]]] = {  # by the name that ends any prefix
+    HF_ANCHOR: read_hf_siglip,
+    TIMM_ANCHOR: read_timm_siglip,
+    RESNET_ANCHOR: read_resnet3d,
+    BIOVIL_ANCHOR: read_biovil,
+}
+
+
+def is_encoder(anchor: str, prefix: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether the tensors around an anchor are of its family; CLIP, plain ViTs and 2D ResNets share its name."""
+    if anchor == TIMM_ANCHOR:
+        return prefix + "attn_pool.latent" in tensors and tensors[prefix + anchor].ndim == 4
+    if anchor == RESNET_ANCHOR:
+        return prefix + "conv1.weight" in tensors and tensors[prefix + "conv1.weight"].ndim == 5
+    if anchor == BIOVIL_ANCHOR:
+        return any(name.startswith((prefix + "projector.", prefix + "encoder.backbone_to_vit.")) for name in tensors)
+    return prefix + "embeddings.class_embedding" not in tensors
+
+
+def find_encoder(tensors: dict[str, Tensor], source: str) -> tuple[str, str, list[str]]:
+    """The anchor found in a file, what stands before it, and notes; the fullest candidate, averaged weights first."""
+    found = [(a, name[: -len(a)]) for name in tensors for a in READERS if f".{name}".endswith(f".{a}")]
+    found = [(a, prefix) for a, prefix in found if is_encoder(a, prefix, tensors)]
+    if not found:
+        looks = (what for pattern, what in LOOKS if any(re.search(pattern, name) for name in tensors))
+        seems = next(looks, f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
+        raise BadInput(f"{source}: seems to be {seems}. {SUPPORTED}")
+    size = {prefix: sum(name.startswith(prefix) for name in tensors) for _, prefix in found}
+    anchor, prefix = max(found, key=lambda pair: (size[pair[1]], "ema" in re.split(r"[._]", pair[1].lower())))
+    others = ", ".join(repr(other) for _, other in found if other != prefix)
+    return anchor, prefix, [f"taken from {prefix!r}; also there: {others}"] if others else []
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What a file holds: tensors keyed as the built backbone's `state_dict()`, and the `config` to build it."""
+
+    family: str
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    source: str
+    notes: list[str]
+    unused: list[str]  # names in the file that belong to no part of the image encoder
+
+
+def read_tensors(
+    tensors: dict[str, Tensor], source: str, sidecar: dict[str, Any] | None = None, heads: int | None = None
+) -> Pretrained:
+    """Find the image encoder among named tensors (`meta` ones too) and name them as this script's modules do."""
+    anchor, prefix, notes = find_encoder(tensors, source)
+    found = Found(
+        {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}, source, sidecar, heads, notes
+    )
+    try:
+        config, kept = READERS[anchor](found)
+    except KeyError as error:
+        raise BadInput(f"{source}: incomplete: {prefix}{error.args[0]} is missing") from None
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{source}: tensors of unexpected shape under {prefix!r}: {error}") from None
+    for k, t in kept.items():
+        if t.is_quantized or t.layout != torch.strided or (t.ndim and (t.itemsize < 2 or not t.is_floating_point())):
+            raise BadInput(f"{source}: {prefix}{k} is quantised or sparse ({t.dtype}): use the original weights")
+    for k in [k for k in kept if k.endswith("running_mean")]:  # old files lack BatchNorm's step counter
+        kept.setdefault(k.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
+    kept = {f"net.{k}": t.float() if t.is_floating_point() else t for k, t in kept.items()}
+    unused = [k for k in tensors if not k.startswith(prefix)] + [prefix + k for k in found.tensors]
+    return Pretrained(config["family"], config, kept, source, notes, unused)
+
+
+def read_own_checkpoint(raw: dict[str, Any], source: str) -> Pretrained:
+    """The backbone inside one of this script's own checkpoints."""
+    state, config = raw.get("model"), raw.get("backbone")
+    if raw["kind"] != "finetune_siglip":
+        raise BadInput(f"{source}: the state of a run; name its best_model.pth")
+    if raw.get("format") != 1 or not isinstance(state, dict) or not isinstance(config, dict):
+        raise BadInput(f"{source}: a checkpoint of this script in a format that this version does not read")
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    mine = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+    unused = [name for name in tensors if not name.startswith("backbone.")]
+    return Pretrained(str(config.get("family")), config, mine, source, ["a checkpoint of this script"], unused)
 
 
 def read_pretrained(source: str | Path, heads: int | None = None) -> Pretrained:
@@ -1668,110 +1854,11 @@ def read_pretrained(source: str | Path, heads: int | None = None) -> Pretrained:
     Tensors come as float32 and stay memory-mapped where the file has them so. `heads` overrides the number of
     attention heads. Raises BadInput with what the file seems to be where no known image encoder is in it.
     """
-    path = _locate(str(source))
-    raw = _open_weights(path)
-    if raw.get("kind") == "finetune_siglip":
-        return _own_checkpoint(raw, str(path))
-    return read_tensors(dict(_flatten(raw)), str(path), _config_beside(path), heads)
-
-
-def _own_checkpoint(raw: dict, source: str) -> Pretrained:
-    """The backbone inside one of this script's own checkpoints."""
-    state, config = raw.get("model"), raw.get("backbone")
-    if raw.get("format") != 1 or not isinstance(state, dict) or not isinstance(config, dict):
-        raise BadInput(f"{source}: a checkpoint of this script in a format that this version does not read")
-    mine = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
-    unused = [k for k in state if not k.startswith("backbone.")]
-    return Pretrained(config["family"], config, mine, source, ["a checkpoint of this script"], unused)
-
-
-def read_tensors(
-    tensors: dict[str, Tensor], source: str, sidecar: dict | None = None, heads: int | None = None
-) -> Pretrained:
-    """Find the image encoder among named tensors (`meta` ones too) and name them as this script's modules do."""
-    anchor, prefix, notes = _find_encoder(tensors, source)
-    inside = {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    try:
-        config, kept = READERS[anchor](inside, sidecar, heads, notes)
-    except KeyError as error:
-        raise BadInput(f"{source}: incomplete: {prefix}{error.args[0]} is missing") from None
-    except (ValueError, IndexError, RuntimeError) as error:
-        raise BadInput(f"{source}: tensors of unexpected shape under {prefix!r}: {error}") from None
-    for name, tensor in kept.items():
-        if tensor.is_quantized or tensor.layout != torch.strided or (tensor.itemsize < 2 and tensor.ndim):
-            raise BadInput(
-                f"{source}: {prefix}{name} is quantised or sparse ({tensor.dtype}): use the original weights"
-            )
-    kept = {f"net.{name}": t.float() if t.is_floating_point() else t for name, t in kept.items()}
-    unused = [k for k in tensors if not k.startswith(prefix)] + [prefix + k for k in inside]
-    return Pretrained(config["family"], config, kept, source, notes, unused)
-
-
-def _find_encoder(tensors: dict[str, Tensor], source: str) -> tuple[str, str, list[str]]:
-    """The anchor found in a file, what stands before it, and notes; the fullest candidate, averaged weights first."""
-    found = [(a, name[: -len(a)]) for name in tensors for a in READERS if f".{name}".endswith(f".{a}")]
-    found = [(a, prefix) for a, prefix in found if _is_encoder(a, prefix, tensors)]
-    if not found:
-        looks = (what for pattern, what in LOOKS if any(re.search(pattern, name) for name in tensors))
-        first = ", ".join(list(tensors)[:5]) or "no tensor at all"
-        seems = next(looks, f"an unknown model ({first})")
-        raise BadInput(f"{source}: seems to be {seems}. {SUPPORTED}")
-    size = {prefix: sum(name.startswith(prefix) for name in tensors) for _, prefix in found}
-    anchor, prefix = max(found, key=lambda pair: (size[pair[1]], "ema" in re.split(r"[._]", pair[1].lower())))
-    others = [repr(other) for _, other in found if other != prefix]
-    return anchor, prefix, [f"taken from {prefix!r}; also there: {', '.join(others)}"] if others else []
-
-
-def _is_encoder(anchor: str, prefix: str, tensors: dict[str, Tensor]) -> bool:
-    """Whether the tensors around an anchor are of its family: lookalikes (CLIP, plain ViTs, 2D ResNets) are not."""
-    return prefix + "embeddings.class_embedding" not in tensors
-
-
-def _read_hf_siglip(inside: dict, sidecar: dict | None, heads: int | None, notes: list[str]) -> tuple[dict, dict]:
-    """Hugging Face names; `inside` keeps what does not belong to the tower."""
-    parts = ("embeddings.", "encoder.", "post_layernorm.", "head.")
-    kept = {name: inside.pop(name) for name in list(inside) if name.startswith(parts)}
-    return _siglip_config(kept, sidecar, heads, "gelu_pytorch_tanh", notes), kept
-
-
-def _siglip_config(kept: dict, sidecar: dict | None, heads: int | None, act: str, notes: list[str]) -> dict:
-    """Configuration from shapes; what shapes cannot tell comes from a fitting `sidecar`, or is assumed and noted."""
-    width, channels, patch, _ = kept["embeddings.patch_embedding.weight"].shape
-    grid = math.isqrt(len(kept["embeddings.position_embedding.weight"]))
-    blocks = [int(match[1]) for name in kept if (match := re.match(r"encoder\.layers\.(\d+)\.", name))]
-    config = {
-        "family": "siglip",
-        "hidden_size": width,
-        "num_hidden_layers": max(blocks, default=-1) + 1,
-        "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]),
-        "num_channels": channels,
-        "patch_size": patch,
-        "image_size": 384 if (patch, grid) == (14, 27) else grid * patch,  # published: 384 is not a multiple of 14
-    }
-    if sidecar and sidecar["hidden_size"] == width:
-        fits = sidecar["image_size"] // patch == grid
-        return (
-            config
-            | sidecar
-            | ({} if fits else {"image_size": config["image_size"]})
-            | ({"num_attention_heads": heads} if heads else {})
-        )
-    if sidecar:
-        notes.append(f"the config.json beside it is of a tower of width {sidecar['hidden_size']}, not {width}: ignored")
-    if not heads:
-        if width % 64:
-            raise BadInput(
-                f"a tower of width {width} without a config.json: give its number of heads, --backbone-heads"
-            )
-        heads = 16 if width in (1152, 1536) else width // 64
-        notes.append(f"assumed without a config.json: {heads} attention heads (--backbone-heads), {act}")
-    config |= {"num_attention_heads": heads, "hidden_act": act, "layer_norm_eps": 1e-6}
-    return config | {"attention_dropout": 0.0, "vision_use_head": True}
-
-
-READERS: dict[str, Callable] = {  # a tensor that only this family has, whatever stands before its name
-    "embeddings.patch_embedding.weight": _read_hf_siglip,
-}
+    path = locate_weights(str(source))
+    raw = open_weights(path)
+    if str(raw.get("kind")).startswith("finetune_siglip"):
+        return read_own_checkpoint(raw, str(path))
+    return read_tensors(flatten(raw), str(path), config_beside(path), heads)
 
 
 class Backbone(nn.Module):
@@ -1784,22 +1871,23 @@ class Backbone(nn.Module):
     family = ""
     orientation = "SPL"
     volumetric = False
+    net: Any  # the family's own module
 
-    def __init__(self, config: dict, net: nn.Module, width: int, grid: tuple[int, int, int]):
+    def __init__(self, config: dict[str, Any], net: nn.Module, width: int, slices: int):
         super().__init__()
         self.config, self.net, self.width = dict(config), net, width
-        self.default_grid = grid  # (S, H, W) this family is best given
+        self.default_grid = (slices, config["image_size"], config["image_size"])  # (S, H, W) this family is best given
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks in forward order: units to compile or to recompute."""
+        raise NotImplementedError
 
     def tokens(self, images: Tensor) -> Tensor:
         """Last spatial features, (n, *grid, E)."""
         raise NotImplementedError
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """(n, *grid, E) to (n, E); `pool(tokens(x))` equals `forward(x)`."""
-        raise NotImplementedError
-
-    def blocks(self) -> list[nn.Module]:
-        """The repeated blocks, in forward order: units to compile or to recompute."""
+        """(n, *grid, E) to (n, E)."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
@@ -1809,82 +1897,77 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """Set training mode, except that frozen modules stay in eval mode: dropout off, BatchNorm statistics kept."""
         super().train(mode)
-        if mode:
-            for module in self.modules():
-                params = list(module.parameters())
-                if params and not any(p.requires_grad for p in params):
-                    module.eval()
+        for module in self.modules() if mode else []:
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
         return self
 
 
 class SiglipBackbone(Backbone):
-    """SigLIP vision tower from `transformers`, with attention over kept patches only where asked for.
+    """SigLIP vision tower on the modules of `transformers`; patches can be left out of its sequence.
 
     Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023.
     """
 
     family = "siglip"
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict[str, Any]):
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
-        settings = {key: value for key, value in config.items() if key != "family"}
-        net = SiglipVisionModel(SiglipVisionConfig(**settings, attn_implementation="sdpa"))
-        size = config["image_size"]
-        super().__init__(config, net, config["hidden_size"], (64, size, size))
-        self.side = size // config["patch_size"]
-        # Not in any file; made again on the CPU, or a tower built on the meta device would never get its values.
-        net.embeddings.position_ids = torch.arange(self.side**2, device="cpu")[None]
+        settings = {k: v for k, v in config.items() if k != "family"} | {"attn_implementation": "sdpa"}
+        net = SiglipVisionModel(SiglipVisionConfig(**settings))
+        super().__init__(config, net, config["hidden_size"], 64)
+        self.side = config["image_size"] // config["patch_size"]
+        # Not in any file; on the meta device it would stay without values.
+        net.embeddings.register_buffer("position_ids", torch.arange(self.side**2, device="cpu")[None], persistent=False)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.net.encoder.layers)
 
     def tokens(self, images: Tensor) -> Tensor:
-        return self._encode(images, None)[0].unflatten(1, (self.side, self.side))
+        return self.encode(images)[0].unflatten(1, (self.side, self.side))
 
     def pool(self, tokens: Tensor) -> Tensor:
-        return self._pool(tokens.flatten(1, -2), None)
+        return self.attend(tokens.flatten(1, -2))
 
     def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(n, 3, H, W) in [0, 1] to (n, E).
+        """(n, 3, H, W) in [0, 1] to (n, E), from the patches that `keep` (n, P) names, in row order, or from all.
 
-        `keep` (n, P) bool names the patches, in row order, that take part; an image without any keeps its first.
+        An image that keeps none keeps its first.
         """
-        return self._pool(*self._encode(images, keep))
+        return self.attend(*self.encode(images, keep))
 
-    def _encode(self, images: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens after the last norm (n, M, E), and which of them are real (n, M) where `keep` left fewer than P."""
+    def encode(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens after the last norm (n, M, E), and which of them are no padding (n, M); None means all."""
         embeddings = self.net.embeddings
         x = embeddings.patch_embedding(images * 2 - 1).flatten(2).transpose(1, 2)  # (n, P, E); SigLIP sees [-1, 1]
         if x.shape[1] != self.side**2:
             raise ValueError(f"images {tuple(images.shape)} make {x.shape[1]} patches, the tower has {self.side**2}")
-        x = x + embeddings.position_embedding.weight
-        real = None
-        if keep is not None:
-            x, real = _keep_tokens(x, keep)
-        mask = None if real is None else real[:, None, None, :]
+        x, real = pack_kept(x + embeddings.position_embedding.weight, keep)
         for block in self.net.encoder.layers:
-            x = block(x, mask)
+            x = block(x, None if real is None else real[:, None, None, :])
         return self.net.post_layernorm(x), real
 
-    def _pool(self, x: Tensor, real: Tensor | None) -> Tensor:
-        """The attention-pooling head, as in `transformers`, but deaf to padding; the mean where a tower has none."""
+    def attend(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """The attention-pooling head, as in `transformers` but deaf to padding; the mean where a tower has none."""
         if not self.config["vision_use_head"]:
             return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-        head = self.net.head
+        head, probe = self.net.head, self.net.head.probe.expand(len(x), -1, -1)
         padding = None if real is None else ~real
-        probe = head.probe.expand(len(x), -1, -1)
         x = head.attention(probe, x, x, key_padding_mask=padding, need_weights=False)[0][:, 0]
         return x + head.mlp(head.layernorm(x))
 
 
-def _keep_tokens(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Pack kept tokens to the front, padded to the longest row: (n, P, E) to (n, M, E) and which are real (n, M).
+def pack_kept(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Pack the tokens to keep to the front, padded to the longest row: (n, P, E) to (n, M, E), and which are real.
 
     M is rounded up to a multiple of 16, so that few different shapes occur and attention kernels stay aligned.
     """
-    keep = keep.clone()
-    keep[:, 0] |= ~keep.any(1)
+    if keep is None:
+        return x, None
+    first = torch.arange(keep.shape[1], device=keep.device) == 0
+    keep = keep | (first & ~keep.any(1, keepdim=True))
     lengths = keep.sum(1)
     longest = min(-(-int(lengths.max()) // 16) * 16, keep.shape[1])
     order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
@@ -1893,54 +1976,116 @@ def _keep_tokens(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor | None]:
     return x, None if bool(real.all()) else real
 
 
-def build_backbone(config: dict) -> Backbone:
-    """The architecture that `config` describes, with random weights."""
-    return _FAMILIES[config["family"]](config)
+class ConvBackbone(Backbone):
+    """A convolutional encoder; its features are the mean over its last map."""
+
+    def blocks(self) -> list[nn.Module]:
+        trunk = getattr(self.net, "encoder", self.net)
+        return [block for stage in (1, 2, 3, 4) for block in getattr(trunk, f"layer{stage}")]
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        mean = F.adaptive_avg_pool3d if self.volumetric else F.adaptive_avg_pool2d
+        return mean(tokens.movedim(-1, 1), 1).flatten(1)
 
 
-_FAMILIES: dict[str, Callable[[dict], Backbone]] = {"siglip": SiglipBackbone}
+class ResNet3DBackbone(ConvBackbone):
+    """MONAI's ResNet as in Merlin: whole volumes, whose axes rise towards S, R and A.
 
-FIRST_CONV = {"siglip": "net.embeddings.patch_embedding.weight"}
-
-
-def _adapt(config: dict, tensors: dict, size: int | None, channels: int, notes: list[str]) -> tuple[dict, dict]:
-    """Configuration and tensors for another image size or number of input channels; unchanged where equal."""
-    config, tensors = dict(config), dict(tensors)
-    positions = "net.embeddings.position_embedding.weight"
-    if size and size != config["image_size"]:
-        notes.append(f"image size {size} instead of the checkpoint's {config['image_size']}")
-        config["image_size"] = size
-    if config["family"] == "siglip" and positions in tensors:
-        old, new = math.isqrt(len(tensors[positions])), config["image_size"] // config["patch_size"]
-        if old != new:
-            notes.append(f"position embeddings interpolated from {old} x {old} to {new} x {new}")
-            tensors[positions] = _resize_positions(tensors[positions], new)
-    first = FIRST_CONV[config["family"]]
-    if channels != config["num_channels"] and first in tensors:
-        notes.append(f"first convolution adapted from {config['num_channels']} to {channels} channels")
-        tensors[first] = _spread_channels(tensors[first], channels)
-    return config | {"num_channels": channels}, tensors
-
-
-def _resize_positions(table: Tensor, side: int) -> Tensor:
-    """(g * g, E) to (side * side, E), bicubic and antialiased."""
-    old = math.isqrt(len(table))
-    grid = table.T.reshape(1, -1, old, old)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
-    return grid.flatten(2)[0].T.contiguous()
-
-
-def _spread_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution (E, C, ...) for another number of channels: repeated in turn, each channel's sum kept.
-
-    Equal values in all channels then give the same output as before. Fewer channels than C each get the mean share.
+    Blankemeier et al., "Merlin: A Vision Language Foundation Model for 3D Computed Tomography", 2024.
     """
-    stored = weight.shape[1]
+
+    family = "resnet3d"
+    orientation = "SRA"
+    volumetric = True
+
+    def __init__(self, config: dict[str, Any]):
+        from monai.networks.nets import ResNet
+
+        names = ("layers", "block_inplanes", "conv1_t_size", "bias_downsample")
+        settings = {name: config[name] for name in names} | {"n_input_channels": config["num_channels"]}
+        settings |= {"block": "bottleneck", "conv1_t_stride": (1, 2, 2), "feed_forward": False}
+        net = ResNet(**settings)
+        super().__init__(config, net, config["block_inplanes"][3] * 4, 160)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(images))))
+        for block in self.blocks():
+            x = block(x)
+        return x.movedim(1, -1)
+
+
+class BiovilBackbone(ConvBackbone):
+    """Image encoder of BioViL or BioViL-T from `health_multimodal`, one image at a time.
+
+    Boecking et al., 2022; Bannur et al., "Learning to Exploit Temporal Structure for Biomedical VLP", 2023.
+    """
+
+    family = "biovil"
+
+    def __init__(self, config: dict[str, Any]):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the package imports timm by an old name
+            from health_multimodal.image.model.encoder import get_encoder_from_type
+
+        net = get_encoder_from_type(config["encoder"])
+        del net.encoder.fc  # parameters that never get a gradient would stall DDP
+        if config["encoder"].endswith("_multi_image"):
+            del net.vit_pooler  # compares with a prior image
+        if config["num_channels"] != 3:
+            net.encoder.conv1 = nn.Conv2d(config["num_channels"], 64, 7, stride=2, padding=3, bias=False)
+        super().__init__(config, net, 2048 if config["encoder"] == "resnet50" else 512, 64)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.net(images, return_patch_embeddings=True)[0].movedim(1, -1)
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], Backbone]] = {
+    family.family: family for family in (SiglipBackbone, ResNet3DBackbone, BiovilBackbone)
+}
+
+
+def build_backbone(config: dict[str, Any]) -> Backbone:
+    """The architecture that `config` describes, with random weights."""
+    return FAMILIES[config["family"]](config)
+
+
+def resize_positions(found: Pretrained, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Configuration and tensors for another image size; position embeddings (P, E) bicubic and antialiased."""
+    config, tensors, key = dict(found.config), dict(found.tensors), "net.embeddings.position_embedding.weight"
+    if not image_size or image_size == config["image_size"]:
+        return config, tensors
+    found.notes.append(f"image size {image_size} instead of the checkpoint's {config['image_size']}")
+    config["image_size"] = image_size
+    if key in tensors:
+        old, new = math.isqrt(len(tensors[key])), image_size // config["patch_size"]
+        if not new:
+            raise BadInput(f"--image-size {image_size} is smaller than a patch of {config['patch_size']} pixels")
+        if old != new:
+            found.notes.append(f"position embeddings interpolated from {old} x {old} to {new} x {new}")
+            grid = tensors[key].T.reshape(1, -1, old, old)
+            grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
+            tensors[key] = grid.flatten(2)[0].T.contiguous()
+    return config, tensors
+
+
+@torch.no_grad()
+def adapt_channels(backbone: Backbone, channels: int) -> None:
+    """Give the first convolution another number of input channels, in place: its weights in turn, their sum kept.
+
+    Equal values in all channels then give the same features as before.
+    """
+    conv = next(m for m in backbone.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+    weight, stored = conv.weight, conv.in_channels
+    if channels == stored:
+        return
     if channels < stored:
-        return weight.sum(1, keepdim=True).expand(-1, channels, *weight.shape[2:]) / channels
-    source = torch.arange(channels) % stored
-    shares = torch.bincount(source)[source].reshape(1, -1, *[1] * (weight.ndim - 2))
-    return weight[:, source] / shares
+        weight = weight.sum(1, keepdim=True).expand(-1, channels, *weight.shape[2:]) / channels
+    else:
+        turn = torch.arange(channels) % stored
+        weight = weight[:, turn] / torch.bincount(turn)[turn].view(-1, *[1] * (weight.ndim - 2))
+    conv.weight, conv.in_channels = nn.Parameter(weight, conv.weight.requires_grad), channels
+    backbone.config["num_channels"] = channels
+    log.info("backbone: first convolution adapted from %d to %d input channels", stored, channels)
 
 
 def load_backbone(
@@ -1948,41 +2093,37 @@ def load_backbone(
 ) -> Backbone:
     """Read, adapt to `image_size` and `channels`, build and fill a backbone, and log what was matched.
 
-    Raises BadInput where any tensor of the backbone is missing, of another shape or not finite.
+    Raises BadInput unless every tensor of the backbone comes from the file, fits, is finite, and none is left over.
     """
     found = read_pretrained(source, heads)
-    config, tensors = _adapt(found.config, found.tensors, image_size, channels, found.notes)
-    with torch.device("meta"):  # no memory and no random numbers: every value comes from the file or the load fails
-        backbone = build_backbone(config)
+    try:
+        config, tensors = resize_positions(found, image_size)
+        with torch.device("meta"):  # no memory and no random numbers: every value comes from the file
+            backbone = build_backbone(config)
+    except ImportError as error:
+        raise BadEnvironment(f"{found.source}: a {found.family} backbone needs {error.name}: install it") from None
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{found.source}: no {found.family} backbone can be built as it says ({error})") from None
     expected = backbone.state_dict()
-    missing = [k for k in expected if k not in tensors]
-    misfits = [
-        f"{k} {tuple(tensors[k].shape)}, not {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    broken = [k for k, v in tensors.items() if not torch.isfinite(v.sum())]
-    for names, what in ((missing, "missing"), (misfits, "of another shape"), (broken, "not finite")):
+    shared = [k for k in expected if k in tensors]
+    wrong = {
+        "missing": [k for k in expected if k not in tensors],
+        "of another shape": [k for k in shared if tensors[k].shape != expected[k].shape],
+        "unknown to it": [k for k in tensors if k not in expected],
+        "not finite": [k for k in shared if not torch.isfinite(tensors[k].sum())],
+    }
+    for what, names in wrong.items():
         if names:
-            hint = "; merge the LoRA adapter first" if any("lora_" in name for name in found.unused) else ""
             raise BadInput(
-                f"{found.source}: {len(names)} of {len(expected)} tensors of the {found.family} encoder are {what}: "
-                f"{', '.join(names[:10])}{hint}"
+                f"{found.source}: seems to be a {found.family} encoder of {len(expected)} tensors, but {len(names)} "
+                f"are {what}: {', '.join(names[:10])}. It is incomplete, or of a variant that this script does not know"
             )
-    backbone.load_state_dict({k: tensors[k] for k in expected}, assign=True)
-    unexpected = found.unused + [k for k in tensors if k not in expected]
-    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    log.info(
-        "backbone: %s, %.1f M parameters, %d features, from %s", found.family, millions, backbone.width, found.source
-    )
-    log.info(
-        "  tensors: %d matched, 0 missing, %d unexpected%s",
-        len(expected),
-        len(unexpected),
-        ": " * bool(unexpected) + ", ".join(unexpected[:10]),
-    )
-    for note in found.notes:
-        log.info("  %s", note)
+    backbone.load_state_dict(tensors, assign=True)
+    millions, unused = sum(p.numel() for p in backbone.parameters()) / 1e6, ", ".join(found.unused[:10])
+    log.info("backbone: %s, %.1f M parameters, %d features", found.family, millions, backbone.width)
+    log.info("  from %s", "; ".join([found.source, *found.notes]))
+    log.info("  %d tensors matched, 0 missing, %d unexpected (%s)", len(expected), len(found.unused), unused or "none")
+    adapt_channels(backbone, channels)
     return backbone
 
 
@@ -2004,8 +2145,90 @@ def freeze_up_to(backbone: Backbone, n: int | str) -> int:
         log.warning("--freeze-up-to %s freezes the whole backbone of %d layers; `all` says so on purpose", n, frozen)
     last = layers[frozen - 1][0] if frozen else "none"
     first = layers[frozen][0] if frozen < len(layers) else "none"
-    log.info("backbone layers: %d of %d frozen, last frozen %s, first trained %s", frozen, len(layers), last, first)
+    log.info("backbone: %d of %d layers frozen, last frozen %s, first trained %s", frozen, len(layers), last, first)
     return frozen
+
+
+def add_lora(backbone: Backbone, rank: int) -> None:
+    """Freeze a SigLIP tower and add trainable low-rank updates to its attention projections, in place.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaled by 2, starting at no change.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if backbone.family != "siglip":
+        raise BadInput(f"--lora-rank is for SigLIP towers; this backbone is {backbone.family}: leave it out")
+    projections = r".*encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj"
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections), backbone)
+
+
+@torch.no_grad()
+def merged_state(backbone: Backbone) -> dict[str, Tensor]:
+    """The backbone's `state_dict()`, low-rank updates added to what they update and their own tensors left out."""
+    state = {k.replace(".base_layer.", "."): v for k, v in backbone.state_dict().items() if ".lora_" not in k}
+    for name, module in backbone.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight("default")
+    return state
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags: [siglip, chest-ct, multilabel-classification]
+---
+# SigLIP vision tower fine-tuned on chest CT
+
+Findings: {labels}. Validation: {scores}.
+
+`SiglipVisionModel.from_pretrained(FOLDER)` gives the features of one axial slice, a three-channel image of HU windows
+in [0, 1], mapped to [-1, 1] (`preprocessor_config.json`). `classifier.json` holds the labels in order, the thresholds
+and the preprocessing (windows in HU, orientation, grid); `classifier.safetensors` the pooling over slices (`pool.*`)
+and the head (`head.*`) that turn slice features into one logit per finding.
+
+For research. Not a medical device, not for diagnosis. The licence of the pretrained weights applies.
+"""
+
+
+def export_hf(checkpoint: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint's SigLIP tower for `SiglipVisionModel.from_pretrained`, its head and settings beside it.
+
+    Raises BadInput for another family and for a folder that holds something.
+    """
+    from safetensors.torch import save_file
+
+    config, state = checkpoint["backbone"], checkpoint["model"]
+    size = config["image_size"]
+    if config["family"] != "siglip":
+        raise BadInput(f"--export-hf writes SigLIP towers; this checkpoint's backbone is {config['family']}")
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder}: exists and is not an empty folder; name a new one for --export-hf")
+    with torch.device("meta"):
+        backbone = build_backbone(config)
+    tower = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+    backbone.load_state_dict(tower, assign=True)
+    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        backbone.net.save_pretrained(unfinished)
+        head = {name: value.contiguous() for name, value in state.items() if not name.startswith("backbone.")}
+        save_file(head, unfinished / "classifier.safetensors")
+        settings = {name: value for name, value in checkpoint.items() if name not in ("model", "digest")}
+        half = [0.5] * config["num_channels"]
+        processor = {"image_processor_type": "SiglipImageProcessor", "do_rescale": False}
+        processor |= {"size": {"height": size, "width": size}, "image_mean": half, "image_std": half}
+        for name, content in (("classifier", settings), ("preprocessor_config", processor)):
+            (unfinished / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        macro = {k: v for k, v in checkpoint["metrics"].items() if k.startswith("macro") and isinstance(v, float)}
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in macro.items()) or "not recorded"
+        card = MODEL_CARD.format(labels=", ".join(checkpoint["labels"]), scores=scores)
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        unfinished.rename(folder)
+    except OSError as error:
+        raise BadEnvironment(f"{folder}: cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 # ── 6 Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,796 @@
+"""Room 5: every tensor comes from the file, and the features are those of the code that wrote it."""
+
+import argparse
+import json
+import logging
+import os
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import finetune_siglip as fs
+
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 96,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PREFIXES = (
+    "",
+    "module.",
+    "_orig_mod.",
+    "visual.",
+    "vision_model.",
+    "model.encode_image.i3_resnet.",
+    "module.module.visual.",
+    "_orig_mod.module.model.visual.trunk.",
+    "student.backbone.",
+    "a.b.c.d.e.f.",
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+def tiny_tower(**settings):
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    return SiglipVisionModel(SiglipVisionConfig(**{**TINY, **settings})).eval()
+
+
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def saved(path, content):
+    torch.save(content, path)
+    return path
+
+
+def difference(backbone, images, reference):
+    with torch.no_grad():
+        return float((backbone.eval()(images) - reference).abs().max())
+
+
+@pytest.fixture(scope="module")
+def tower():
+    torch.manual_seed(0)
+    model = tiny_tower()
+    for parameter in model.parameters():  # biases and norms off their neutral start, or a mix-up could hide
+        nn.init.normal_(parameter, std=0.2)
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        return model, images, model(pixel_values=images * 2 - 1).pooler_output
+
+
+# Features equal those of the code that wrote the file
+
+
+def test_hugging_face_folder_gives_the_features_of_transformers(tower, tmp_path):
+    model, images, reference = tower
+    model.save_pretrained(tmp_path)
+    assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-5
+
+
+def test_full_model_with_older_names_beside_its_config_uses_the_vision_tower(tmp_path, caplog):
+    from transformers import SiglipConfig, SiglipModel
+
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = SiglipModel(SiglipConfig(vision_config=TINY, text_config=text | {"vocab_size": 40})).eval()
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict()))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        reference = model.vision_model(pixel_values=images * 2 - 1).pooler_output
+    with caplog.at_level(logging.INFO):
+        backbone = fs.load_backbone(tmp_path / "pytorch_model.bin")
+    assert difference(backbone, images, reference) <= 1e-5
+    assert "48 tensors matched, 0 missing, 24 unexpected" in caplog.text
+    assert "text_model" in caplog.text
+
+
+def test_sharded_safetensors_are_read_through_their_index(tower, tmp_path):
+    model, images, reference = tower
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-5
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_siglip_under_any_prefix_and_container(tower, tmp_path, prefix):
+    model, images, reference = tower
+    content = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    content["state_dict"] = {"model": prefixed(model.state_dict(), prefix)}
+    path = saved(tmp_path / "x.pth", content)
+    assert difference(fs.load_backbone(path, heads=2), images, reference) <= 1e-5
+
+
+def test_wrappers_inside_the_names_are_taken_off(tower, tmp_path):
+    model, images, reference = tower
+    state = {k.replace("layers.1.", "layers.1._orig_mod."): v for k, v in model.state_dict().items()}
+    path = saved(tmp_path / "x.pt", prefixed(state, "visual."))
+    assert difference(fs.load_backbone(path, heads=2), images, reference) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_becomes_float32(tower, tmp_path, dtype):
+    model, _, _ = tower
+    state = {k: v.to(dtype) for k, v in model.state_dict().items()}
+    save_file(state, tmp_path / "x.safetensors")
+    backbone = fs.load_backbone(tmp_path / "x.safetensors", heads=2)
+    assert {p.dtype for p in backbone.parameters()} == {torch.float32}
+    for name, tensor in state.items():
+        assert torch.equal(backbone.state_dict()[f"net.{name}"], tensor.float())
+
+
+def test_averaged_weights_are_preferred_and_the_choice_is_logged(tower, tmp_path, caplog):
+    model, images, reference = tower
+    noise = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
+    path = saved(tmp_path / "x.pt", {"model": noise, "model_ema": model.state_dict()})
+    with caplog.at_level(logging.INFO):
+        assert difference(fs.load_backbone(path, heads=2), images, reference) <= 1e-5
+    assert "also there: 'model.'" in caplog.text
+
+
+def test_siglip2_naflex_equals_transformers_at_its_own_square_grid(tmp_path):
+    from transformers import Siglip2VisionConfig, Siglip2VisionModel
+
+    settings = {k: v for k, v in TINY.items() if k != "image_size"}
+    model = Siglip2VisionModel(Siglip2VisionConfig(**settings, num_patches=16)).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    patches = (images * 2 - 1).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(2, 16, -1)
+    shapes, mask = torch.tensor([[4, 4], [4, 4]]), torch.ones(2, 16, dtype=torch.long)
+    with torch.no_grad():
+        reference = model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output
+    assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-5
+
+
+def timm_tower(**settings):
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        **{"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1, "mlp_ratio": 1.5} | settings,
+        **{"class_token": False, "global_pool": "map", "num_classes": 0},
+    ).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.trunk.", "module.visual.trunk."])
+def test_timm_tower_gives_timms_features(tmp_path, prefix):
+    model, images = timm_tower(), torch.rand(2, 3, 32, 32)
+    state = prefixed(model.state_dict(), prefix) | {"text.transformer.x": torch.ones(1), "logit_scale": torch.ones(())}
+    path = saved(tmp_path / "open_clip_pytorch_model.bin", state)
+    with torch.no_grad():
+        reference = model(images * 2 - 1)
+    assert difference(fs.load_backbone(path), images, reference) <= 1e-4
+
+
+def test_timms_later_towers_have_the_tanh_gelu(tmp_path):
+    model = timm_tower(patch_size=32, img_size=64, act_layer="gelu_tanh")
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        reference = model(images * 2 - 1)
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()))
+    assert backbone.config["hidden_act"] == "gelu_pytorch_tanh"
+    assert difference(backbone, images, reference) <= 1e-4
+
+
+def resnet152(width, channels=3):
+    from monai.networks.nets import ResNet
+
+    planes = [width, width * 2, width * 4, width * 8]
+    model = ResNet(
+        block="bottleneck", layers=[3, 8, 36, 3], block_inplanes=planes, spatial_dims=3, n_input_channels=channels,
+        conv1_t_size=(3, 7, 7), conv1_t_stride=(1, 2, 2), feed_forward=False, bias_downsample=False,
+    ).eval()  # fmt: skip
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def narrow_resnet():
+    torch.manual_seed(0)
+    model, volume = resnet152(2), torch.rand(1, 3, 16, 32, 32)
+    with torch.no_grad():
+        return model, volume, model(volume)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_resnet3d_under_any_prefix_gives_exactly_monais_features(narrow_resnet, tmp_path, prefix):
+    model, volume, reference = narrow_resnet
+    state = prefixed(model.state_dict(), prefix) | {"text.bert.x": torch.ones(1)}
+    backbone = fs.load_backbone(saved(tmp_path / "pytorch_model.bin", state))
+    assert (backbone.family, backbone.volumetric, backbone.orientation) == ("resnet3d", True, "SRA")
+    assert difference(backbone, volume, reference) == 0
+
+
+def test_the_resnet152_of_full_width_gives_exactly_monais_features(tmp_path):
+    model, volume = resnet152(64), torch.rand(1, 3, 16, 32, 32)
+    with torch.no_grad():
+        reference = model(volume)
+    backbone = fs.load_backbone(saved(tmp_path / "pytorch_model.bin", prefixed(model.state_dict(), "visual.")))
+    assert backbone.width == 2048
+    assert backbone.default_grid == (160, 224, 224)
+    assert difference(backbone, volume, reference) == 0
+
+
+def test_old_files_without_batchnorms_step_counter_load(narrow_resnet, tmp_path):
+    model, volume, reference = narrow_resnet
+    state = {k: v for k, v in model.state_dict().items() if "num_batches" not in k}
+    assert difference(fs.load_backbone(saved(tmp_path / "x.bin", state)), volume, reference) == 0
+
+
+@pytest.mark.parametrize("kind", ["resnet50", "resnet50_multi_image"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_biovil_gives_health_multimodals_features(tmp_path, kind):
+    from health_multimodal.image.model.model import ImageModel
+
+    model = ImageModel(img_encoder_type=kind, joint_feature_size=8).eval()
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        reference = model(images).img_embedding
+    backbone = fs.load_backbone(saved(tmp_path / "image_model.pt", prefixed(model.state_dict(), "module.")))
+    assert backbone.width == reference.shape[1]
+    assert difference(backbone, images, reference) <= 1e-6
+    backbone.train()(images).sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())  # an unused parameter would stall DDP
+
+
+# Configuration from tensors alone
+
+
+def meta_state(make):
+    with torch.device("meta"):
+        return make().state_dict()
+
+
+@pytest.mark.parametrize(
+    ("width", "layers", "heads", "mlp", "patch", "size"),
+    [(1152, 27, 16, 4304, 14, 384), (1152, 27, 16, 4304, 14, 224), (1152, 27, 16, 4304, 14, 448)]
+    + [(768, 12, 12, 3072, 16, size) for size in (224, 256, 384, 512)]
+    + [(1024, 24, 16, 4096, 16, size) for size in (256, 384)]
+    + [(768, 12, 12, 3072, 32, 256), (1536, 40, 16, 6144, 16, 384)],
+)
+def test_published_sizes_are_inferred(width, layers, heads, mlp, patch, size):
+    expected = {
+        "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp,
+        "patch_size": patch, "image_size": size,
+    }  # fmt: skip
+    state = meta_state(lambda: tiny_tower(**expected))
+    config = fs.read_tensors(prefixed(state, "vision_model."), "meta").config
+    assert {key: config[key] for key in expected} == expected
+    assert config["hidden_act"] == "gelu_pytorch_tanh"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_base_patch16_siglip_224",
+        "vit_base_patch32_siglip_256",
+        "vit_large_patch16_siglip_384",
+        "vit_large_patch16_siglip_512",
+        "vit_so400m_patch14_siglip_384",
+        "vit_so400m_patch16_siglip_256",
+        "vit_giantopt_patch16_siglip_384",
+    ],
+)
+def test_timms_registered_towers_are_inferred_activation_included(name):
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0)
+    config = fs.read_tensors(prefixed(model.state_dict(), "visual.trunk."), "meta").config
+    act = model.blocks[0].mlp.act
+    tanh = getattr(act, "approximate", None) == "tanh" or "tanh" in type(act).__name__.lower()
+    assert config["hidden_act"] == ("gelu_pytorch_tanh" if tanh else "gelu")
+    assert config["num_attention_heads"] == model.blocks[0].attn.num_heads
+    assert config["image_size"] == model.patch_embed.img_size[0]
+    assert config["num_hidden_layers"] == len(model.blocks)
+
+
+def test_heads_are_overridden_assumed_aloud_or_asked_for(tower, tmp_path, caplog):
+    path = saved(tmp_path / "x.bin", tower[0].state_dict())
+    with caplog.at_level(logging.INFO):
+        assert fs.load_backbone(path).config["num_attention_heads"] == 1
+    assert "1 heads (--backbone-heads)" in caplog.text
+    assert fs.load_backbone(path, heads=4).config["num_attention_heads"] == 4
+    odd = saved(tmp_path / "odd.bin", tiny_tower(hidden_size=96).state_dict())
+    with pytest.raises(fs.BadInput, match="--backbone-heads"):
+        fs.load_backbone(odd)
+    with pytest.raises(fs.BadInput, match="do not divide"):
+        fs.load_backbone(odd, heads=5)
+
+
+def test_a_config_of_another_tower_is_ignored_aloud(tower, tmp_path, caplog):
+    path = saved(tmp_path / "pytorch_model.bin", tower[0].state_dict())
+    (tmp_path / "config.json").write_text('{"model_type": "siglip", "vision_config": {"hidden_size": 1152}}')
+    with caplog.at_level(logging.INFO):
+        fs.load_backbone(path, heads=2)
+    assert "ignored" in caplog.text
+
+
+def test_build_backbone_needs_no_file(tower, narrow_resnet, tmp_path):
+    for model, images in ((tower[0], tower[1]), narrow_resnet[:2]):
+        backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2).eval()
+        again = fs.build_backbone(json.loads(json.dumps(backbone.config))).eval()
+        again.load_state_dict(backbone.state_dict())
+        with torch.no_grad():
+            assert torch.equal(again(images), backbone(images))
+
+
+def test_own_checkpoint_is_taken_as_pretrained(tower, tmp_path):
+    model, images, reference = tower
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2)
+    state = prefixed(backbone.state_dict(), "backbone.") | {"head.weight": torch.ones(2)}
+    own = {"format": 1, "kind": "finetune_siglip", "model": state, "backbone": backbone.config}
+    assert difference(fs.load_backbone(saved(tmp_path / "best_model.pth", own)), images, reference) <= 1e-5
+    for change in ({"format": 2}, {"backbone": {}}, {"kind": "finetune_siglip.run"}, {"model": {"backbone.x": 3}}):
+        with pytest.raises(fs.BadInput):
+            fs.load_backbone(saved(tmp_path / "bad.pth", own | change))
+
+
+# Sizes
+
+
+def test_position_embeddings_are_interpolated_only_where_the_grid_differs(tower, tmp_path):
+    model, _, _ = tower
+    path = saved(tmp_path / "x.bin", model.state_dict())
+    table = model.embeddings.position_embedding.weight
+    assert torch.equal(fs.load_backbone(path, 32, heads=2).net.embeddings.position_embedding.weight, table)
+    larger = fs.load_backbone(path, 48, heads=2).net.embeddings.position_embedding.weight
+    with torch.no_grad():
+        ours = larger.view(6, 6, 64)
+        reference = nn.functional.interpolate(
+            table.view(4, 4, 64).permute(2, 0, 1)[None], size=(6, 6), mode="bicubic", antialias=True
+        )[0].permute(1, 2, 0)
+    assert torch.allclose(ours, reference, atol=1e-6)
+    with torch.no_grad():
+        theirs = model(pixel_values=torch.rand(1, 3, 48, 48), interpolate_pos_encoding=True).pooler_output
+        assert fs.load_backbone(path, 48, heads=2).eval()(torch.rand(1, 3, 48, 48)).shape == theirs.shape
+    with pytest.raises(fs.BadInput, match="image-size"):
+        fs.load_backbone(path, 4, heads=2)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 6, 7])
+@pytest.mark.parametrize("family", ["siglip", "resnet3d"])
+def test_a_first_convolution_for_other_channels_keeps_the_sum(tower, narrow_resnet, tmp_path, channels, family):
+    model, images, _ = tower if family == "siglip" else narrow_resnet
+    path = saved(tmp_path / "x.bin", model.state_dict())
+    grey = images[:, :1]
+    with torch.no_grad():
+        same = fs.load_backbone(path, heads=2).eval()(grey.expand(-1, 3, *grey.shape[2:]))
+        adapted = fs.load_backbone(path, channels=channels, heads=2).eval()(grey.expand(-1, channels, *grey.shape[2:]))
+    assert torch.allclose(same, adapted, atol=1e-5)
+
+
+def test_stored_single_channel_weights_serve_three_windows(tmp_path):
+    model = tiny_tower(num_channels=1)
+    path = saved(tmp_path / "x.bin", model.state_dict())
+    grey = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        reference = model(pixel_values=grey * 2 - 1).pooler_output
+    assert difference(fs.load_backbone(path, heads=2), grey.expand(-1, 3, -1, -1), reference) <= 1e-5
+
+
+# The forward of our own
+
+
+def test_all_patches_kept_equals_no_mask_and_dropped_ones_have_no_say(tower, tmp_path):
+    model, images, reference = tower
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2).eval()
+    keep = torch.ones(3, 16, dtype=torch.bool)
+    with torch.no_grad():
+        assert float((backbone(images, keep) - reference).abs().max()) <= 1e-5
+        keep[0, 5:] = keep[1, :3] = keep[2, ::2] = False
+        features = backbone(images, keep)
+        blanked = images.clone()  # whatever a dropped patch shows must not matter
+        blanked[0, :, 8:, 8:] = 0.123
+        blanked[1, :, :8, :24] = 0.9
+        assert torch.allclose(backbone(blanked, keep), features, atol=1e-6)
+        for row in range(3):  # alone, without padding
+            assert torch.allclose(backbone(images[row : row + 1], keep[row : row + 1])[0], features[row], atol=1e-5)
+        nothing = backbone(images, torch.zeros(3, 16, dtype=torch.bool))
+    assert torch.isfinite(nothing).all()
+
+
+def test_kept_patches_equal_a_plain_loop_over_the_shorter_sequence(tower, tmp_path):
+    model, images, _ = tower
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2).eval()
+    keep = torch.rand(3, 16) < 0.5
+    with torch.no_grad():
+        embedded = model.embeddings(images * 2 - 1)
+        for row, features in enumerate(backbone(images, keep)):
+            x = embedded[row : row + 1, keep[row]]
+            for block in model.encoder.layers:
+                x = block(x, None)
+            assert torch.allclose(model.head(model.post_layernorm(x))[0], features, atol=1e-5)
+
+
+def test_gradients_flow_through_masked_and_unmasked_forwards_alike(tower, tmp_path):
+    model, images, _ = tower
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2)
+    grads = []
+    for keep in (None, torch.ones(3, 16, dtype=torch.bool)):
+        backbone.zero_grad()
+        backbone(images, keep).square().sum().backward()
+        grads.append([p.grad.clone() for p in backbone.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4) for a, b in zip(*grads, strict=True))
+
+
+def test_pooling_the_tokens_is_the_forward(tower, narrow_resnet, tmp_path):
+    for (model, images, _), grid in ((tower, (4, 4)), (narrow_resnet, (1, 1, 1))):
+        backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2).eval()
+        with torch.no_grad():
+            tokens = backbone.tokens(images)
+            assert torch.equal(backbone.pool(tokens), backbone(images))
+        assert tokens.shape == (len(images), *grid, backbone.width)
+        assert len(backbone.blocks()) == {"siglip": 2, "resnet3d": 50}[backbone.family]
+
+
+def test_an_image_of_another_size_is_refused(tower, tmp_path):
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", tower[0].state_dict()), heads=2)
+    with pytest.raises(ValueError, match="patches"):
+        backbone(torch.rand(1, 3, 64, 64))
+
+
+def test_a_tower_without_pooling_head_takes_the_mean_where_its_config_says_so(tmp_path):
+    model, images = tiny_tower(vision_use_head=False), torch.rand(2, 3, 32, 32)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        reference = model(pixel_values=images * 2 - 1).last_hidden_state.mean(1)
+    assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-5
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(fs.BadInput, match=r"missing: net\.head\.probe"):
+        fs.load_backbone(tmp_path, heads=2)
+
+
+# Freezing
+
+
+def test_layers_are_counted_in_forward_order(tower, tmp_path):
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", tower[0].state_dict()), heads=2)
+    names = [name for name, _ in fs.backbone_layers(backbone)]
+    assert names[0] == "net.embeddings.patch_embedding"
+    assert names.index("net.post_layernorm") == names.index("net.head") - 1
+    assert "net.head.attention" in names
+    owned = [p for _, layer in fs.backbone_layers(backbone) for p in layer.parameters(recurse=False)]
+    assert {id(p) for p in owned} == {id(p) for p in backbone.parameters()}
+    assert len(owned) == len(list(backbone.parameters()))
+
+
+@pytest.mark.parametrize("family", ["siglip", "resnet3d"])
+def test_frozen_tensors_and_statistics_stay_equal_to_the_bit(tower, narrow_resnet, tmp_path, family):
+    model, images, _ = tower if family == "siglip" else narrow_resnet
+    images = images.expand(2, *images.shape[1:]) if len(images) == 1 else images
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2)
+    count = fs.freeze_up_to(backbone, len(fs.backbone_layers(backbone)) // 2)
+    backbone.train()
+    before = {k: v.clone() for k, v in backbone.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
+    backbone(images).square().sum().backward()
+    optimizer.step()
+    changed = {k for k, v in backbone.state_dict().items() if not torch.equal(v, before[k])}
+    layers = fs.backbone_layers(backbone)
+    frozen = {f"{name}." for name, layer in layers[:count] if not isinstance(layer, nn.MultiheadAttention)}
+    assert changed
+    assert not [k for k in changed if k.startswith(tuple(frozen))]
+    assert all(not layer.training for _, layer in layers[:count] if not list(layer.children()))
+    assert layers[-1][1].training
+
+
+def test_a_frozen_prefix_builds_no_graph(tower, tmp_path):
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", tower[0].state_dict()), heads=2).train()
+    names = [name for name, _ in fs.backbone_layers(backbone)]
+    fs.freeze_up_to(backbone, names.index("net.encoder.layers.1.layer_norm1"))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        x, _ = None, backbone.net.encoder.layers[0].register_forward_hook(lambda *_: kept.append("end of the prefix"))
+        assert x is None
+        backbone(tower[1]).sum().backward()
+    assert isinstance(kept[0], str)
+    fs.freeze_up_to(backbone, "all")
+    assert not backbone(tower[1]).requires_grad
+
+
+def test_freezing_is_reported_and_undone(tower, tmp_path, caplog):
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", tower[0].state_dict()), heads=2)
+    total = len(fs.backbone_layers(backbone))
+    with caplog.at_level(logging.INFO):
+        assert fs.freeze_up_to(backbone, 3) == 3
+        assert "last frozen net.encoder.layers.0.layer_norm1, first trained net.encoder.layers.0" in caplog.text
+        assert "whole backbone" not in caplog.text
+        assert fs.freeze_up_to(backbone, total) == total
+        assert "whole backbone" in caplog.text
+        caplog.clear()
+        assert fs.freeze_up_to(backbone, "all") == total
+        assert "whole backbone" not in caplog.text
+    assert not any(module.training for module in backbone.train().modules())
+    assert fs.freeze_up_to(backbone, 0) == 0
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert all(module.training for module in backbone.train().modules())
+
+
+# Wrong files are refused by name
+
+
+def tensors(*names):
+    return {name: torch.ones(2, 2) for name in names}
+
+
+WRONG_TENSORS = {
+    "text model": tensors("text_model.embeddings.token_embedding.weight", "text_model.head.weight"),
+    "detection": tensors("backbone.body.conv1.weight", "rpn.head.conv.weight", "roi_heads.box_head.fc6.weight"),
+    "CLIP": tensors("vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.class_embedding"),
+    "plain ViT": tensors("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight"),
+    "without SigLIP's attention pooling": tensors("patch_embed.proj.weight", "blocks.0.norm1.weight"),
+    "LoRA": tensors("base.layers.0.q_proj.lora_A.weight"),
+    "segmentation": tensors("encoder.0.weight", "decoder1.conv.weight"),
+    "ResNet other than": tensors("conv1.weight", "layer1.0.conv1.weight", "layer4.2.conv3.weight"),
+    "unknown model \\(weight, bias\\)": tensors("weight", "bias"),
+    "no tensor at all": {"epoch": 3},
+}
+
+
+@pytest.mark.parametrize("seems", WRONG_TENSORS)
+def test_weights_of_something_else_are_refused_saying_what_they_seem_to_be(tmp_path, seems):
+    path = saved(tmp_path / "pytorch_model.bin", WRONG_TENSORS[seems])
+    with pytest.raises(fs.BadInput, match=seems) as caught:
+        fs.load_backbone(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "3D ResNet-152" in str(caught.value)
+
+
+def write_bytes(content):
+    return lambda path: path.write_bytes(content)
+
+
+def write_npz(path):
+    with path.open("wb") as file:
+        np.savez(file, image=np.zeros((1, 2, 2, 2)))
+
+
+def write_script(path):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), path)
+
+
+def write_truncated(path):
+    torch.save(tiny_tower().state_dict(), path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def write_truncated_safetensors(path):
+    save_file(tiny_tower().state_dict(), path)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+WRONG_FILES = {
+    "Git LFS pointer": write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+    "web page": write_bytes(b"\n<!DOCTYPE html><html><title>Sign in</title>"),
+    "JSON": write_bytes(b'{"error": "Repository not found"}'),
+    "HDF5": write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)),
+    "GGUF": write_bytes(b"GGUF" + bytes(100)),
+    "gzip": write_bytes(b"\x1f\x8b" + bytes(100)),
+    "NumPy archive": write_npz,
+    "TorchScript": write_script,
+    "argparse.Namespace": lambda path: torch.save({"args": argparse.Namespace(x=1), "w": torch.ones(1)}, path),
+    "run code": lambda path: torch.save(nn.Linear(2, 2), path),
+    "holds a list": lambda path: torch.save([torch.ones(1)], path),
+    "empty": write_bytes(b""),
+    "damaged or incomplete": write_truncated,
+    "damaged or incomplete ": write_truncated_safetensors,
+    "damaged": write_bytes(os.urandom(300)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("reason", WRONG_FILES)
+def test_files_that_are_not_weights_are_refused_by_name(tmp_path, reason):
+    path = tmp_path / "pytorch_model.bin"
+    WRONG_FILES[reason](path)
+    with pytest.raises(fs.BadInput, match=reason.strip()) as caught:
+        fs.load_backbone(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_in_a_file_is_ever_run(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    with pytest.raises(fs.BadInput, match="run code"):
+        fs.load_backbone(saved(tmp_path / "x.bin", {"w": Trap()}))
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["net.encoder.layers.1.mlp.fc2.bias", "net.head.probe", "net.post_layernorm.weight"])
+def test_missing_tensors_stop_the_run(tower, tmp_path, name):
+    state = {k: v for k, v in tower[0].state_dict().items() if f"net.{k}" != name}
+    with pytest.raises(fs.BadInput, match=f"1 are missing: {name}"):
+        fs.load_backbone(saved(tmp_path / "x.bin", state), heads=2)
+
+
+def test_the_layers_that_a_config_promises_must_be_there(tower, tmp_path):
+    tower[0].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(fs.BadInput, match=r"16 are missing: net\.encoder\.layers\.2"):
+        fs.load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"encoder.layers.0.mlp.fc2.weight": torch.ones(3, 3)}, "of another shape"),
+        ({"encoder.layers.0.ls1.gamma": torch.ones(64)}, "unknown to it"),
+        ({"post_layernorm.bias": torch.full((64,), float("nan"))}, "not finite"),
+        ({"post_layernorm.bias": torch.ones(64, dtype=torch.int8)}, "quantised"),
+        ({"embeddings.patch_embedding.weight": torch.ones(64)}, "unexpected shape"),
+    ],
+)
+def test_unfitting_tensors_stop_the_run(tower, tmp_path, change, reason):
+    with pytest.raises(fs.BadInput, match=reason):
+        fs.load_backbone(saved(tmp_path / "x.bin", tower[0].state_dict() | change), heads=2)
+
+
+def test_places_without_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(fs.BadInput, match="no such file"):
+        fs.load_backbone(tmp_path / "missing.bin")
+    with pytest.raises(fs.BadInput, match="no such file"):
+        fs.load_backbone("ckpt/missing.bin")
+    with pytest.raises(fs.BadInput, match="found none"):
+        fs.load_backbone(tmp_path)
+    saved(tmp_path / "a.pt", {})
+    saved(tmp_path / "b.pt", {})
+    with pytest.raises(fs.BadInput, match=r"found a\.pt, b\.pt"):
+        fs.load_backbone(tmp_path)
+    os.mkfifo(tmp_path / "fifo.bin")
+    with pytest.raises(fs.BadInput, match="not a regular file"):
+        fs.load_backbone(tmp_path / "fifo.bin")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "absent.safetensors"])
+def test_an_index_names_only_files_that_lie_beside_it(tmp_path, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file(tiny_tower().state_dict(), tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(fs.BadInput):
+        fs.load_backbone(folder)
+
+
+def test_a_container_that_holds_itself_ends(tower, tmp_path):
+    content = {"model": tower[0].state_dict()}
+    content["model"]["again"] = content
+    fs.load_backbone(saved(tmp_path / "x.bin", content), heads=2)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub cache with one model in it, and no network."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub" / "models--someone--tower"
+    snapshot = folder / "snapshots" / "abc"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    snapshot.mkdir(parents=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return snapshot
+
+
+def test_hub_models_come_from_the_cache_without_network(tower, hub):
+    model, images, reference = tower
+    with pytest.raises(fs.BadEnvironment, match="out of reach"):
+        fs.load_backbone("someone/tower")
+    model.save_pretrained(hub, max_shard_size="50KB")
+    assert difference(fs.load_backbone("someone/tower"), images, reference) <= 1e-5
+
+
+# Memory
+
+
+def test_weights_stay_mapped_to_their_file(tower, tmp_path):
+    path = saved(tmp_path / "x.bin", tower[0].state_dict())
+    backbone = fs.load_backbone(path, heads=2)
+    weight = backbone.net.encoder.layers[0].mlp.fc1.weight
+    with zipfile.ZipFile(path) as archive:
+        assert {info.compress_type for info in archive.infolist()} == {zipfile.ZIP_STORED}
+    stored = path.read_bytes()
+    with torch.no_grad():
+        weight.add_(1)  # written to memory only, never to the file
+    assert path.read_bytes() == stored
+    assert not any(p.is_meta for p in [*backbone.parameters(), *backbone.buffers()])
+
+
+# Low-rank updates and export
+
+
+def test_lora_starts_at_no_change_trains_little_and_merges(tower, tmp_path):
+    model, images, reference = tower
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2)
+    plain = {k: v.clone() for k, v in backbone.state_dict().items()}
+    fs.add_lora(backbone, 2)
+    assert difference(backbone, images, reference) <= 1e-5
+    trained = [name for name, p in backbone.named_parameters() if p.requires_grad]
+    assert len(trained) == 2 * 4 * 2
+    assert all("lora_" in name for name in trained)
+    assert fs.merged_state(backbone).keys() == plain.keys()
+    assert all(torch.equal(value, plain[name]) for name, value in fs.merged_state(backbone).items())
+    optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        backbone.train()(images).square().sum().backward()
+        optimizer.step()
+    merged = fs.build_backbone(backbone.config)
+    merged.load_state_dict(fs.merged_state(backbone))
+    with torch.no_grad():
+        trained_features = backbone.eval()(images)
+    assert float((trained_features - reference).abs().max()) > 1e-4
+    assert difference(merged, images, trained_features) <= 1e-5
+
+
+def test_lora_is_refused_for_other_families(narrow_resnet, tmp_path):
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", narrow_resnet[0].state_dict()))
+    with pytest.raises(fs.BadInput, match="SigLIP towers"):
+        fs.add_lora(backbone, 2)
+
+
+def own_checkpoint(backbone):
+    state = prefixed(backbone.state_dict(), "backbone.") | {"head.0.weight": torch.arange(6.0).view(3, 2).T}
+    return {
+        "format": 1, "kind": "finetune_siglip", "model": state, "backbone": backbone.config, "digest": "0",
+        "labels": ["Nodule", "Effusion"], "preprocessing": {"windows": [[-1000, 1000]]}, "thresholds": [0.5, 0.4],
+        "metrics": {"macro_auc": 0.875, "macro_f1": None}, "epoch": 3,
+    }  # fmt: skip
+
+
+def test_exported_tower_gives_transformers_the_same_features(tower, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoImageProcessor, SiglipVisionModel
+
+    model, images, reference = tower
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2)
+    folder = tmp_path / "export"
+    checkpoint = own_checkpoint(backbone)
+    fs.export_hf(checkpoint, folder)
+    again = SiglipVisionModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        assert float((again(pixel_values=images * 2 - 1).pooler_output - reference).abs().max()) <= 1e-5
+    assert difference(fs.load_backbone(folder), images, reference) <= 1e-5
+    assert torch.equal(load_file(folder / "classifier.safetensors")["head.0.weight"], torch.arange(6.0).view(3, 2).T)
+    settings = json.loads((folder / "classifier.json").read_text())
+    assert settings["labels"] == ["Nodule", "Effusion"]
+    assert settings["thresholds"] == [0.5, 0.4]
+    card = (folder / "README.md").read_text()
+    assert "Nodule, Effusion" in card
+    assert "macro_auc 0.875" in card
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pixels = processor(images=[images[0].numpy()], return_tensors="pt", input_data_format="channels_first")
+    assert torch.allclose(pixels["pixel_values"][0], images[0] * 2 - 1, atol=1e-6)
+    with pytest.raises(fs.BadInput, match="not an empty folder"):
+        fs.export_hf(checkpoint, folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "x.bin"]
+
+
+def test_only_siglip_towers_are_exported(narrow_resnet, tmp_path):
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", narrow_resnet[0].state_dict()))
+    with pytest.raises(fs.BadInput, match="SigLIP towers"):
+        fs.export_hf(own_checkpoint(backbone), tmp_path / "export")

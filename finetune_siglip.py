@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import math
+import mmap
 import os
 import random
 import re
@@ -1092,7 +1093,8 @@ def resample_planes(
     for outputs, inputs, weights in bands:
         kept, n, m = first + held - inputs.start, *weights.shape
         planes[:kept] = planes[held - kept : held].copy()
-        copy_planes(next_planes(m - kept), window[kept:m])
+        if m > kept:
+            copy_planes(next_planes(m - kept), window[kept:m])
         first, held = inputs.start, m
         np.matmul(weights, planes[:m].reshape(m, -1), out=block[:n].reshape(n, -1))
         for to, take, matrix in resample_bands(rows_in, n_rows, 16):
@@ -1322,42 +1324,211 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     return prep
 
 
+# From the second read on, a volume comes from `--cache-dir`: one file each, mapped rather than read. A worker hands it
+# to the training process by name: 16 MB take ten times as long through new shared memory as from a map.
+
+CACHE_HEADER = struct.Struct("<8sQ16s32s")  # magic, bytes of voxels, their checksum, key
+CACHE_MAGIC = b"CTCACHE1"
+CACHE_SPARE = 2 << 30  # bytes left free on the disk: checkpoints need room too
+
+
+def file_identity(path: Path) -> list:
+    """What changes when a file, or one in a folder, is replaced: sizes and times. Raises BadVolume."""
+    try:
+        entry = os.stat(path)
+        if not stat.S_ISDIR(entry.st_mode):
+            return [os.path.abspath(path), entry.st_size, entry.st_mtime_ns]
+        inside = sorted((item.name, item.stat()) for item in os.scandir(path))
+        return [os.path.abspath(path), [[name, item.st_size, item.st_mtime_ns] for name, item in inside]]
+    except OSError as error:
+        raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
+
+
+@dataclass(frozen=True)
+class CacheFiles:
+    """Names and content of the entries of one folder for one preprocessing."""
+
+    folder: Path
+    prep: Preprocessing
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.prep.channels, *self.prep.grid
+
+    @property
+    def nbytes(self) -> int:
+        """Of an entry: its header and int16 voxels, filled up to a multiple of 512 bytes."""
+        return CACHE_HEADER.size - (-2 * math.prod(self.shape) // 512) * 512
+
+    def entry(self, source: Path) -> Path:
+        """Where the volume of this source, as the file is now, belongs."""
+        settings = {name: value for name, value in self.prep.to_dict().items() if name != "windows"}  # made later
+        text = json.dumps([settings, file_identity(source)], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.ct"
+
+    def header(self, entry: Path, voxels: np.ndarray) -> bytes:
+        """Of an entry with these padded voxels; sums of 64 stretches, hashed, are checked as fast as memory is read."""
+        sums = voxels.view(np.uint64).reshape(64, -1).sum(1)
+        checksum = hashlib.blake2b(sums.tobytes(), digest_size=16).digest()
+        return CACHE_HEADER.pack(CACHE_MAGIC, len(voxels), checksum, bytes.fromhex(entry.stem))
+
+    def map(self, entry: Path) -> Tensor | None:
+        """The volume, mapped and not copied, or None where there is no entry that is whole."""
+        try:
+            with open(entry, "rb") as stream:
+                if os.fstat(stream.fileno()).st_size != self.nbytes:
+                    return None
+                mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+        except (OSError, ValueError):
+            return None
+        voxels = mapped[CACHE_HEADER.size :]
+        if mapped[: CACHE_HEADER.size].tobytes() != self.header(entry, voxels):
+            return None
+        return torch.from_numpy(voxels.view(np.int16)[: math.prod(self.shape)].reshape(self.shape))
+
+    def write(self, entry: Path, volume: Tensor) -> None:
+        """Make an entry, visible when whole. Not flushed: what a crash of the machine tears, the checksum finds."""
+        voxels = np.zeros(self.nbytes - CACHE_HEADER.size, np.uint8)
+        voxels[: volume.nbytes] = volume.contiguous().numpy().reshape(-1).view(np.uint8)
+        part = entry.with_name(f"{entry.stem}.{os.getpid()}.part")
+        try:
+            with open(part, "wb") as stream:
+                stream.write(self.header(entry, voxels))
+                stream.write(voxels)
+            os.replace(part, entry)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+
+
+class VolumeCache:
+    """Resampled volumes on a local disk, keyed by the source's identity and all settings that change a voxel.
+
+    Any number of processes may share a folder. At most `limit` bytes lie in it: older entries of other settings give
+    way, and of the volumes of this run the same part is kept in every process and epoch. A full disk ends the writing,
+    with one warning. Raises BadEnvironment where the folder can't be used.
+    """
+
+    def __init__(self, folder: Path, prep: Preprocessing, sources: Sequence[Path], limit: float = math.inf):
+        self.files = CacheFiles(folder, prep)
+        self.full = torch.zeros(1, dtype=torch.uint8).share_memory_()  # set by the first worker to meet a full disk
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.last = self.make_room([self.files.entry(source).name for source in sources], limit)
+        except OSError as error:
+            raise BadEnvironment(f"--cache-dir {folder}: {error.strerror}") from None
+
+    def make_room(self, names: list[str], limit: float) -> str:
+        """Remove what has to give way; returns the last name, in alphabetical order, that there is room for."""
+        folder, size, own = self.files.folder, self.files.nbytes, set(names)
+        found = []
+        for item in os.scandir(folder):
+            with suppress(FileNotFoundError):  # another process may be at work here
+                found.append((item.stat().st_mtime, item.name, item.stat().st_size))
+        others = sum(length for _, name, length in found if name not in own)
+        there = sum(length for _, name, length in found if name in own)
+        for changed, name, length in sorted(found):
+            crowded = name.endswith(".ct") and others + min(limit, len(own) * size) > limit
+            if name not in own and (crowded or (name.endswith(".part") and changed < time.time() - 86400)):
+                (folder / name).unlink(missing_ok=True)
+                others -= length
+        free = shutil.disk_usage(folder).free + there - CACHE_SPARE
+        kept = max(0, min(len(own), int(min(limit - others, free) // size)))
+        log.info(
+            "cache %s: %.1f GB for %d volumes of %.1f MB, of which %.1f GB are there%s", folder, len(own) * size / 1e9,
+            len(own), size / 1e6, there / 1e9, f"; there is room for {kept} of them" if kept < len(own) else "",
+        )  # fmt: skip
+        return sorted(own)[kept - 1] if kept else ""
+
+    def load(self, source: Path) -> tuple[Tensor, bool]:
+        """The volume, and whether there is an entry of it. Raises BadVolume."""
+        entry = self.files.entry(source)
+        if (volume := self.files.map(entry)) is not None:
+            return volume, True
+        volume = load_sample(source, self.files.prep)
+        if entry.name > self.last or self.full.item() or self.files.entry(source) != entry:
+            return volume, False
+        try:
+            self.files.write(entry, volume)
+        except OSError as error:
+            if not self.full.item():
+                self.full.fill_(1)
+                log.warning("--cache-dir %s: %s; training goes on, with what is there", entry.parent, error.strerror)
+            return volume, False
+        return volume, True
+
+
+@dataclass
+class CachedBatch:
+    """The volumes of a batch on their way to the training process: in shared memory, or named if the cache has them."""
+
+    files: CacheFiles
+    parts: list[Tensor | Path]
+
+    def assemble(self, pin: bool = False) -> Tensor:
+        """(N, C, S, H, W) int16."""
+        batch = torch.empty((len(self.parts), *self.files.shape), dtype=torch.int16, pin_memory=pin)
+        for part, out in zip(self.parts, batch, strict=True):
+            volume = part if isinstance(part, Tensor) else self.files.map(self.files.entry(part))
+            out.copy_(load_sample(part, self.files.prep) if volume is None else volume)
+        return batch
+
+    def pin_memory(self) -> Tensor:
+        """Called by the loader's pinning thread, beside the training step."""
+        return self.assemble(pin=True)
+
+
 class CTVolumeDataset(torch.utils.data.Dataset):
-    """Item i: `volume` int16 (C, S, H, W), `targets` float32 (L,), `row` i, `bad`, `error`.
+    """Item i: `volume` int16 (C, S, H, W), `targets` float32 (L,), `row` i, `bad`, `error`, `cached`.
 
     Item ~i is the same scan with unknown targets: a row that fills up a distributed epoch without counting.
     A scan that three tries cannot read is `bad`: its targets are NaN, its volume is air, `error` says what happened.
     """
 
-    def __init__(self, table: Table, prep: Preprocessing):
-        self.table, self.prep = table, prep
+    def __init__(self, table: Table, prep: Preprocessing, cache: VolumeCache | None = None):
+        self.table, self.prep, self.cache = table, prep, cache
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, item: int) -> dict[str, object]:
-        row = item if item >= 0 else ~item
-        volume, error = self.read(row)
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        row, error = item if item >= 0 else ~item, ""
+        try:
+            volume, cached = self.read(self.table.paths[row])
+        except BadVolume as problem:
+            error = f"series {self.table.series_ids[row]!r} (line {self.table.line_numbers[row]}): {problem}"
+            empty = 0 if self.prep.intensity == "windowed" else AIR
+            volume, cached = torch.full((self.prep.channels, *self.prep.grid), empty, dtype=torch.int16), False
         targets = torch.from_numpy(self.table.targets[row].copy())
         if error or item < 0:
             targets.fill_(math.nan)
-        return {"volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error}
+        return {
+            "volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error, "cached": cached,
+        }  # fmt: skip
+
+    def read(self, path: Path) -> tuple[Tensor, bool]:
+        """The volume and whether it is cached; the third failure raises BadVolume."""
+        for delay in READ_DELAYS:
+            with suppress(BadVolume):
+                return self.load(path)
+            time.sleep(delay)
+        return self.load(path)
+
+    def load(self, path: Path) -> tuple[Tensor, bool]:
+        return self.cache.load(path) if self.cache else (load_sample(path, self.prep), False)
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of items; volumes that the cache has are only named."""
+        cached = [item.pop("cached") for item in items]
+        if not any(cached):
+            return torch.utils.data.default_collate(items)
+        volumes = [item.pop("volume") for item in items]
+        parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
+        return torch.utils.data.default_collate(items) | {"volume": CachedBatch(self.cache.files, parts)}
 
     def name_scans(self, items: Sequence[int]) -> str:
         """The series ids of these items, for a message."""
         return ", ".join(self.table.series_ids[item if item >= 0 else ~item] for item in items)
-
-    def read(self, row: int) -> tuple[Tensor, str]:
-        """The volume and "", or a stand-in and why the scan could not be read."""
-        for delay in (*READ_DELAYS, None):
-            try:
-                return load_sample(self.table.paths[row], self.prep), ""
-            except BadVolume as problem:
-                error = f"series {self.table.series_ids[row]!r} (line {self.table.line_numbers[row]}): {problem}"
-                if delay is not None:
-                    time.sleep(delay)
-        empty = 0 if self.prep.intensity == "windowed" else AIR
-        return torch.full((self.prep.channels, *self.prep.grid), empty, dtype=torch.int16), error
 
 
 class VolumeLoader(torch.utils.data.DataLoader):
@@ -1365,11 +1536,23 @@ class VolumeLoader(torch.utils.data.DataLoader):
 
     on_bad_volume = "stop"
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in super().__iter__():
             if self.on_bad_volume == "stop" and any(batch["error"]):
                 raise BadVolume(*filter(None, batch["error"]))
+            if isinstance(batch["volume"], CachedBatch):
+                batch["volume"] = batch["volume"].assemble()
             yield batch
+
+
+def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[int, int]:
+    """(workers, batches ahead of each) that fit; a full shared memory kills workers (bus error), and containers often
+    have 64 MB of it."""
+    for ahead in (2, 1):
+        fitting = int(0.8 * free) // (batch_bytes * ahead) - 1  # one more batch is in use
+        if fitting >= (num_workers if ahead > 1 else 1):
+            return min(num_workers, fitting), ahead
+    return 0, 2
 
 
 def build_loader(
@@ -1381,12 +1564,23 @@ def build_loader(
 ) -> VolumeLoader:
     """A loader of exactly these batches of items, in this order, for a model on `device`."""
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores help on a network disk
+    batch_bytes = 2 * dataset.prep.channels * math.prod(dataset.prep.grid) * max(map(len, batches), default=1)
+    workers, ahead = num_workers, 2
+    if num_workers and os.path.isdir("/dev/shm"):
+        workers, ahead = fit_shared_memory(batch_bytes, num_workers, shutil.disk_usage("/dev/shm").free)
+    if workers < num_workers:
+        log.warning(
+            "/dev/shm is too small for %d workers, so %d read: start the container with --shm-size or --ipc=host",
+            num_workers, workers,
+        )  # fmt: skip
     loader = VolumeLoader(
         dataset,
         batch_sampler=list(batches),
-        num_workers=num_workers,
+        num_workers=workers,
+        prefetch_factor=ahead if workers else None,
         pin_memory=device.type == "cuda",
         worker_init_fn=one_thread_per_worker,
+        collate_fn=dataset.collate,
     )
     loader.on_bad_volume = on_bad_volume
     return loader

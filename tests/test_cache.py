@@ -1,0 +1,253 @@
+"""The volume cache of room 4: an entry is the volume of this file under these settings, or it is not used."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finetune_siglip
+from finetune_siglip import (
+    BadEnvironment,
+    CTVolumeDataset,
+    Preprocessing,
+    Table,
+    VolumeCache,
+    build_loader,
+    load_sample,
+)
+from helpers import CHEST
+from test_volume import CPU, chest, prep, save, table_of
+
+GRID = (4, 6, 7)  # 336 bytes, so that entries are padded
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Table:
+    return table_of(*(save(tmp_path / f"{i}.npz", image=chest(6, 8, 8, seed=i)) for i in range(5)))
+
+
+def cache_of(scans: Table, folder: Path, settings: Preprocessing | None = None, **options: float) -> VolumeCache:
+    return VolumeCache(folder / "cache", settings or prep(GRID), scans.paths, **options)
+
+
+def test_the_second_read_is_the_first_one_mapped(scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = cache_of(scans, tmp_path)
+    expected = load_sample(scans.paths[0], prep(GRID))
+    first, cached = cache.load(scans.paths[0])
+    assert cached
+    assert torch.equal(first, expected)
+    monkeypatch.setattr(finetune_siglip, "load_sample", None)  # any use of it would fail
+    for again in (cache, cache_of(scans, tmp_path)):
+        volume, cached = again.load(scans.paths[0])
+        assert cached
+        assert torch.equal(volume, expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"grid": (5, 6, 7)}, {"orientation": "RAS"}, {"hu_range": (-1000.0, 1000.0)}, {"spacing": (3.0, 1.5, 1.5)}],
+)
+def test_a_setting_that_changes_voxels_never_meets_an_old_entry(scans: Table, tmp_path: Path, change: dict) -> None:
+    settings = prep(GRID, intensity="unit", trusted=True)
+    changed = prep(**({"grid": GRID, "intensity": "unit", "trusted": True} | change))
+    old, new = cache_of(scans, tmp_path, settings), cache_of(scans, tmp_path, changed)
+    assert old.files.entry(scans.paths[0]) != new.files.entry(scans.paths[0])
+    windows = prep(
+        GRID, intensity="unit", trusted=True, windows=CHEST[::-1]
+    )  # made on the device, from the same voxels
+    assert cache_of(scans, tmp_path, windows).files.entry(scans.paths[0]) == old.files.entry(scans.paths[0])
+
+
+def test_a_changed_file_never_meets_its_old_entry(scans: Table, tmp_path: Path) -> None:
+    cache, path = cache_of(scans, tmp_path), scans.paths[0]
+    before, _ = cache.load(path)
+    time.sleep(0.01)
+    save(path, image=chest(6, 8, 8, seed=99))
+    after, _ = cache.load(path)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, load_sample(path, prep(GRID)))
+    os.utime(path, ns=(0, 0))
+    assert cache.files.map(cache.files.entry(path)) is None
+
+
+def test_no_torn_entry_is_ever_read(scans: Table, tmp_path: Path) -> None:
+    cache, path = cache_of(scans, tmp_path), scans.paths[0]
+    expected = cache.load(path)[0].clone()
+    entry = cache.files.entry(path)
+    whole = entry.read_bytes()
+    other = cache.files.entry(scans.paths[1])
+    torn = [whole[:n] for n in (0, 10, 64, len(whole) - 1)] + [whole + b"\0", bytes(len(whole))]
+    torn += [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(0, 64 + 336, 7)]
+    torn.append(whole[:128] + whole[192:256] + whole[128:192] + whole[256:])  # two stretches exchanged
+    for content in torn:
+        entry.write_bytes(content)
+        assert cache.files.map(entry) is None, content[:80]
+        assert torch.equal(cache.load(path)[0], expected)
+        assert entry.read_bytes() == whole
+    other.write_bytes(whole)  # a copy under another scan's name
+    assert cache.files.map(other) is None
+
+
+def test_a_full_disk_warns_once_and_training_goes_on(
+    scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(finetune_siglip.log, "propagate", True)
+    cache = cache_of(scans, tmp_path)
+    cache.load(scans.paths[0])
+
+    class FullDisk:
+        def __init__(self, stream: object):
+            self.stream = stream
+
+        def __enter__(self) -> FullDisk:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.stream.close()
+
+        def write(self, data: bytes) -> None:
+            self.stream.write(bytes(data)[:8])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    real = builtins.open
+    monkeypatch.setattr(
+        builtins, "open", lambda p, m="r", *a, **k: FullDisk(real(p, m, *a, **k)) if m == "wb" else real(p, m, *a, **k)
+    )
+    dataset = CTVolumeDataset(scans, prep(GRID), cache)
+    with caplog.at_level("WARNING", "finetune_siglip"):
+        batches = list(build_loader(dataset, [[0, 1], [2, 3], [4]], 0, CPU))
+    assert [record.getMessage() for record in caplog.records if "No space" in record.getMessage()].__len__() == 1
+    for batch in batches:
+        for row, volume in zip(batch["row"].tolist(), batch["volume"], strict=True):
+            assert torch.equal(volume, load_sample(scans.paths[row], prep(GRID)))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def fill(folder: Path, scans: Table, times: int) -> None:
+    for _ in range(times):
+        cache = cache_of(scans, folder)
+        for path in scans.paths:
+            if not torch.equal(cache.load(path)[0], load_sample(path, prep(GRID))):
+                os._exit(1)
+            cache.files.entry(path).unlink(missing_ok=True)
+            cache.load(path)
+    os._exit(0)
+
+
+def test_processes_may_fill_and_clear_a_cache_at_once(scans: Table, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=fill, args=(tmp_path, scans, 20)) for _ in range(3)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0]
+    names = [path.name for path in (tmp_path / "cache").iterdir()]
+    assert len(names) == 5
+    assert all(name.endswith(".ct") for name in names)
+
+
+def write_for_ever(folder: Path, scans: Table) -> None:
+    cache = cache_of(scans, folder, prep((64, 64, 64)))
+    volume = load_sample(scans.paths[0], prep((64, 64, 64)))
+    while True:
+        cache.files.write(cache.files.entry(scans.paths[0]), volume)
+
+
+def test_a_kill_at_any_moment_leaves_no_entry_that_is_not_whole(scans: Table, tmp_path: Path) -> None:
+    settings = prep((64, 64, 64))
+    expected = load_sample(scans.paths[0], settings)
+    for _ in range(8):
+        child = multiprocessing.get_context("fork").Process(target=write_for_ever, args=(tmp_path, scans))
+        child.start()
+        time.sleep(0.05 + np.random.default_rng().uniform(0, 0.02))
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        found = cache_of(scans, tmp_path, settings).load(scans.paths[0])[0]
+        assert torch.equal(found, expected)
+    left = list((tmp_path / "cache").glob("*.part"))
+    for part in left:
+        os.utime(part, (0, 0))
+    cache_of(scans, tmp_path, settings)
+    assert not list((tmp_path / "cache").glob("*.part"))
+
+
+def test_the_limit_is_kept_by_the_same_volumes_in_every_process(scans: Table, tmp_path: Path) -> None:
+    size = cache_of(scans, tmp_path).files.nbytes
+    for _ in range(2):
+        cache = cache_of(scans, tmp_path, limit=3.5 * size)
+        kept = [cache.load(path)[1] for path in scans.paths]
+        assert sum(kept) == 3
+        assert len(list((tmp_path / "cache").iterdir())) == 3
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 3.5 * size
+
+
+def test_entries_of_other_settings_give_way_to_the_limit(scans: Table, tmp_path: Path) -> None:
+    old = cache_of(scans, tmp_path, prep((4, 6, 8)))
+    for path in scans.paths:
+        old.load(path)
+    size = old.files.nbytes
+    (tmp_path / "cache" / "notes.txt").write_text("not ours")
+    kept = cache_of(scans, tmp_path, limit=5 * size + 100)
+    assert len(list((tmp_path / "cache").glob("*.ct"))) == 0
+    for path in scans.paths:
+        kept.load(path)
+    total = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    assert total <= 5 * size + 100
+    assert (tmp_path / "cache" / "notes.txt").exists()
+    assert cache_of(scans, tmp_path, limit=0).load(scans.paths[0])  # reads on, keeps nothing new
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_same_with_and_without_a_cache(scans: Table, tmp_path: Path, workers: int) -> None:
+    plan = [[4, 0], [2, ~1], [3]]
+    plain = list(build_loader(CTVolumeDataset(scans, prep(GRID)), plan, workers, CPU))
+    size = cache_of(scans, tmp_path).files.nbytes
+    for limit in (3 * size, 1e9):  # some volumes of a batch cached, others not; all of them
+        cached = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path, limit=limit))
+        for _ in range(2):
+            for one, other in zip(plain, build_loader(cached, plan, workers, CPU), strict=True):
+                assert torch.equal(one["volume"], other["volume"])
+                assert torch.equal(one["row"], other["row"])
+                assert (
+                    torch.equal(
+                        one["targets"],
+                        other["targets"],
+                    )
+                    or one["targets"].isnan().any()
+                )
+
+
+def test_an_entry_that_vanishes_on_the_way_is_read_again(scans: Table, tmp_path: Path) -> None:
+    dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
+    dataset[0]
+    batch = dataset.collate([dataset[0], dataset[1]])["volume"]
+    for entry in (tmp_path / "cache").iterdir():
+        entry.unlink()
+    assert torch.equal(batch.assemble()[0], load_sample(scans.paths[0], prep(GRID)))
+
+
+def test_a_folder_that_cannot_be_used_is_the_environments_fault(scans: Table, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(BadEnvironment, match="--cache-dir"):
+        cache_of(scans, tmp_path)
+
+
+def test_the_size_is_told_before_it_is_used(
+    scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(finetune_siglip.log, "propagate", True)
+    with caplog.at_level("INFO", "finetune_siglip"):
+        cache_of(scans, tmp_path, prep((64, 224, 224)), limit=20e6)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "5 volumes of 6.4 MB" in message
+    assert "room for 3 of them" in message

@@ -122,6 +122,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def threshold_source(text: str) -> float | str | Path:
+    """Argument type: a number from 0 to 1, `auto`, or a file."""
+    try:
+        return fraction(text)
+    except ValueError:
+        return text if text == "auto" else Path(text)
+
+
 def layer_count(text: str) -> int | str:
     """Argument type: an integer of at least 0, or `all`."""
     return text if text == "all" else whole_number(text)
@@ -159,8 +167,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--csv", required=True, type=Path, help="table with series_id, split, img_path and one 0/1 column per finding")
-    add("--label-columns", required=True, nargs="+", metavar="NAME", help="finding columns; quote names with spaces")
+    add("--csv", type=Path, help="table with series_id, split, img_path and one 0/1 column per finding")
+    add("--label-columns", nargs="+", metavar="NAME", help="finding columns; quote names with spaces")
     add("--orientation", type=orientation_code, help="towards which side of the patient each stored axis rises [SPL]")
     add("--intensity", choices=("auto", "hu", "unit", "windowed"), default="auto",
         help="what a stored value means [auto]")
@@ -225,7 +233,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test-output", type=Path, default=Path("test_predictions.csv"),
         help="a bare name goes to --output-dir [test_predictions.csv]")
     add("--test-split", help="split to predict [test if the CSV has it, else val]")
-    add("--threshold", type=fraction, default=0.5, help="a probability at or above it is positive [0.5]")
+    add("--threshold", type=threshold_source, default=0.5, metavar="T|auto|FILE",
+        help="positive at or above it; auto: tuned per label on val, or the checkpoint's own; or a JSON file [0.5]")
+    add("--threshold-objective", choices=("f1", "youden", "crg"), default="f1", help="what auto maximises [f1]")
+    add("--aggregate", choices=("none", "series", "patient"), default="none",
+        help="average the logits of a scan's reconstructions, or of all scans of a patient [none]")
+    add("--bootstrap", type=whole_number, default=1000, metavar="N",
+        help="resamples of the patients for 95 %% intervals; 0 switches them off [1000]")
+    add("--report", type=Path, metavar="DIR", help="write DIR/report.html anew from the files there and stop")
     return parser
 # fmt: on
 
@@ -238,6 +253,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if argv[i - 1] == "--windows":
             argv[i - 1 : i + 1] = [f"--windows={argv[i]}"]
     args = parser.parse_args(argv)
+    if args.report:
+        return args
+    missing = [flag for flag, value in (("--csv", args.csv), ("--label-columns", args.label_columns)) if not value]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     if not args.test_only and not args.pretrained:
         parser.error("--pretrained is required unless --test-only names a checkpoint")
     if args.hu_range[0] >= args.hu_range[1] or not all(map(math.isfinite, args.hu_range)):
@@ -3064,12 +3084,9 @@ def read_results(path: Path) -> list[dict]:
 
 
 def write_predictions(
-    path: Path,
-    series_ids: Sequence[str],
-    probabilities: np.ndarray,
-    thresholds: float | np.ndarray,
+    path: Path, series_ids: Sequence[str], probabilities: np.ndarray, thresholds: float | np.ndarray,
     labels: Sequence[str],
-) -> None:
+) -> None:  # fmt: skip
     """CSV `id,{label}_prob,{label}_pred`, rows in the given order; a number read back is the very same number.
 
     A path that ends in .json gets the VLM3D challenge's format, whose grader cuts at 0.5: thresholds are moved there.
@@ -3113,12 +3130,17 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_thresholds(path: Path, labels: Sequence[str]) -> np.ndarray:
-    """(L,) from a JSON file, either {label: threshold} or an evaluation file of ours. Raises BadInput."""
-    content = read_json(path)
+def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
+    """(L,) thresholds from --threshold: a number for all labels, `auto` as given, or a JSON file. Raises BadInput.
+
+    The file is {label: threshold}, or an evaluation_*.json of ours.
+    """
+    if not isinstance(source, Path):
+        return np.asarray(auto, np.float64) if source == "auto" else np.full(len(labels), source)
+    content = read_json(source)
     table = content.get("thresholds", content)
     wrong = [
-        f"--threshold {path} holds {table.get(label, 'nothing')!r} for {label}: a number from 0 to 1 is needed"
+        f"--threshold {source} holds {table.get(label, 'nothing')!r} for {label}: a number from 0 to 1 is needed"
         for label in labels
         if not (type(table.get(label)) in (int, float) and 0 <= table[label] <= 1)
     ]
@@ -3231,6 +3253,34 @@ def encode_png(gray: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def publish(
+    folder: Path, split: str, dataset: CTVolumeDataset, to_windows: Callable[[Tensor], Tensor],
+    probabilities: np.ndarray, thresholds: np.ndarray, tuned_here: str | None, resamples: int, seed: int,
+) -> dict:  # fmt: skip
+    """Score a split, log it, and write what the report says of it, pictures too; returns what `evaluate` does."""
+    table = dataset.table
+    scored = evaluate(
+        table.targets, probabilities, table.labels, thresholds, table.patient_ids, tuned_here, resamples, seed
+    )
+    save_evaluation(folder, split, table, probabilities, thresholds, scored)
+    wrong = most_wrong(table.targets, probabilities, thresholds)
+    save_pictures(folder, dataset, to_windows, [row for row, _ in wrong])
+    log.info("%s", format_metrics_table(scored["metrics"]))
+    for key, title in REPORT_HEADLINES.items():
+        interval = scored["intervals"].get(key)
+        spread = f"  (95 %: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        log.info("%s: %s %s%s", split, title, shown(scored["metrics"][key]), spread)
+    return scored
+
+
+def save_run(folder: Path, title: str, arguments: dict, table: Table, device: str) -> None:
+    """Add what the report says of settings, data and environment under this title to run.json."""
+    path = folder / "run.json"
+    sections = {"Settings": arguments, "Data": summarise_table(table), "Environment": describe_environment(device)}
+    content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
+    save_atomic(path, lambda file: file.write(json.dumps(content, default=str, indent=1).encode()))
+
+
 def summarise_table(table: Table) -> dict[str, dict]:
     """Scans and patients per split, and positives of known values per label and split: the report's data summary."""
     splits = {name: table.split(name) for name in dict.fromkeys(table.splits)}
@@ -3311,29 +3361,15 @@ document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll(
 }));
 """
 REPORT_COLUMNS = {
-    "auc": "AUROC",
-    "average_precision": "average precision",
-    "f1": "F1",
-    "precision": "precision",
-    "recall": "sensitivity",
-    "specificity": "specificity",
-    "balanced_accuracy": "balanced accuracy",
-    "accuracy": "accuracy",
-    "brier": "Brier",
-    "ece": "calibration error",
-    "crg": "CRG",
-    "prevalence": "prevalence",
-}
+    "auc": "AUROC", "average_precision": "average precision", "f1": "F1", "precision": "precision",
+    "recall": "sensitivity", "specificity": "specificity", "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy", "brier": "Brier", "ece": "calibration error", "crg": "CRG", "prevalence": "prevalence",
+}  # fmt: skip
 REPORT_HEADLINES = {
-    "macro_auc": "macro AUROC",
-    "macro_average_precision": "macro average precision",
-    "macro_f1": "macro F1",
-    "micro_f1": "micro F1",
-    "crg": "CRG",
-    "accuracy": "accuracy",
-    "macro_brier": "macro Brier score",
+    "macro_auc": "macro AUROC", "macro_average_precision": "macro average precision", "macro_f1": "macro F1",
+    "micro_f1": "micro F1", "crg": "CRG", "accuracy": "accuracy", "macro_brier": "macro Brier score",
     "macro_ece": "macro calibration error",
-}
+}  # fmt: skip
 REPORT_METHODS = f"""
 <dl><dt>Scans and labels</dt><dd>A label that is unknown for a scan is left out of every figure. A figure that is
 undefined (0 / 0) shows as a dash and does not enter a macro average.</dd>
@@ -3491,13 +3527,9 @@ def shorten(name: str, length: int) -> str:
 
 
 def chart(
-    title: str,
-    note: str,
-    axes: tuple[str, str],
-    marks: Sequence[tuple],
-    x_range: tuple[float, float] = (0.0, 1.0),
-    y_range: tuple[float, float] = (0.0, 1.0),
-) -> str:
+    title: str, note: str, axes: tuple[str, str], marks: Sequence[tuple],
+    x_range: tuple[float, float] = (0.0, 1.0), y_range: tuple[float, float] = (0.0, 1.0),
+) -> str:  # fmt: skip
     """A chart of marks: (kind "line" | "dot" | "guide" | "mark", colour "c0" to "c2", xs, ys, name or "")."""
 
     def place(values: Sequence[float], limits: tuple[float, float], start: float, length: float) -> np.ndarray:
@@ -3566,11 +3598,8 @@ def operating_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float, auc: 
     here = [[(p[s] >= cut).mean()] for s in (y, ~y)] + [[y[p >= cut].mean() if (p >= cut).any() else math.nan]]
     gain = np.diff(recall, prepend=0) > 0  # as in the average: the precision where recall rises, held back to the last
     steps = np.append(0, recall[gain]).repeat(2)[1:-1], precision[gain].repeat(2)
-    roc = [
-        ("guide", "", [0, 1], [0, 1], ""),
-        ("line", "c0", [0, *false], [0, *recall], ""),
-        ("dot", "c0", here[1], here[0], ""),
-    ]
+    roc = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", [0, *false], [0, *recall], "")]
+    roc.append(("dot", "c0", here[1], here[0], ""))
     pr = [("guide", "", [0, 1], [y.mean()] * 2, ""), ("line", "c0", *steps, ""), ("dot", "c0", here[0], here[2], "")]
     return chart(f"ROC of {label}", f"AUROC {auc}", ("1 − specificity", "sensitivity"), roc) + chart(
         f"Precision and recall of {label}", f"Average precision {ap}", ("recall", "precision"), pr

@@ -14,6 +14,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import finetune_siglip as fs
@@ -87,18 +88,20 @@ def test_extreme_thresholds_move_to_one_half_too(threshold: float) -> None:
 def test_thresholds_are_read_by_label_and_every_wrong_one_is_named(tmp_path) -> None:
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"b": 0.25, "a": 1, "other": 7}))
-    assert fs.read_thresholds(path, ["a", "b"]).tolist() == [1, 0.25]
+    assert fs.resolve_thresholds(path, ["a", "b"], None).tolist() == [1, 0.25]
     path.write_text(json.dumps({"thresholds": {"b": 0.25, "a": 1}}))
-    assert fs.read_thresholds(path, ["a", "b"]).tolist() == [1, 0.25]
+    assert fs.resolve_thresholds(path, ["a", "b"], None).tolist() == [1, 0.25]
     for content in ('{"a": 1.5, "b": "x"}', "{}", '{"a": NaN, "b": true}'):
         path.write_text(content)
         with pytest.raises(fs.BadInput) as caught:
-            fs.read_thresholds(path, ["a", "b"])
+            fs.resolve_thresholds(path, ["a", "b"], None)
         assert [message.split(" for ")[1][0] for message in caught.value.messages] == ["a", "b"]
+    assert fs.resolve_thresholds(0.3, ["a", "b"], np.array([0.1, 0.2])).tolist() == [0.3, 0.3]
+    assert fs.resolve_thresholds("auto", ["a", "b"], np.array([0.1, 0.2])).tolist() == [0.1, 0.2]
     path.write_text("[1, 2]")
     for wrong in (tmp_path / "none.json", tmp_path, path):
         with pytest.raises(fs.BadInput, match="JSON object"):
-            fs.read_thresholds(wrong, ["a"])
+            fs.resolve_thresholds(wrong, ["a"], None)
 
 
 HOSTILE = '<script>window.hacked=1</script>"><img src=x onerror=window.hacked=1>'
@@ -350,3 +353,37 @@ def sort_by_click_and_by_keyboard(browser: Browser) -> None:
     browser.press(" ")
     assert browser.run(f"return {COLUMN.format(0)}") == sorted(names, key=str.lower)
     assert browser.run("return document.querySelectorAll('table.sort th[aria-sort]').length") == 1
+
+
+def test_a_split_is_published_and_reported_with_its_pictures_and_the_settings(tmp_path, caplog) -> None:
+    targets = np.array([[1, 0], [0, 1], [1, np.nan], [0, 0]], np.float32)
+    ids, patients = ["007", "a/b", "x", "y"], ["007", "p", "p", "y"]
+    paths = [fs.Path(name) for name in ids]
+    table = fs.Table(("Nodule", "Hernia"), ids, patients, ["test"] * 4, paths, targets, [2, 3, 4, 5])
+
+    class Dataset:
+        def __getitem__(self, row: int) -> dict:
+            return {"volume": torch.full((1, 6, 8, 8), 100 * row, dtype=torch.int16)}
+
+    dataset = Dataset()
+    dataset.table = table
+    probabilities = np.array([[0.9, 0.2], [0.8, 0.7], [0.6, 0.5], [0.1, 0.9]])
+    with caplog.at_level("INFO"):
+        scored = fs.publish(tmp_path, "test", dataset, lambda v: v / 300, probabilities, np.full(2, 0.5), None, 20, 0)
+    assert scored["metrics"] == fs.compute_metrics(targets, probabilities, table.labels, 0.5)
+    assert f"macro F1 {scored['metrics']['macro_f1']:.3f}" in caplog.text
+    assert sorted((tmp_path / "pictures").iterdir()) == sorted(fs.picture_path(tmp_path, i) for i in ("a/b", "y"))
+    fs.save_run(tmp_path, "training", {"lr": 1e-4}, table, "CPU")
+    fs.save_run(tmp_path, "prediction", {"threshold": 0.5}, table, "CPU")
+    page = Page(fs.write_report(tmp_path).read_text(encoding="utf-8"))
+    assert [tag for tag, _ in page.tags].count("img") == 2
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["Settings, training"] == {"lr": 1e-4}
+    assert run["Data, prediction"]["Positive of known labels"]["Hernia"] == {"test": "1 of 3"}
+
+
+def test_thresholds_are_a_number_auto_or_a_file_and_a_report_needs_nothing_else(tmp_path) -> None:
+    needed = ["--csv", "t.csv", "--label-columns", "A", "--test-only", "best.pth"]
+    for text, value in (("0.3", 0.3), ("auto", "auto"), ("t.json", fs.Path("t.json"))):
+        assert fs.parse_args([*needed, "--threshold", text]).threshold == value
+    assert fs.parse_args(["--report", str(tmp_path)]).report == tmp_path

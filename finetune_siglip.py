@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import dataclasses
 import difflib
 import errno
 import fcntl
 import hashlib
+import html
 import importlib.metadata
 import io
 import json
@@ -17,6 +19,7 @@ import logging
 import math
 import mmap
 import os
+import platform
 import random
 import re
 import shutil
@@ -29,6 +32,7 @@ import threading
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -121,6 +125,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def threshold_source(text: str) -> float | str | Path:
+    """Argument type: a number from 0 to 1, `auto`, or a file."""
+    try:
+        return fraction(text)
+    except ValueError:
+        return text if text == "auto" else Path(text)
+
+
 def layer_count(text: str) -> int | str:
     """Argument type: an integer of at least 0, or `all`."""
     return text if text == "all" else whole_number(text)
@@ -158,8 +170,8 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument_group("data").add_argument
-    add("--csv", required=True, type=Path, help="table with series_id, split, img_path and one 0/1 column per finding")
-    add("--label-columns", required=True, nargs="+", metavar="NAME", help="finding columns; quote names with spaces")
+    add("--csv", type=Path, help="table with series_id, split, img_path and one 0/1 column per finding")
+    add("--label-columns", nargs="+", metavar="NAME", help="finding columns; quote names with spaces")
     add("--orientation", type=orientation_code, help="towards which side of the patient each stored axis rises [SPL]")
     add("--intensity", choices=("auto", "hu", "unit", "windowed"), default="auto",
         help="what a stored value means [auto]")
@@ -224,7 +236,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--test-output", type=Path, default=Path("test_predictions.csv"),
         help="a bare name goes to --output-dir [test_predictions.csv]")
     add("--test-split", help="split to predict [test if the CSV has it, else val]")
-    add("--threshold", type=fraction, default=0.5, help="a probability at or above it is positive [0.5]")
+    add("--threshold", type=threshold_source, default=0.5, metavar="T|auto|FILE",
+        help="positive at or above it; auto: tuned per label on val, or the checkpoint's own; or a JSON file [0.5]")
+    add("--threshold-objective", choices=("f1", "youden", "crg"), default="f1", help="what auto maximises [f1]")
+    add("--aggregate", choices=("none", "series", "patient"), default="none",
+        help="average the logits of a scan's reconstructions, or of all scans of a patient [none]")
+    add("--bootstrap", type=whole_number, default=1000, metavar="N",
+        help="resamples of the patients for 95 %% intervals; 0 switches them off [1000]")
+    add("--report", type=Path, metavar="DIR", help="write DIR/report.html anew from the files there and stop")
     return parser
 # fmt: on
 
@@ -237,6 +256,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if argv[i - 1] == "--windows":
             argv[i - 1 : i + 1] = [f"--windows={argv[i]}"]
     args = parser.parse_args(argv)
+    if args.report:
+        return args
+    missing = [flag for flag, value in (("--csv", args.csv), ("--label-columns", args.label_columns)) if not value]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     if not args.test_only and not args.pretrained:
         parser.error("--pretrained is required unless --test-only names a checkpoint")
     if args.hu_range[0] >= args.hu_range[1] or not all(map(math.isfinite, args.hu_range)):
@@ -2966,6 +2990,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
 
 
+OBJECTIVES = {"f1": "F1", "youden": "Youden's J", "crg": "CRG"}  # what thresholds can be tuned for
 CALIBRATION_BINS = 10  # equal widths over [0, 1]; the report's reliability diagrams use the same ones
 
 
@@ -3088,14 +3113,21 @@ def bootstrap_metrics(
     if not (resamples and len(members)):
         return {}
     drawn = np.random.default_rng(seed).integers(len(members), size=(resamples, len(members)))
-    weights = np.stack([np.bincount(row, minlength=len(members))[patient] for row in drawn], axis=1).astype(np.float64)
+    weights = np.ones((len(targets), 1 + resamples))  # column 0: the scans as they are
+    for b, row in enumerate(drawn):
+        weights[:, 1 + b] = np.bincount(row, minlength=len(members))[patient]
     step = max(1, 2**22 // targets.size)  # a block's largest array holds 32 MB: large ones leave the cache
     blocks = [
         _weighted_figures(targets, probabilities, thresholds, weights[:, i : i + step])
-        for i in range(0, resamples, step)
+        for i in range(0, 1 + resamples, step)
     ]
     figures = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return _arrange({name: _intervals(values) for name, values in figures.items()}, label_columns)
+    once, ece = (
+        figures["ece"][0],
+        figures["ece"][1:],
+    )  # a mean of absolute values: resampling adds noise, so it adds bias
+    figures["ece"][1:] = np.maximum(0, ece - (ece.mean(axis=0) - once))
+    return _arrange({name: _intervals(values[1:]) for name, values in figures.items()}, label_columns)
 
 
 def _intervals(values: np.ndarray) -> list[list[float] | None]:
@@ -3178,7 +3210,7 @@ def evaluate(
 
 
 def move_thresholds_to_half(probabilities: np.ndarray, thresholds: float | np.ndarray) -> np.ndarray:
-    """A strictly rising map per label that puts each threshold at 0.5, for graders that cut there; AUROC is unchanged."""
+    """A strictly rising map per label that puts each threshold at 0.5, where some graders cut; AUROC is unchanged."""
     p, t = np.asarray(probabilities, np.float64), np.asarray(thresholds, np.float64)
     below = np.minimum(0.5 * p / np.maximum(t, 1e-300), np.nextafter(0.5, 0))  # rounding must not lift it onto 0.5
     return np.where(p < t, below, 0.5 + 0.5 * (p - t) / np.maximum(1 - t, 1e-300))
@@ -3673,17 +3705,17 @@ def forget_cached(path: Path) -> None:
 
 
 def read_results(path: Path) -> list[dict]:
-    """The epochs in results.jsonl, in order; none where the file is not there yet."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The epochs in results.jsonl, in order; none where the file is not there. Raises BadInput."""
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} can't be read ({error}): one JSON object per line is needed") from error
 
 
 def write_predictions(
-    path: Path,
-    series_ids: Sequence[str],
-    probabilities: np.ndarray,
-    thresholds: float | np.ndarray,
+    path: Path, series_ids: Sequence[str], probabilities: np.ndarray, thresholds: float | np.ndarray,
     labels: Sequence[str],
-) -> None:
+) -> None:  # fmt: skip
     """CSV `id,{label}_prob,{label}_pred`, rows in the given order; a number read back is the very same number.
 
     A path that ends in .json gets the VLM3D challenge's format, whose grader cuts at 0.5: thresholds are moved there.
@@ -3716,17 +3748,28 @@ def write_challenge_json(
     save_atomic(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
 
 
-def read_thresholds(path: Path, labels: Sequence[str]) -> np.ndarray:
-    """(L,) from a JSON file, either {label: threshold} or an evaluation file of ours. Raises BadInput."""
+def read_json(path: Path) -> dict:
+    """A JSON object. Raises BadInput."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(
-            f"--threshold {path} can't be read as JSON ({error}): give a number, auto or such a file"
-        ) from error
-    table = content.get("thresholds", content) if isinstance(content, dict) else {}
+        raise BadInput(f"{path} can't be read ({error}): a JSON object is needed") from error
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} holds a {type(content).__name__}: a JSON object is needed")
+    return content
+
+
+def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
+    """(L,) thresholds from --threshold: a number for all labels, `auto` as given, or a JSON file. Raises BadInput.
+
+    The file is {label: threshold}, or an evaluation_*.json of ours.
+    """
+    if not isinstance(source, Path):
+        return np.asarray(auto, np.float64) if source == "auto" else np.full(len(labels), source)
+    content = read_json(source)
+    table = content.get("thresholds", content)
     wrong = [
-        f"--threshold {path} holds {table.get(label, 'nothing')!r} for {label}: a number from 0 to 1 is needed"
+        f"--threshold {source} holds {table.get(label, 'nothing')!r} for {label}: a number from 0 to 1 is needed"
         for label in labels
         if not (type(table.get(label)) in (int, float) and 0 <= table[label] <= 1)
     ]
@@ -3735,27 +3778,566 @@ def read_thresholds(path: Path, labels: Sequence[str]) -> np.ndarray:
     return np.array([table[label] for label in labels], np.float64)
 
 
+def best_epoch(results: list[dict]) -> int | None:
+    """The epoch with the highest macro F1, the first of equal ones; None where there is none."""
+    ranked = [(r["macro_f1"], -r["epoch"]) for r in results if r.get("macro_f1") is not None]
+    return -max(ranked)[1] if ranked else None
+
+
+PROGRESS_PANELS = {"loss": ["train_loss", "val_loss"], "validation": ["macro_f1", "macro_auc"], "learning rate": ["lr"]}
+
+
 def plot_progress(folder: Path, results: list[dict]) -> None:
     """progress.png: losses, macro F1 and AUROC with the best epoch marked, learning rate; redrawn after each epoch."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     axes = figure.subplots(1, 3)
-    panels = {"loss": ["train_loss", "val_loss"], "validation": ["macro_f1", "macro_auc"], "learning rate": ["lr"]}
     epochs = [r["epoch"] for r in results]
-    for axis, (title, keys) in zip(axes, panels.items(), strict=True):
+    for axis, (title, keys) in zip(axes, PROGRESS_PANELS.items(), strict=True):
         for key in keys:
             values = [math.nan if r.get(key) is None else r[key] for r in results]
             axis.plot(epochs, values, marker="o", markersize=3, label=key.replace("_", " "))
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    best = max(results, key=lambda r: -1.0 if r.get("macro_f1") is None else r["macro_f1"], default=None)
-    if best and best.get("macro_f1") is not None:
-        axes[1].axvline(best["epoch"], color="gray", linestyle=":", label=f"best: epoch {best['epoch']}")
+    if (best := best_epoch(results)) is not None:
+        axes[1].axvline(best, color="gray", linestyle=":", label=f"best: epoch {best}")
     for axis in axes[:2]:
         axis.legend()
     save_atomic(folder / "progress.png", lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def save_evaluation(
+    folder: Path, split: str, table: Table, probabilities: np.ndarray, thresholds: np.ndarray, scored: dict
+) -> Path:
+    """evaluation_{split}.json: all that the report says of a split; `scored` is what `evaluate` returned.
+
+    Its `thresholds` can be given to --threshold. Unknown targets are null.
+    """
+    targets = [[None if t != t else int(t) for t in row] for row in table.targets.tolist()]
+    content = {
+        "split": split,
+        "labels": list(table.labels),
+        "thresholds": dict(zip(table.labels, np.broadcast_to(thresholds, len(table.labels)).tolist(), strict=True)),
+        **scored,
+        "ids": table.series_ids,
+        "patients": table.patient_ids,
+        "targets": targets,
+        "probabilities": np.asarray(probabilities, np.float64).tolist(),
+    }
+    path = folder / f"evaluation_{split}.json"
+    save_atomic(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode()))
+    return path
+
+
+def most_wrong(
+    targets: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray, n: int = 12
+) -> list[tuple[int, list[int]]]:
+    """The n scans with the most confidently wrong decision: (row, its wrong labels, the worst first)."""
+    wrong = ~np.isnan(targets) & ((probabilities >= thresholds) != (targets == 1))
+    error = np.where(wrong, np.abs(probabilities - np.nan_to_num(targets)), 0.0)
+    rows = np.argsort(-error.max(axis=1, initial=0.0), kind="stable")[:n]
+    ranked = np.argsort(-error, axis=1, kind="stable").tolist()
+    return [(r, [c for c in ranked[r] if wrong[r, c]]) for r in rows.tolist() if wrong[r].any()]
+
+
+def picture_path(folder: Path, series_id: str) -> Path:
+    """Where a scan's picture lies: ids may hold characters that no file name can."""
+    return folder / "pictures" / f"{hashlib.sha256(series_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.png"
+
+
+def save_pictures(
+    folder: Path, dataset: CTVolumeDataset, to_windows: Callable[[Tensor], Tensor], rows: Sequence[int]
+) -> None:
+    """pictures/*.png of these rows of the dataset, windowed by to_windows (N, C, S, H, W) -> (N, K, S, H, W)."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for row in rows:
+        with torch.no_grad():
+            windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
+        image = draw_scan(windows)
+        save_atomic(picture_path(folder, dataset.table.series_ids[row]), lambda file, image=image: file.write(image))
+
+
+def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
+    """PNG of axial slices, feet to head, one line per different window, from windows (K, S, H, W) in [0, 1]."""
+    different = [w for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
+    depth, height, width = windows.shape[1:]
+    scale = size / max(height, width)
+    at = [(np.arange(max(1, round(n * scale))) / scale).astype(int).clip(0, n - 1) for n in (height, width)]
+    slices = ((np.arange(columns) + 0.5) / columns * depth).astype(int)
+    lines = [np.hstack([np.pad(w[s][np.ix_(*at)], 1) for s in slices]) for w in different]
+    return encode_png((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def encode_png(gray: np.ndarray) -> bytes:
+    """A PNG file of an 8-bit picture (H, W)."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", gray.shape[1], gray.shape[0], 8, 0, 0, 0, 0)
+    lines = np.pad(gray, ((0, 0), (1, 0))).tobytes()  # each line starts with its filter, 0: none
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def publish(
+    folder: Path, split: str, dataset: CTVolumeDataset, to_windows: Callable[[Tensor], Tensor],
+    probabilities: np.ndarray, thresholds: np.ndarray, tuned_here: str | None, resamples: int, seed: int,
+) -> dict:  # fmt: skip
+    """Score a split, log it, and write what the report says of it, pictures too; returns what `evaluate` does."""
+    table = dataset.table
+    scored = evaluate(
+        table.targets, probabilities, table.labels, thresholds, table.patient_ids, tuned_here, resamples, seed
+    )
+    save_evaluation(folder, split, table, probabilities, thresholds, scored)
+    wrong = most_wrong(table.targets, probabilities, thresholds)
+    save_pictures(folder, dataset, to_windows, [row for row, _ in wrong])
+    log.info("%s", format_metrics_table(scored["metrics"]))
+    for key, title in REPORT_HEADLINES.items():
+        interval = scored["intervals"].get(key)
+        spread = f"  (95 %: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
+        log.info("%s: %s %s%s", split, title, shown(scored["metrics"][key]), spread)
+    return scored
+
+
+def save_run(folder: Path, title: str, arguments: dict, table: Table, device: str) -> None:
+    """Add what the report says of settings, data and environment under this title to run.json."""
+    path = folder / "run.json"
+    sections = {"Settings": arguments, "Data": summarise_table(table), "Environment": describe_environment(device)}
+    content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
+    save_atomic(path, lambda file: file.write(json.dumps(content, default=str, indent=1).encode()))
+
+
+def summarise_table(table: Table) -> dict[str, dict]:
+    """Scans and patients per split, and positives of known values per label and split: the report's data summary."""
+    splits = {name: table.split(name) for name in dict.fromkeys(table.splits)}
+    counts = {name: {"scans": len(t), "patients": len(set(t.patient_ids))} for name, t in splits.items()}
+    positives = {
+        label: {n: f"{(t.targets[:, i] == 1).sum()} of {(~np.isnan(t.targets[:, i])).sum()}" for n, t in splits.items()}
+        for i, label in enumerate(table.labels)
+    }
+    return {"Scans": counts, "Positive of known labels": positives}
+
+
+def describe_environment(device: str) -> dict[str, str]:
+    """Versions and device that a result depends on; nothing that names a person or a machine."""
+    names = ("torch", "transformers", "monai", "numpy", "scikit-learn")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"device": device, "Python": platform.python_version(), "system": platform.system(), **versions}
+
+
+REPORT_STYLE = """
+:root{color-scheme:light dark;--ink:#1b2330;--soft:#566070;--paper:#fff;--card:#f5f6f8;--line:#ccd2da;--c0:#1a63d8;
+--c1:#b8430a;--c2:#12753a}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e7eaef;--soft:#a7b1be;--paper:#11151b;--card:#1a2028;
+--line:#38424f;--c0:#71b2ff;--c1:#ffa267;--c2:#66d68e}}*{box-sizing:border-box}
+body{margin:0 auto;max-width:84rem;padding:1rem;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);
+background:var(--paper)}h1{font-size:1.6rem;margin:.3rem 0}
+h2{font-size:1.3rem;margin:2.2rem 0 .4rem;border-bottom:2px solid var(--line)}
+h3{font-size:1.1rem;margin:1.6rem 0 .4rem}h4{margin:.2rem 0}p{max-width:75ch;margin:.4rem 0}a{color:var(--c0)}
+small,.soft{color:var(--soft);font-size:.8rem}nav a{display:inline-block;padding:.25rem .6rem .25rem 0}
+:focus-visible{outline:3px solid var(--c0);outline-offset:2px}
+dl{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr;gap:.3rem 1rem}dt{font-weight:600}
+dd{margin:0;min-width:0;overflow-wrap:anywhere}@media(max-width:40rem){dl{display:block}}
+.grid{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--w,13rem)),1fr))}
+.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem;margin:0;
+min-width:0;overflow-wrap:anywhere}
+.card b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
+b small{display:block;font-weight:400}
+.wide{overflow-x:auto;margin-top:.5rem}
+table{border-collapse:separate;border-spacing:0;font-size:.85rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .5rem;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);white-space:normal;
+min-width:min(10rem,34vw);max-width:40vw;overflow-wrap:anywhere}
+td small{display:block;font-size:.9em}tfoot{font-weight:600}thead th{vertical-align:bottom;white-space:normal}
+caption{text-align:left}
+.heads{--n:4;grid-template-columns:repeat(var(--n),1fr)}@media(max-width:40rem){.heads{--n:2}}
+@media(min-width:60rem){.five{grid-template-columns:repeat(5,1fr)}}
+th button{all:unset;cursor:pointer;font-weight:600;text-decoration:underline dotted}
+th button:focus-visible{outline:3px solid var(--c0)}th[aria-sort=ascending] button::after{content:" ▲"}
+th[aria-sort=descending] button::after{content:" ▼"}figure{margin:0;min-width:0}
+figcaption{font-size:.8rem;color:var(--soft)}svg{display:block;width:100%;height:auto}
+img{max-width:100%;height:auto;display:block;background:#000}
+svg text{fill:var(--soft);font-size:11.5px}.wide text{font-size:10px}
+.axis{stroke:var(--soft);fill:none}.guide{stroke:var(--soft);opacity:.7;fill:none;stroke-dasharray:3 3}
+.mark{stroke:var(--soft);stroke-dasharray:2 3;fill:none}.line{fill:none;stroke-width:1.8}.c0{stroke:var(--c0)}
+.c1{stroke:var(--c1);stroke-dasharray:6 2}.c2{stroke:var(--c2);stroke-dasharray:2 2}.dot{stroke:none}
+.dot.c0{fill:var(--c0)}.dot.c1{fill:var(--c1)}.dot.c2{fill:var(--c2)}.heat{fill:var(--c0)}
+.heat+text{fill:var(--ink)}
+.card ul{margin:.3rem 0;padding-left:1.1rem;font-size:.85rem}ul.grid{list-style:none;padding:0}
+figcaption span{white-space:nowrap}.k0{color:var(--c0)}.k1{color:var(--c1)}.k2{color:var(--c2)}
+section.label{margin:1.2rem 0}@page{size:A4 landscape;margin:10mm}
+@media print{body{font-size:9pt;max-width:none;padding:0}nav,.skip{display:none}.wide{overflow:visible}
+table{font-size:6.5pt}tfoot{display:table-row-group}
+th,td{padding:1pt 2pt}figure,.card,tr{break-inside:avoid}h2,h3,h4{break-after:avoid}}
+"""
+REPORT_SCRIPT = """
+document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll('th button').forEach((button, i) => {
+  button.addEventListener('click', () => {
+    const head = button.parentNode, text = i === 0, body = table.tBodies[0];
+    const up = head.getAttribute('aria-sort') ? head.getAttribute('aria-sort') === 'descending' : text;
+    table.querySelectorAll('th').forEach(th => th.removeAttribute('aria-sort'));
+    head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+    const key = row => row.cells[i].dataset.v, sign = up ? 1 : -1;
+    [...body.rows].sort((a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (x === '' || y === '') return (x === '') - (y === '');
+      return sign * (text ? x.localeCompare(y) : x - y);
+    }).forEach(row => body.append(row));
+  });
+}));
+"""
+REPORT_COLUMNS = {
+    "auc": "AUROC", "average_precision": "average precision", "f1": "F1", "precision": "precision",
+    "recall": "sensitivity", "specificity": "specificity", "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy", "brier": "Brier", "ece": "calibration error", "crg": "CRG", "prevalence": "prevalence",
+}  # fmt: skip
+REPORT_HEADLINES = {
+    "macro_auc": "macro AUROC", "macro_average_precision": "macro average precision", "macro_f1": "macro F1",
+    "micro_f1": "micro F1", "crg": "CRG", "accuracy": "accuracy", "macro_brier": "macro Brier score",
+    "macro_ece": "macro calibration error",
+}  # fmt: skip
+REPORT_METHODS = f"""
+<dl><dt>Scans and labels</dt><dd>A label that is unknown for a scan is left out of every figure. A figure that is
+undefined (0 / 0) shows as a dash and does not enter a macro average.</dd>
+<dt>Intervals</dt><dd>95 % percentile bootstrap over patients, each drawn with all scans. They hold the model and its
+thresholds fixed: they tell how a figure would vary with other patients, not with another training run. Those of the
+calibration error are centred on the figure, since resampling adds to it.</dd>
+<dt>Macro, micro</dt><dd>Macro: the mean over labels. Micro: all known scan-label pairs pooled. Accuracy and CRG at
+the top are pooled.</dd>
+<dt>Thresholds</dt><dd>A probability at or above the label's threshold counts as positive.</dd>
+<dt>AUROC, average precision</dt><dd>The chance that a positive scan scores above a negative one, ties counted half; the
+sum over distinct scores of the gain in recall times the precision there, without interpolation.</dd>
+<dt>Brier, calibration error</dt><dd>The mean squared difference of probability and label; the mean over
+{CALIBRATION_BINS} bins of equal width, weighted by their scans, of |mean probability − share of positives|.</dd>
+<dt>CRG</dt><dd>With X pairs, A positive, r = (X − A) / 2A, U = (X − A) / 2, s = r·TP − r·FN − FP: U / (2U − s), as in
+the VLM3D challenge. 1/3 for a model that calls nothing.</dd></dl>
+"""
+
+
+def write_report(folder: Path) -> Path:
+    """report.html from the files in a run's folder alone: evaluation_*.json, run.json, results.jsonl and pictures/."""
+    paths = sorted(folder.glob("evaluation_*.json"), key=lambda path: (path.stem != "evaluation_test", path.stem))
+    if not paths:
+        raise BadInput(f"{folder} holds no evaluation_*.json: train, or use --test-only on scans with labels, first")
+    chapters = [split_chapter(folder, read_evaluation(path)) for path in paths]
+    if results := read_results(folder / "results.jsonl"):
+        chapters.append(("Training", training_curves(results)))
+    if (folder / "run.json").exists():
+        chapters += [(name, facts(value)) for name, value in read_json(folder / "run.json").items()]
+    chapters.append(("How it was computed", REPORT_METHODS))
+    links = "".join(f'<a href="#part{i}">{html.escape(name)}</a> ' for i, (name, _) in enumerate(chapters))
+    parts = "".join(
+        f'<section><h2 id="part{i}">{html.escape(name)}</h2>{body}</section>' for i, (name, body) in enumerate(chapters)
+    )
+    digest = base64.b64encode(hashlib.sha256(REPORT_SCRIPT.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    page = f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{policy}"><title>SigLIP chest CT: results</title>
+<style>{REPORT_STYLE}</style></head><body><a class="skip soft" href="#main">Skip to the results</a>
+<h1>SigLIP on chest CT: results</h1><p class="soft">Research results of a multilabel classifier. Not for diagnosis.</p>
+<nav aria-label="Sections">{links}</nav><main id="main">{parts}</main>
+<script>{REPORT_SCRIPT}</script></body></html>
+"""
+    save_atomic(folder / "report.html", lambda file: file.write(page.encode("utf-8", "replace")))
+    return folder / "report.html"
+
+
+def read_evaluation(path: Path) -> dict:
+    """What `save_evaluation` wrote, with arrays: targets (n, L) NaN unknown, probabilities (n, L), cuts (L,)."""
+    content = read_json(path)
+    try:
+        shape = (len(content["ids"]), len(content["labels"]))
+        content |= {k: np.array(content[k], np.float64).reshape(shape) for k in ("targets", "probabilities")}
+        content["cuts"] = np.array([content["thresholds"][label] for label in content["labels"]], np.float64)
+        (
+            content["split"],
+            content["metrics"]["per_label"],
+            content["intervals"],
+            content["patients"],
+            OBJECTIVES.get(content["tuned_here"]),
+        )
+    except (KeyError, ValueError, TypeError) as error:
+        raise BadInput(f"{path} is no evaluation of ours ({error!r}); delete it or run again what wrote it") from error
+    return content
+
+
+def anchor(e: dict, i: int) -> str:
+    """The page's name for the place of a label's curves."""
+    return f"{re.sub('[^a-z0-9]', '-', e['split'].lower())}-{i}"
+
+
+def shown(value: float | None) -> str:
+    """Three decimals, or a dash for what is undefined."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def cell(value: float | None, interval: Sequence[float] | None, tag: str = "td") -> str:
+    """A figure with its interval; the attribute holds every digit, for sorting and for checking."""
+    note = f"<small>{interval[0]:.3f}–{interval[1]:.3f}</small>" if interval else ""
+    return f'<{tag} data-v="{"" if value is None else repr(value)}">{shown(value)}{note}</{tag}>'
+
+
+def split_chapter(folder: Path, e: dict) -> tuple[str, str]:
+    """All that is said of one split: headline figures, table, pictures per label, co-occurrence, wrong scans."""
+    metrics, intervals = e["metrics"], e["intervals"]
+    cards = "".join(
+        f'<div class="card" data-figure="{key}">{title}{cell(metrics[key], intervals.get(key), "b")}</div>'
+        for key, title in REPORT_HEADLINES.items()
+    )
+    note = f"<p>{len(e['ids'])} scans of {len(set(e['patients']))} patients, {len(e['labels'])} labels. "
+    note += f"Small: 95 % intervals from {e['resamples']} resamples of the patients. " if intervals else ""
+    if e["tuned_here"] is not None:
+        note += (
+            f"The thresholds were tuned for {OBJECTIVES[e['tuned_here']]} on this split. So that they do not flatter, "
+        )
+        note += "the figures that depend on them are cross-fitted: each scan is decided by thresholds tuned on other "
+        note += f"patients. Taken at face value, macro F1 would seem to be {shown(e['apparent']['macro_f1'])}."
+    body = f'{note}</p><div class="grid heads">{cards}</div>'
+    body += f"<h3>Per label</h3>{label_table(e)}{forest(e)}"
+    body += "<h3>Curves</h3><p class='soft'>Dots on the curves: the stored threshold.</p>"
+    body += "".join(label_figures(e, i) for i in range(len(e["labels"])))
+    body += f"<h3>Findings that come together</h3>{co_occurrence(e)}"
+    body += f"<h3>Most confidently wrong</h3>{wrong_scans(folder, e)}"
+    return f"{e['split']} split", body
+
+
+def label_table(e: dict) -> str:
+    """One row per label, sortable by each column; macro and micro stay at the foot."""
+    labels, metrics, intervals = e["labels"], e["metrics"], e["intervals"]
+    titles = ["label", "positive / known", *REPORT_COLUMNS.values(), "threshold"]
+    head = "".join(f'<th scope="col"><button type="button">{title}</button></th>' for title in titles)
+    rows = ""
+    for i, label in enumerate(labels):
+        row, spread = metrics["per_label"][label], intervals.get("per_label", {}).get(label, {})
+        link = f'<a href="#{anchor(e, i)}">{html.escape(label)}</a>'
+        counts = f'<td data-v="{row["n_positive"]}">{row["n_positive"]} / {row["n_known"]}</td>'
+        cells = "".join(cell(row[k], spread.get(k)) for k in REPORT_COLUMNS) + cell(float(e["cuts"][i]), None)
+        rows += f'<tr><td data-v="{html.escape(label)}">{link}</td>{counts}{cells}</tr>'
+    foot = ""
+    for kind in ("macro", "micro"):
+        cells = "".join(cell(metrics[f"{kind}_{k}"], intervals.get(f"{kind}_{k}")) for k in REPORT_COLUMNS)
+        foot += f"<tr><td>{kind}</td><td></td>{cells}<td></td></tr>"
+    counts = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
+    fewer = [f"{title} {n}" for title, n in counts.items() if n < len(labels)]
+    note = f"<p class='soft'>Labels in the macro average, where not all {len(labels)}: {', '.join(fewer)}.</p>"
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="Figures per label"><table class="sort"><caption '
+        f'class="soft">A heading sorts the table; a label leads to its curves.</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>{rows}</tbody><tfoot>{foot}</tfoot></table></div>{note if fewer else ''}"
+    )
+
+
+def path_data(xs: np.ndarray, ys: np.ndarray) -> str:
+    """Points of an SVG polyline, in tenths of a pixel; repeated ones left out."""
+    points = [f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True) if np.isfinite(x + y)]
+    return " ".join(p for i, p in enumerate(points) if i == 0 or p != points[i - 1])
+
+
+def picture(text: str, shapes: str, size: tuple[int, int], caption: str, scroll: bool = False) -> str:
+    """A figure with an inline SVG and its text for those who can't see it; a large one may scroll."""
+    text, limits = (
+        html.escape(text),
+        f"min-width:{0.8 * size[0]:.0f}px;max-width:{1.2 * size[0]:.0f}px" if scroll else "",
+    )
+    attributes = f'viewBox="0 0 {size[0]} {size[1]}" style="{limits}" role="img" aria-label="{text}"'
+    return (
+        f'<figure class="card{" wide" * scroll}"{" tabindex=0" * scroll}><svg {attributes}><title>{text}</title>'
+        f"{shapes}</svg><figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def shorten(name: str, length: int) -> str:
+    """A name for a picture, escaped, with an ellipsis where it is too long."""
+    return html.escape(name if len(name) <= length else name[: length - 1] + "…")
+
+
+def chart(
+    title: str, note: str, axes: tuple[str, str], marks: Sequence[tuple],
+    x_range: tuple[float, float] = (0.0, 1.0), y_range: tuple[float, float] = (0.0, 1.0),
+) -> str:  # fmt: skip
+    """A chart of marks: (kind "line" | "dot" | "guide" | "mark", colour "c0" to "c2", xs, ys, name or "")."""
+
+    def place(values: Sequence[float], limits: tuple[float, float], start: float, length: float) -> np.ndarray:
+        return start + (np.asarray(values, np.float64) - limits[0]) / ((limits[1] - limits[0]) or 1.0) * length
+
+    out, legend = '<rect class="axis" x="42" y="8" width="190" height="160"/>', ""
+    for k in (0.0, 0.5, 1.0):
+        x, y = (a + k * (b - a) for a, b in (x_range, y_range))
+        anchor_at = ("start", "middle", "end")[int(2 * k)]
+        out += f'<text x="{42 + 190 * k:g}" y="181" text-anchor="{anchor_at}">{x:.2g}</text>'
+        out += f'<text x="38" y="{172 - 157 * k:g}" text-anchor="end">{f"{y:.2g}".replace("e-0", "e-")}</text>'
+    out += f'<text x="137" y="195" text-anchor="middle">{axes[0]}</text>'
+    if axes[1]:
+        out += f'<text transform="translate(9 88) rotate(-90)" text-anchor="middle">{axes[1]}</text>'
+    for kind, colour, xs, ys, name in marks:
+        px, py = place(xs, x_range, 42, 190), place(ys, y_range, 168, -160)
+        if kind == "dot":
+            points = [(x, y) for x, y in zip(px, py, strict=True) if np.isfinite(x + y)]
+            out += "".join(f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in points)
+        else:
+            out += f'<polyline class="{kind} {colour}" points="{path_data(px, py)}"/>'
+        if name:
+            legend += f' <span class="k{colour[1:]}">{("━", "╍", "┅")[int(colour[1:])]} {html.escape(name)}</span>'
+    return picture(f"{title}. {note}".strip(), out, (240, 200), html.escape(note) + legend)
+
+
+def forest(e: dict) -> str:
+    """AUROC of every label with its interval, the best first."""
+    spread = e["intervals"].get("per_label", {})
+    rows = [(m["auc"], c, spread.get(c, {}).get("auc")) for c, m in e["metrics"]["per_label"].items()]
+    rows = sorted((row for row in rows if row[0] is not None), key=lambda row: -row[0])
+    low = math.floor(10 * min([0.5, *(min(value, *(interval or [])) for value, _, interval in rows)])) / 10
+    scale, bottom, out = 380 / (1 - low), 20 * len(rows), ""
+    for tick in np.linspace(low, 1, 1 + round((1 - low) * 10)):
+        x = 230 + (tick - low) * scale
+        out += f'<path class="guide" d="M{x:.1f} 4V{bottom + 8}"/>'
+        out += f'<text x="{x:.1f}" y="{bottom + 22}" text-anchor="middle">{tick:.1f}</text>'
+    for i, (value, label, interval) in enumerate(rows):
+        x, a, b = (230 + (v - low) * scale for v in (value, *(interval or (value, value))))
+        y = 20 * i + 16
+        out += f'<text x="222" y="{y + 4}" text-anchor="end">{shorten(label, 38)}</text>'
+        out += f'<path class="line c0" d="M{a:.1f} {y}H{b:.1f}"/><circle class="dot c0" cx="{x:.1f}" cy="{y}" r="4"/>'
+    text = "AUROC of each label with its 95 % interval; the numbers are in the table above"
+    return picture(text, out, (630, bottom + 28), "AUROC with 95 % interval", scroll=True)
+
+
+def label_figures(e: dict, i: int) -> str:
+    """The five pictures of one label."""
+    label, cut = e["labels"][i], float(e["cuts"][i])
+    known = np.isfinite(e["targets"][:, i])
+    y, p = e["targets"][known, i] == 1, e["probabilities"][known, i]
+    head = f'<section class="label" id="{anchor(e, i)}"><h4>{html.escape(label)}</h4>'
+    if not 0 < y.sum() < len(y):
+        return f"{head}<p class='soft'>{y.sum()} positive of {len(y)} known: no curves without both.</p></section>"
+    row = e["metrics"]["per_label"][label]
+    figures = operating_curves(label, y, p, cut, shown(row["auc"]), shown(row["average_precision"]))
+    figures += threshold_curves(label, y, p, cut) + reliability(label, y, p, shown(row["ece"]))
+    return f'{head}<div class="grid five">{figures}{histogram(label, y, p, cut)}</div></section>'
+
+
+def operating_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float, auc: str, ap: str) -> str:
+    """ROC and precision-recall through every distinct probability, with a dot at the threshold."""
+    cuts = np.unique(p)[::-1]
+    tp, fp = (len(s) - np.searchsorted(np.sort(s), cuts) for s in (p[y], p[~y]))
+    recall, false, precision = tp / y.sum(), fp / (~y).sum(), tp / (tp + fp)
+    here = [[(p[s] >= cut).mean()] for s in (y, ~y)] + [[y[p >= cut].mean() if (p >= cut).any() else math.nan]]
+    gain = np.diff(recall, prepend=0) > 0  # as in the average: the precision where recall rises, held back to the last
+    steps = np.append(0, recall[gain]).repeat(2)[1:-1], precision[gain].repeat(2)
+    roc = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", [0, *false], [0, *recall], "")]
+    roc.append(("dot", "c0", here[1], here[0], ""))
+    pr = [("guide", "", [0, 1], [y.mean()] * 2, ""), ("line", "c0", *steps, ""), ("dot", "c0", here[0], here[2], "")]
+    return chart(f"ROC of {label}", f"AUROC {auc}", ("1 − specificity", "sensitivity"), roc) + chart(
+        f"Precision and recall of {label}", f"Average precision {ap}", ("recall", "precision"), pr
+    )
+
+
+def threshold_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float) -> str:
+    """F1, sensitivity and specificity as the threshold moves."""
+    grid = np.linspace(0, 1, 101)
+    hit, false = (1 - np.searchsorted(np.sort(s), grid) / len(s) for s in (p[y], p[~y]))
+    f1 = 2 * hit * y.sum() / (hit * y.sum() + false * (~y).sum() + y.sum())
+    lines = (("F1", f1), ("sensitivity", hit), ("specificity", 1 - false))
+    marks = [("mark", "", [cut, cut], [0, 1], "")]
+    marks += [("line", f"c{k}", grid, values, name) for k, (name, values) in enumerate(lines)]
+    return chart(f"{label} by threshold", f"Threshold {cut:.3f}", ("threshold", ""), marks)
+
+
+def reliability(label: str, y: np.ndarray, p: np.ndarray, error: str) -> str:
+    """Share of positives against mean probability, in the bins of the calibration error."""
+    bins = np.minimum((p * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    n, sums, found = (np.bincount(bins, w, CALIBRATION_BINS) for w in (None, p, y))
+    points = sums[n > 0] / n[n > 0], found[n > 0] / n[n > 0]
+    marks = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", *points, ""), ("dot", "c0", *points, "")]
+    return chart(f"Reliability of {label}", f"Calibration error {error}", ("mean probability", "share positive"), marks)
+
+
+def histogram(label: str, y: np.ndarray, p: np.ndarray, cut: float) -> str:
+    """How the probabilities of positive and negative scans spread, each as shares of its own."""
+    edges = np.linspace(0, 1, 21)
+    shares = [100 * np.histogram(s, edges)[0] / len(s) for s in (p[~y], p[y])]
+    top = max(s.max() for s in shares)
+    outlines = [(edges.repeat(2), np.concatenate([[0], s.repeat(2), [0]])) for s in shares]
+    marks = [("mark", "", [cut, cut], [0, top], ""), ("line", "c0", *outlines[0], f"{(~y).sum()} negative")]
+    marks.append(("line", "c1", *outlines[1], f"{y.sum()} positive"))
+    return chart(f"Probabilities of {label}", "", ("probability", "% of scans"), marks, y_range=(0, top))
+
+
+def co_occurrence(e: dict) -> str:
+    """Two heat maps over the same scans: of those with the row's finding, the share that also has the column's."""
+    known, truth = np.isfinite(e["targets"]), e["targets"] == 1
+    called = (e["probabilities"] >= e["cuts"]) & known
+    pictures = [heatmap(title, a, known, e["labels"]) for title, a in (("Truth", truth), ("Prediction", called))]
+    note = "Of the scans with a row's finding, the percentage that also has the column's, where both are known. "
+    note += "Beside each name: how many scans have it."
+    return f"<p class='soft'>{note}</p><div class='grid' style='--w:34rem'>{''.join(pictures)}</div>"
+
+
+def heatmap(title: str, has: np.ndarray, known: np.ndarray, labels: Sequence[str]) -> str:
+    """Of has (n, L): the share of column given row, as numbers on shades."""
+    both = has.T.astype(np.float64) @ has
+    base = has.T.astype(np.float64) @ known
+    size, left, top, out = 24, 225, 165, ""
+    for i, label in enumerate(labels):
+        name = shorten(label, 34)
+        out += f'<text x="{left - 4}" y="{top + size * i + 16}" text-anchor="end">{name} · {has[:, i].sum()}</text>'
+        out += f'<text transform="translate({left + size * i + 15} {top - 5}) rotate(-60)">{name}</text>'
+        for j, other in enumerate(labels):
+            if i == j or not base[i, j]:
+                continue
+            share, x, y = both[i, j] / base[i, j], left + size * j, top + size * i
+            counts = f"{html.escape(label)}, also {html.escape(other)}: {both[i, j]:.0f} of {base[i, j]:.0f}"
+            out += f'<g><title>{counts}</title><rect class="heat" x="{x}" y="{y}" width="{size}" height="{size}" '
+            out += f'fill-opacity="{0.5 * share:.2f}"/><text x="{x + 12}" y="{y + 16}" text-anchor="middle">'
+            out += f"{100 * share:.0f}</text></g>"
+    extent = left + size * len(labels) + 80, top + size * len(labels) + 2
+    return picture(f"{title}: how often findings come together, in percent", out, extent, title, scroll=True)
+
+
+def wrong_scans(folder: Path, e: dict) -> str:
+    """Cards of the most confidently wrong scans, with their pictures where those were drawn."""
+    cards = ""
+    for row, labels in most_wrong(e["targets"], e["probabilities"], e["cuts"]):
+        name, items, image, picture = html.escape(e["ids"][row]), "", "", picture_path(folder, e["ids"][row])
+        for i in labels:
+            kind = "missed" if e["targets"][row, i] == 1 else "called, not there"
+            items += f"<li>{html.escape(e['labels'][i])}: {kind}, probability {e['probabilities'][row, i]:.3f}</li>"
+        if picture.exists():
+            data = base64.b64encode(picture.read_bytes()).decode()
+            alt = f"Axial slices of scan {name}, feet to head from left to right, one line per intensity window"
+            image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
+        cards += f'<li class="card"><h4>{name}</h4>{image}<ul>{items}</ul></li>'
+    return f'<ul class="grid" style="--w:18rem">{cards}</ul>' if cards else "<p>No decision was wrong.</p>"
+
+
+def training_curves(results: list[dict]) -> str:
+    """Losses, macro figures and learning rate by epoch."""
+    epochs, best, figures = [r["epoch"] for r in results], best_epoch(results), ""
+    for title, keys in PROGRESS_PANELS.items():
+        lines = [[math.nan if r.get(k) is None else r[k] for r in results] for k in keys]
+        finite = [v for line in lines for v in line if math.isfinite(v)]
+        limits = (0.0, 1.0) if title == "validation" else (min(0.0, *finite), max(1e-12, *finite))
+        marks = [("line", f"c{i}", epochs, lines[i], k.replace("_", " ")) for i, k in enumerate(keys)]
+        marks += [("mark", "", [best, best], limits, "")] if best is not None else []
+        note = title.capitalize() + ("" if best is None else f", best epoch {best}")
+        figures += chart(f"{title} by epoch", note, ("epoch", ""), marks, (epochs[0], epochs[-1]), limits)
+    return f'<div class="grid" style="--w:16rem">{figures}</div>'
+
+
+def facts(value: object) -> str:
+    """Settings and summaries of any nesting: a table where the rows are alike, else a list of terms."""
+    if not isinstance(value, dict):
+        return html.escape(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+    names, rows = [html.escape(str(name)) for name in value], list(value.values())
+    if not (rows and all(isinstance(row, dict) and list(row) == list(rows[0]) for row in rows)):
+        return f"<dl>{''.join(f'<dt>{n}</dt><dd>{facts(row)}</dd>' for n, row in zip(names, rows, strict=True))}</dl>"
+    head = "".join(f"<th scope='col'>{html.escape(str(column))}</th>" for column in ["", *rows[0]])
+    cells = ["".join(f"<td>{facts(x)}</td>" for x in row.values()) for row in rows]
+    body = "".join(f"<tr><td>{n}</td>{c}</tr>" for n, c in zip(names, cells, strict=True))
+    return f"<div class='wide' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
 # ── 13 Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────

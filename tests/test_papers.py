@@ -1,10 +1,20 @@
 """Room 12: the files a person reads, read back independently."""
 
+import base64
 import csv
+import html.parser
+import io
 import json
+import re
+import shutil
+import subprocess
+import types
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
 import finetune_siglip as fs
@@ -28,7 +38,7 @@ def test_predictions_round_trip_ids_numbers_and_decisions(tmp_path, dtype) -> No
 
 
 def test_progress_picture_is_drawn_from_any_number_of_epochs(tmp_path) -> None:
-    for n in (0, 1, 4):
+    for n in (0, 3):
         results = [
             {"epoch": i, "train_loss": 1 / (i + 1), "val_loss": 1.0, "macro_f1": i / 9, "macro_auc": None, "lr": 1e-4}
             for i in range(n)
@@ -78,14 +88,302 @@ def test_extreme_thresholds_move_to_one_half_too(threshold: float) -> None:
 def test_thresholds_are_read_by_label_and_every_wrong_one_is_named(tmp_path) -> None:
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"b": 0.25, "a": 1, "other": 7}))
-    assert fs.read_thresholds(path, ["a", "b"]).tolist() == [1, 0.25]
+    assert fs.resolve_thresholds(path, ["a", "b"], None).tolist() == [1, 0.25]
     path.write_text(json.dumps({"thresholds": {"b": 0.25, "a": 1}}))
-    assert fs.read_thresholds(path, ["a", "b"]).tolist() == [1, 0.25]
-    for content in ('{"a": 1.5, "b": "x"}', "[1, 2]", '{"a": NaN, "b": true}'):
+    assert fs.resolve_thresholds(path, ["a", "b"], None).tolist() == [1, 0.25]
+    for content in ('{"a": 1.5, "b": "x"}', "{}", '{"a": NaN, "b": true}'):
         path.write_text(content)
         with pytest.raises(fs.BadInput) as caught:
-            fs.read_thresholds(path, ["a", "b"])
+            fs.resolve_thresholds(path, ["a", "b"], None)
         assert [message.split(" for ")[1][0] for message in caught.value.messages] == ["a", "b"]
-    for missing in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(fs.BadInput, match="can't be read"):
-            fs.read_thresholds(missing, ["a"])
+    assert fs.resolve_thresholds(0.3, ["a", "b"], np.array([0.1, 0.2])).tolist() == [0.3, 0.3]
+    assert fs.resolve_thresholds("auto", ["a", "b"], np.array([0.1, 0.2])).tolist() == [0.1, 0.2]
+    path.write_text("[1, 2]")
+    for wrong in (tmp_path / "none.json", tmp_path, path):
+        with pytest.raises(fs.BadInput, match="JSON object"):
+            fs.resolve_thresholds(wrong, ["a"], None)
+
+
+HOSTILE = '<script>window.hacked=1</script>"><img src=x onerror=window.hacked=1>'
+LABELS = ["Lung nodule", "Emphysema & co", "Hernia", f"Odd {HOSTILE}"]
+
+
+def evaluated_folder(folder, n: int = 90, pictures: bool = True):
+    """A run's folder with everything that a report is made of; ids and a label hold markup."""
+    rng = np.random.default_rng(0)
+    targets = (rng.random((n, 4)) < [0.2, 0.5, 0.0, 0.4]).astype(np.float32)
+    targets[rng.random(targets.shape) < 0.05] = np.nan
+    probabilities = 1 / (1 + np.exp(1 - rng.normal(size=targets.shape) - 2 * np.nan_to_num(targets)))
+    ids = [f"valid_{i // 2}_a_{i % 2}" for i in range(n - 1)] + [HOSTILE]
+    wrong = np.flatnonzero(targets[:, 0] == 1)[0]
+    ids[wrong], ids[-1], probabilities[wrong, 0] = HOSTILE, ids[wrong], 0.0  # the most confidently wrong scan
+    patients = [f"valid_{i // 2}" for i in range(n)]
+    table = types.SimpleNamespace(labels=tuple(LABELS), series_ids=ids, patient_ids=patients, targets=targets)
+    tuned = fs.tune_thresholds(targets, probabilities)
+    for split, thresholds, objective in (("val", tuned, "f1"), ("test", tuned, None)):
+        scored = fs.evaluate(targets, probabilities, LABELS, thresholds, patients, objective, 50)
+        fs.save_evaluation(folder, split, table, probabilities, thresholds, scored)
+    fs.write_predictions(folder / "test_predictions.csv", ids, probabilities, tuned, LABELS)
+    lines = [
+        {"epoch": i, "train_loss": 1 / i, "val_loss": 1.0, "macro_f1": 0.5, "macro_auc": None, "lr": 1e-4}
+        for i in (1, 2)
+    ]
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run = {"Settings": {"csv": HOSTILE, "windows": [[-1, 1]]}, "Data": {"Scans": {HOSTILE: {"scans": 5}}}}
+    (folder / "run.json").write_text(json.dumps(run | {"Environment": fs.describe_environment("CPU")}))
+    if pictures:
+        (folder / "pictures").mkdir()
+        volume = rng.random((3, 12, 20, 24)).astype(np.float32)
+        fs.picture_path(folder, HOSTILE).write_bytes(fs.draw_scan(volume))
+    return targets, probabilities, tuned
+
+
+class Page(html.parser.HTMLParser):
+    """Tables, figures and tags of a report, read without the code that wrote it."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.headlines, self.rows, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.tags.append((tag, attributes))
+        if "data-figure" in attributes:
+            self.open = attributes["data-figure"]
+        elif tag == "b" and "data-v" in attributes:
+            self.headlines.append((self.open, attributes["data-v"]))
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag == "td" and "data-v" in attributes:
+            self.rows[-1].append(attributes["data-v"])
+
+
+def number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def test_every_figure_in_the_report_equals_the_evaluation_and_the_csv(tmp_path) -> None:
+    targets, _, _ = evaluated_folder(tmp_path)
+    page = Page(fs.write_report(tmp_path).read_text(encoding="utf-8"))
+    evaluations = [json.loads((tmp_path / f"evaluation_{s}.json").read_text()) for s in ("test", "val")]
+    assert [name for name, _ in page.headlines] == list(fs.REPORT_HEADLINES) * 2
+    rows = [row for row in page.rows if row and row[0] in LABELS]
+    assert [row[0] for row in rows] == LABELS * 2
+    for k, evaluation in enumerate(evaluations):
+        metrics = evaluation["metrics"]
+        assert {name: number(v) for name, v in page.headlines[8 * k : 8 * k + 8]} == {
+            name: metrics[name] for name in fs.REPORT_HEADLINES
+        }
+        for row in rows[4 * k : 4 * k + 4]:
+            expected = metrics["per_label"][row[0]]
+            assert int(row[1]) == expected["n_positive"]
+            assert [number(v) for v in row[2:-1]] == [expected[name] for name in fs.REPORT_COLUMNS]
+            assert float(row[-1]) == evaluation["thresholds"][row[0]]
+    with open(tmp_path / "test_predictions.csv", newline="", encoding="utf-8") as file:
+        predictions = [[float(v) for v in row[1::2]] for row in list(csv.reader(file))[1:]]
+    areas = []
+    for i in (0, 1, 3):
+        known = np.isfinite(targets[:, i])
+        areas.append(roc_auc_score(targets[known, i], np.array(predictions)[known, i]))
+        assert float(rows[i][2]) == pytest.approx(areas[-1], abs=1e-12)
+    assert float(dict(page.headlines[:8])["macro_auc"]) == pytest.approx(np.mean(areas), abs=1e-12)
+
+
+def test_the_report_is_one_file_that_escapes_text_names_its_pictures_and_asks_no_network(tmp_path) -> None:
+    evaluated_folder(tmp_path)
+    text = fs.write_report(tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
+    names = [tag for tag, _ in page.tags]
+    assert names.count("script") == 1
+    assert not re.search(r"(?:https?:)?//\w+\.\w", text)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 2
+    assert all(a["src"].startswith("data:image/png;base64,") and HOSTILE in a["alt"] for a in images)
+    assert all(a.get("role") == "img" and a["aria-label"] for tag, a in page.tags if tag == "svg")
+    assert names.count("svg") == 2 * (3 * 5 + 3) + 3
+    identities = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(set(identities)) == len(identities)
+    assert {a["href"][1:] for tag, a in page.tags if tag == "a"} <= set(identities)
+    assert fs.write_report(tmp_path).read_text(encoding="utf-8") == text
+
+
+def test_a_report_needs_an_evaluation_and_little_else(tmp_path) -> None:
+    with pytest.raises(fs.BadInput, match=r"evaluation_\*\.json"):
+        fs.write_report(tmp_path)
+    table = types.SimpleNamespace(labels=("a",), series_ids=["1"], patient_ids=["1"], targets=np.ones((1, 1)))
+    scored = fs.evaluate(table.targets, np.full((1, 1), 0.7), ["a"], 0.5, ["1"], None, 0)
+    fs.save_evaluation(tmp_path, "val", table, np.full((1, 1), 0.7), 0.5, scored)
+    assert "No decision was wrong" in fs.write_report(tmp_path).read_text(encoding="utf-8")
+    for broken in ("{}", "[1]", "{", '{"ids": [1], "labels": ["a"], "targets": [["x"]], "probabilities": [[1]]}'):
+        (tmp_path / "evaluation_val.json").write_text(broken)
+        with pytest.raises(fs.BadInput, match=r"evaluation_val\.json"):
+            fs.write_report(tmp_path)
+
+
+def test_the_most_confidently_wrong_scans_come_first_and_unknown_labels_never_count() -> None:
+    targets = np.array([[1, 0], [0, 0], [np.nan, 1], [1, 1]])
+    probabilities = np.array([[0.9, 0.8], [0.6, 0.1], [0.99, 0.02], [0.45, 0.9]])
+    assert fs.most_wrong(targets, probabilities, np.array([0.5, 0.5])) == [(2, [1]), (0, [1]), (1, [0]), (3, [0])]
+    assert fs.most_wrong(targets, probabilities, np.array([0.4, 0.5]), n=2) == [(2, [1]), (0, [1])]
+
+
+def test_a_drawn_scan_is_a_png_of_its_slices_feet_to_head_with_equal_windows_once() -> None:
+    from PIL import Image
+
+    windows = np.zeros((3, 10, 56, 112), np.float32)
+    windows[0] = windows[1] = np.linspace(0, 0.9, 10)[:, None, None]
+    windows[2, :, :28] = 1
+    picture = np.array(Image.open(io.BytesIO(fs.draw_scan(windows))))
+    assert picture.shape == (2 * 58, 5 * 114)
+    assert [picture[29, 114 * k + 57] for k in range(5)] == [round(255 * v) for v in (0.1, 0.3, 0.5, 0.7, 0.9)]
+    assert (picture[58 + 5, 57], picture[58 + 50, 57]) == (255, 0)
+
+
+class Browser:
+    """A real Chromium through chromedriver's own protocol."""
+
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --force-prefers-reduced-motion"
+    )
+
+    def __init__(self, driver: str, chromium: str, profile):
+        self.process = subprocess.Popen(
+            [driver, "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        line = next(line for line in self.process.stdout if "started successfully on port" in line)
+        port = re.search(r"port (\d+)", line)[1]
+        self.url = f"http://127.0.0.1:{port}/session"
+        options = {"binary": chromium, "args": [*self.flags.split(), f"--user-data-dir={profile}"]}
+        try:
+            session = self.ask("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}})
+        except BaseException:
+            self.process.kill()
+            raise
+        self.url += "/" + session["sessionId"]
+
+    def ask(self, path: str, body: dict | None = None, method: str | None = None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script: str):
+        return self.ask("/execute/sync", {"script": script, "args": []})
+
+    def send(self, command: str, **parameters):
+        return self.ask("/goog/cdp/execute", {"cmd": command, "params": parameters})
+
+    def press(self, key: str) -> None:
+        keys = [{"type": "keyDown", "value": key}, {"type": "keyUp", "value": key}]
+        self.ask("/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": keys}]})
+
+    def close(self) -> None:
+        try:
+            self.ask("", method="DELETE")
+        except (OSError, urllib.error.URLError):
+            pass
+        self.process.terminate()
+        self.process.wait(timeout=20)
+
+
+@pytest.fixture
+def browser(tmp_path_factory):
+    driver = shutil.which("chromedriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+    if not (driver and chromium):
+        pytest.skip("the report is not looked at in a browser: no chromium with chromedriver here")
+    started = Browser(driver, chromium, tmp_path_factory.mktemp("profile"))
+    yield started
+    started.close()
+
+
+COLUMN = "[...document.querySelector('table.sort').tBodies[0].rows].map(row => row.cells[{}].dataset.v)"
+
+
+def test_the_report_in_a_real_browser_at_two_widths(tmp_path, browser) -> None:
+    evaluated_folder(tmp_path)
+    path = fs.write_report(tmp_path)
+    browser.send("Page.enable")
+    sizes = {}
+    for width in (1280, 390):
+        browser.send(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+        )
+        browser.ask("/url", {"url": path.as_uri()})
+        assert browser.run("return document.documentElement.scrollWidth") <= width
+        fetched = browser.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        assert all(name.startswith("data:") for name in fetched), fetched
+        assert browser.run("return window.hacked") is None
+        assert browser.run("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        small = "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
+        assert browser.run(f"return Math.min(...{small})") >= 8
+        picture = base64.b64decode(browser.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
+        (tmp_path / f"report_{width}.png").write_bytes(picture)
+        sizes[width] = browser.run("return document.documentElement.scrollHeight")
+    assert sizes[390] > sizes[1280]
+    sort_by_click_and_by_keyboard(browser)
+    paper = {}
+    for scheme in ("light", "dark"):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        browser.send("Emulation.setEmulatedMedia", media="screen", features=features)
+        paper[scheme] = browser.run("return getComputedStyle(document.body).backgroundColor")
+    assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(17, 21, 27)"}
+    browser.send(
+        "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
+    )
+    assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert base64.b64decode(browser.ask("/print", {})).startswith(b"%PDF")
+
+
+def sort_by_click_and_by_keyboard(browser: Browser) -> None:
+    names = browser.run(f"return {COLUMN.format(0)}")
+    browser.run("document.querySelectorAll('table.sort th button')[2].click()")
+    assert browser.run("return document.querySelectorAll('table.sort th')[2].getAttribute('aria-sort')") == "descending"
+    values = browser.run(f"return {COLUMN.format(2)}")
+    assert values[-1] == ""
+    assert [float(v) for v in values[:-1]] == sorted((float(v) for v in values[:-1]), reverse=True)
+    browser.run("document.querySelectorAll('table.sort th button')[1].focus()")
+    browser.press("\ue004")  # Tab: on to the button of the next column
+    browser.press("\ue007")  # Enter
+    values = browser.run(f"return {COLUMN.format(2)}")
+    assert [float(v) for v in values[:-1]] == sorted(float(v) for v in values[:-1])
+    browser.run("document.querySelector('table.sort th button').focus()")
+    browser.press(" ")
+    assert browser.run(f"return {COLUMN.format(0)}") == sorted(names, key=str.lower)
+    assert browser.run("return document.querySelectorAll('table.sort th[aria-sort]').length") == 1
+
+
+def test_a_split_is_published_and_reported_with_its_pictures_and_the_settings(tmp_path, caplog) -> None:
+    targets = np.array([[1, 0], [0, 1], [1, np.nan], [0, 0]], np.float32)
+    ids, patients = ["007", "a/b", "x", "y"], ["007", "p", "p", "y"]
+    paths = [fs.Path(name) for name in ids]
+    table = fs.Table(("Nodule", "Hernia"), ids, patients, ["test"] * 4, paths, targets, [2, 3, 4, 5])
+
+    class Dataset:
+        def __getitem__(self, row: int) -> dict:
+            return {"volume": torch.full((1, 6, 8, 8), 100 * row, dtype=torch.int16)}
+
+    dataset = Dataset()
+    dataset.table = table
+    probabilities = np.array([[0.9, 0.2], [0.8, 0.7], [0.6, 0.5], [0.1, 0.9]])
+    with caplog.at_level("INFO"):
+        scored = fs.publish(tmp_path, "test", dataset, lambda v: v / 300, probabilities, np.full(2, 0.5), None, 20, 0)
+    assert scored["metrics"] == fs.compute_metrics(targets, probabilities, table.labels, 0.5)
+    assert f"macro F1 {scored['metrics']['macro_f1']:.3f}" in caplog.text
+    assert sorted((tmp_path / "pictures").iterdir()) == sorted(fs.picture_path(tmp_path, i) for i in ("a/b", "y"))
+    fs.save_run(tmp_path, "training", {"lr": 1e-4}, table, "CPU")
+    fs.save_run(tmp_path, "prediction", {"threshold": 0.5}, table, "CPU")
+    page = Page(fs.write_report(tmp_path).read_text(encoding="utf-8"))
+    assert [tag for tag, _ in page.tags].count("img") == 2
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["Settings, training"] == {"lr": 1e-4}
+    assert run["Data, prediction"]["Positive of known labels"]["Hernia"] == {"test": "1 of 3"}
+
+
+def test_thresholds_are_a_number_auto_or_a_file_and_a_report_needs_nothing_else(tmp_path) -> None:
+    needed = ["--csv", "t.csv", "--label-columns", "A", "--test-only", "best.pth"]
+    for text, value in (("0.3", 0.3), ("auto", "auto"), ("t.json", fs.Path("t.json"))):
+        assert fs.parse_args([*needed, "--threshold", text]).threshold == value
+    assert fs.parse_args(["--report", str(tmp_path)]).report == tmp_path

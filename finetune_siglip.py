@@ -4190,7 +4190,8 @@ def forest(e: dict) -> str:
     spread = e["intervals"].get("per_label", {})
     rows = [(m["auc"], c, spread.get(c, {}).get("auc")) for c, m in e["metrics"]["per_label"].items()]
     rows = sorted((row for row in rows if row[0] is not None), key=lambda row: -row[0])
-    low = math.floor(10 * min([0.5, *(min(value, *(interval or [])) for value, _, interval in rows)])) / 10
+    lowest = min([0.5, *(x for value, _, interval in rows for x in (value, *(interval or ())))])
+    low = math.floor(10 * lowest) / 10
     scale, bottom, out = 380 / (1 - low), 20 * len(rows), ""
     for tick in np.linspace(low, 1, 1 + round((1 - low) * 10)):
         x = 230 + (tick - low) * scale

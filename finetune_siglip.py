@@ -187,11 +187,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained", help="SigLIP checkpoint: a hub name, a folder, .bin, .pt, .pth or .safetensors")
+    add("--backbone-heads", type=count, metavar="N",
+        help="attention heads of a SigLIP tower without a config.json [width / 64; 16 for 1152 and 1536]")
     add("--freeze-up-to", type=layer_count, default=0, metavar="N",
         help="freeze the first N backbone layers, or all [0]")
     add("--dropout-rate", type=fraction, default=0.1, help="dropout before and inside the head [0.1]")
     add("--slice-pooling", choices=("attention", "mean", "max"), default="attention",
         help="how slices become a scan [attention]")
+    add("--export-hf", type=Path, metavar="DIR",
+        help="at the end, also write the SigLIP tower for transformers, with its head, into this new folder [off]")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("bce", "focal", "balanced"), default="bce", help="multilabel loss over known labels [bce]")
@@ -2275,6 +2279,8 @@ def resize_positions(found: Pretrained, image_size: int | None) -> tuple[dict[st
     found.notes.append(f"image size {image_size} instead of the checkpoint's {config['image_size']}")
     config["image_size"] = image_size
     if key in tensors:
+        if rest := image_size % config["patch_size"]:
+            found.notes.append(f"the last {rest} rows and columns fall outside its patches of {config['patch_size']}")
         old, new = math.isqrt(len(tensors[key])), image_size // config["patch_size"]
         if not new:
             raise BadInput(f"--image-size {image_size} is smaller than a patch of {config['patch_size']} pixels")

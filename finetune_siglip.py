@@ -847,6 +847,7 @@ class Header:
     shape: tuple[int, ...]  # (C, then the three stored axes)
     dtype: np.dtype
     fortran: bool = False
+    start: int = 0  # bytes before the first voxel
     orientation: str | None = None  # named by the file itself
     spacing: tuple[float, ...] | None = None  # mm along the stored axes
 
@@ -860,14 +861,14 @@ class Member:
     """One file inside a ZIP archive."""
 
     deflated: bool
-    crc: int | None
+    crc: int
     packed: int  # bytes in the archive
     size: int  # bytes after inflating
     offset: int  # of the local header
 
 
-# An NPZ is read here rather than by numpy.load: that trusts what the archive says of itself (memory, pickles) and needs
-# two copies of the volume. Only what numpy writes is accepted: stored or deflated members, no ZIP64 archive.
+# An NPZ is read here rather than by numpy.load: that trusts what the archive says of itself (memory, pickles), and is
+# slower. Only what numpy writes is accepted: stored or deflated members, no ZIP64 archive.
 
 
 def zip_members(file: int, size: int, path: Path) -> dict[str, Member]:
@@ -898,97 +899,74 @@ def zip_members(file: int, size: int, path: Path) -> dict[str, Member]:
     return members
 
 
-class MemberReader:
-    """The bytes of a member, or of a plain file, from front to back; what they inflate to is never kept."""
-
-    def __init__(self, file: int, member: Member, path: Path):
-        self.file, self.member, self.path = file, member, path
-        self.at = member.offset
-        if member.crc is not None:
-            local = os.pread(file, 30, member.offset)
-            if len(local) < 30:
-                raise BadVolume(f"{path}: is cut short: copy it again")
-            self.at += 30 + sum(struct.unpack("<HH", local[26:]))
-        self.end, self.left, self.step, self.crc = self.at + member.packed, member.size, 4096, 0
-        try:
-            from isal.isal_zlib import crc32, decompressobj  # inflates 1.4 times as fast as zlib
-        except ImportError:
-            from zlib import crc32, decompressobj
-        self.crc32 = crc32
-        self.inflater = decompressobj(-15) if member.deflated else None
-
-    def packed(self, length: int) -> bytes:
-        """The next bytes of the file, none at the member's end."""
-        data = os.pread(self.file, max(0, min(length, self.end - self.at)), self.at)
-        self.at += len(data)
-        return data
-
-    def read(self, length: int) -> bytes:
-        """Exactly `length` bytes."""
-        parts = []
-        self.left -= length
-        while length:
-            if self.inflater is None:
-                data = part = self.packed(min(length, 1 << 30))  # Linux reads 2 GiB at most
-            else:
-                data = self.inflater.unconsumed_tail or self.packed(self.step)
-                self.step = min(2 * self.step, 1 << 20)  # a header needs little, voxels are read in large pieces
-                try:
-                    part = self.inflater.decompress(data, length)
-                except Exception as error:  # isal and zlib have no common class of error
-                    raise BadVolume(f"{self.path}: is damaged ({error}): copy it again") from None
-            if not (data or part):
-                raise BadVolume(f"{self.path}: is damaged or cut short: copy it again")
-            parts.append(part)
-            length -= len(part)
-        whole = parts[0] if len(parts) == 1 else b"".join(parts)
-        self.crc = self.crc32(whole, self.crc)
-        return whole
-
-    def finish(self) -> None:
-        """BadVolume unless the member ends where it says and the whole of it matches its checksum."""
-        while self.left:
-            self.read(min(self.left, 1 << 20))
-        if self.inflater and not self.inflater.eof:
-            more = self.inflater.decompress(self.inflater.unconsumed_tail or self.packed(4096), 1)
-            if more or not self.inflater.eof:
-                raise BadVolume(f"{self.path}: is damaged: it does not end where it should: copy it again")
-        if self.member.crc not in (None, self.crc):
-            raise BadVolume(f"{self.path}: is damaged: its voxels do not match their checksum: copy it again")
+def read_exactly(file: int, length: int, offset: int, path: Path) -> bytes:
+    """`length` bytes at `offset`; Linux reads 2 GiB at most in one call."""
+    parts = []
+    while length:
+        parts.append(os.pread(file, min(length, 1 << 30), offset))
+        if not parts[-1]:
+            raise BadVolume(f"{path}: is cut short: copy it again")
+        length, offset = length - len(parts[-1]), offset + len(parts[-1])
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def read_npy_header(reader: MemberReader) -> Header:
-    """The header of an array file in NumPy's format; the reader then stands before the first value."""
-    path, head = reader.path, reader.read(min(10, reader.member.size))
+def read_member(file: int, member: Member, path: Path, limit: int | None = None) -> bytes | bytearray:
+    """The bytes of a member, held against length and checksum; or only its first ones, up to `limit`."""
+    names = struct.unpack("<HH", read_exactly(file, 30, member.offset, path)[26:])
+    packed = read_exactly(file, min(member.packed, limit or member.packed), member.offset + 30 + sum(names), path)
+    if limit:
+        return inflate_with_zlib(packed, limit, path) if member.deflated else packed
+    data, crc = inflate(packed, member.size, path) if member.deflated else (packed, zlib.crc32(packed))
+    if len(data) != member.size or crc != member.crc:
+        raise BadVolume(f"{path}: is damaged: its bytes do not match their checksum: copy it again")
+    return data
+
+
+def inflate_with_zlib(packed: bytes, limit: int, path: Path) -> bytes:
     try:
-        version = np.lib.format.read_magic(io.BytesIO(head))
-        if version == (1, 0):
-            parse, length = np.lib.format.read_array_header_1_0, head[8:10]
-        else:
-            parse, length = np.lib.format.read_array_header_2_0, head[8:10] + reader.read(2)
-        n = int.from_bytes(length, "little")
-        shape, fortran, dtype = parse(io.BytesIO(length + reader.read(min(n, 16384))))
-    except BadVolume:
-        raise
+        return zlib.decompressobj(-15).decompress(packed, limit)
+    except zlib.error as error:
+        raise BadVolume(f"{path}: is damaged ({error}): copy it again") from None
+
+
+def inflate(packed: bytes, size: int, path: Path) -> tuple[bytes | bytearray, int]:
+    """(At most `size` + 1 bytes, whatever the archive holds; their checksum); libdeflate takes half of zlib's time."""
+    try:
+        import deflate
+    except ImportError:
+        data = inflate_with_zlib(packed, size + 1, path)
+        return data, zlib.crc32(data)
+    try:
+        data = deflate.deflate_decompress(packed, size)
+    except deflate.DeflateError:  # also where there is more than `size`
+        raise BadVolume(f"{path}: is damaged: its bytes can't be inflated: copy it again") from None
+    return data, deflate.crc32(data)
+
+
+def parse_npy(head: bytes, size: int, path: Path) -> Header:
+    """The header of an array file of `size` bytes in NumPy's format."""
+    stream = io.BytesIO(head)
+    try:
+        version = np.lib.format.read_magic(stream)
+        parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = parse(stream)
     except Exception as error:  # a hostile header can end in any error of Python's parser
         raise BadVolume(f"{path}: has no readable array header ({type(error).__name__})") from None
-    start = 8 + len(length) + n
-    if dtype.hasobject or start + math.prod(shape) * dtype.itemsize != reader.member.size or min(shape, default=1) < 1:
-        raise BadVolume(f"{path}: its header does not match its data: {dtype} {shape} in {reader.member.size} bytes")
-    return Header(tuple(shape), dtype, fortran)
+    nbytes = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or stream.tell() + nbytes != size or min(shape, default=1) < 1:
+        raise BadVolume(f"{path}: its header does not match its data: {dtype} {shape} in {size} bytes")
+    return Header(tuple(shape), dtype, fortran, stream.tell())
 
 
 def small_array(file: int, member: Member | None, path: Path) -> np.ndarray | None:
     """A member of a few values, such as `spacing`, or None where it is absent."""
     if member is None:
         return None
-    reader = MemberReader(file, member, path)
-    header = read_npy_header(reader)
-    if member.size > 4096 or header.dtype.kind not in "iufUS":
-        raise BadVolume(f"{path}: its members 'orientation' and 'spacing' must be small plain arrays")
-    values = np.frombuffer(reader.read(header.nbytes), header.dtype)
-    reader.finish()
-    return values
+    data = read_member(file, member, path) if member.size <= 4096 else b""
+    header = parse_npy(data, len(data), path)
+    if header.dtype.kind not in "iufUS":
+        raise BadVolume(f"{path}: its members 'orientation' and 'spacing' must be plain arrays")
+    return np.frombuffer(data, header.dtype, offset=header.start)
 
 
 def describe_members(header: Header, file: int, members: dict[str, Member], path: Path) -> Header:
@@ -1008,46 +986,46 @@ def describe_members(header: Header, file: int, members: dict[str, Member], path
 
 
 @contextmanager
-def open_volume(path: Path) -> Iterator[tuple[Header, MemberReader]]:
-    """Header of an NPZ or NPY file, and the reader of its voxels. Raises BadVolume, also for errors of the disk."""
+def open_regular(path: Path) -> Iterator[tuple[int, int]]:
+    """Descriptor and size of a regular file; errors of the disk become BadVolume."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
+        try:
+            entry = os.fstat(file)
+            if not stat.S_ISREG(entry.st_mode):
+                raise BadVolume(f"{path}: is not a regular file")
+            yield file, entry.st_size
+        finally:
+            os.close(file)
     except OSError as error:
         raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
-    try:
-        entry, members = os.fstat(file), {}
-        if not stat.S_ISREG(entry.st_mode):
-            raise BadVolume(f"{path}: is not a regular file")
+
+
+def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+    """Header and, if asked for, voxels (C, three stored axes) of an NPZ or NPY file, in the stored dtype."""
+    with open_regular(path) as (file, size):
         magic = os.pread(file, 6, 0)
         if magic[:4] == b"PK\3\4":
-            members = zip_members(file, entry.st_size, path)
-            if "image.npy" not in members:
+            members = zip_members(file, size, path)
+            if (image := members.get("image.npy")) is None:
                 names = ", ".join(sorted(members))
                 raise BadVolume(f"{path}: has no member 'image' (but {names}): save it with savez_compressed(image=…)")
-            reader = MemberReader(file, members["image.npy"], path)
+            header = parse_npy(read_member(file, image, path, 4096), image.size, path)
+            header = describe_members(header, file, members, path)
         elif magic == b"\x93NUMPY":
-            reader = MemberReader(file, Member(False, None, entry.st_size, entry.st_size, 0), path)
+            header = parse_npy(os.pread(file, 4096, 0), size, path)
         else:
             raise BadVolume(f"{path}: is neither an NPZ nor an NPY file")
-        header = read_npy_header(reader)
         if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
             raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
         if len(header.shape) not in (3, 4):
             raise BadVolume(f"{path}: has shape {header.shape}, not (C, D, H, W)")
         if len(header.shape) == 3:
             header = dataclasses.replace(header, shape=(1, *header.shape))
-        yield describe_members(header, file, members, path), reader
-    except OSError as error:
-        raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
-    finally:
-        os.close(file)
-
-
-def read_stored(path: Path) -> tuple[Header, np.ndarray]:
-    """Header and all voxels (C, three stored axes) in the stored dtype, read-only."""
-    with open_volume(path) as (header, reader):
-        flat = np.frombuffer(reader.read(header.nbytes), header.dtype)
-        reader.finish()
+        if not voxels:
+            return header, None
+        data = read_member(file, image, path) if magic[:2] == b"PK" else read_exactly(file, size, 0, path)
+    flat = np.frombuffer(data, header.dtype, offset=header.start)
     return header, flat.reshape(header.shape, order="F" if header.fortran else "C")
 
 
@@ -1104,49 +1082,45 @@ def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice,
     return blocks
 
 
-def resample_planes(
-    next_planes: Callable[[int], np.ndarray], shape: Sequence[int], out: np.ndarray, scale: float, offset: float
+def resample_channel(
+    channel: np.ndarray, out: np.ndarray, scale: float = 1.0, offset: float = 0.0
 ) -> tuple[float, float]:
-    """Resample one channel of `shape` into int16 `out`, as scale * value + offset; returns the range of the results.
+    """Resample one channel (three axes, any number type) into int16 `out`, as scale * value + offset, rounded.
 
-    `next_planes(n)` gives the next n planes of the first axis: a file is resampled while it is inflated, through
-    buffers that stay in the processor's cache. Where a voxel is not finite the range is NaN.
+    Returns the range of the results; where a voxel is not finite, NaN. Works through the outputs of the first axis in
+    blocks whose buffers stay in the processor's cache.
     """
-    (_, rows_in, columns_in), (_, n_rows, n_columns) = shape, out.shape
-    bands = resample_bands(shape[0], len(out), 4)  # 4 and 16 were the fastest of the sizes from 4 to 32
-    window = torch.empty(max(len(weights.T) for _, _, weights in bands), rows_in, columns_in)
-    planes, block = window.numpy(), np.empty((4, rows_in, columns_in), np.float32)
-    rows, final = np.empty((4, n_rows, columns_in), np.float32), np.empty((4, n_rows, n_columns), np.float32)
-    first, held, low, high = 0, 0, math.inf, -math.inf
+    (depth, rows_in, columns_in), (_, n_rows, n_columns) = channel.shape, out.shape
+    bands = resample_bands(depth, len(out), 4)  # 4 and 16 were the fastest of the sizes from 4 to 32
+    planes = np.empty((max(weights.shape[1] for _, _, weights in bands), rows_in, columns_in), np.float32)
+    block, rows = np.empty((4, rows_in, columns_in), np.float32), np.empty((4, n_rows, columns_in), np.float32)
+    final, low, high, first, last = np.empty((4, n_rows, n_columns), np.float32), math.inf, -math.inf, 0, 0
     for outputs, inputs, weights in bands:
-        kept, n, m = first + held - inputs.start, *weights.shape
-        planes[:kept] = planes[held - kept : held].copy()
-        if m > kept:
-            copy_planes(next_planes(m - kept), window[kept:m])
-        first, held = inputs.start, m
+        kept, (n, m) = last - inputs.start, weights.shape
+        planes[:kept] = planes[inputs.start - first : last - first].copy()
+        copy_float32(channel[last : inputs.stop], planes[kept:m])
+        first, last = inputs.start, inputs.stop
         np.matmul(weights, planes[:m].reshape(m, -1), out=block[:n].reshape(n, -1))
         for to, take, matrix in resample_bands(rows_in, n_rows, 16):
             np.matmul(matrix, block[:n, take], out=rows[:n, to])
-        flat, last = rows[:n].reshape(-1, columns_in), final[:n].reshape(-1, n_columns)
+        flat, result = rows[:n].reshape(-1, columns_in), final[:n].reshape(-1, n_columns)
         for to, take, matrix in resample_bands(columns_in, n_columns, 16):
-            np.matmul(flat[:, take], matrix.T, out=last[:, to])
+            np.matmul(flat[:, take], matrix.T, out=result[:, to])
         if (scale, offset) != (1.0, 0.0):
-            final[:n] = final[:n] * np.float32(scale) + np.float32(offset)
-        low, high = min(low, float(last.min())), max(high, float(last.max()))
+            result[:] = result * np.float32(scale) + np.float32(offset)
+        low, high = min(low, float(result.min())), max(high, float(result.max()))
         if not math.isfinite(low + high):  # NaN would get lost in min and max
             return math.nan, math.nan
         np.copyto(out[outputs], np.rint(final[:n], out=final[:n]), casting="unsafe")
     return low, high
 
 
-def copy_planes(planes: np.ndarray, into: Tensor) -> None:
-    """Any number type to float32; torch does float16 20 times as fast as NumPy."""
+def copy_float32(planes: np.ndarray, into: np.ndarray) -> None:
+    """Any number type to float32; torch turns float16 20 times as fast as NumPy."""
     if planes.dtype == np.float16:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the array is read-only, and only read
-            into.copy_(torch.from_numpy(planes))
+        torch.from_numpy(into).copy_(torch.from_numpy(planes))
     else:
-        np.copyto(into.numpy(), planes, casting="unsafe")
+        np.copyto(into, planes, casting="unsafe")
 
 
 def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> tuple[str, str]:
@@ -1174,37 +1148,20 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
     path = Path(path)
     lo, hi = prep.hu_range
     scale, offset = {"hu": (1.0, 0.0), "unit": (hi - lo, lo), "windowed": (WINDOWED_SCALE, 0.0)}[prep.intensity]
-    with open_volume(path) as (header, reader):
-        orientation = stored_orientation(header, prep.orientation, path)
-        if prep.intensity == "windowed" and header.shape[0] != prep.channels:
-            raise BadVolume(f"{path}: has {header.shape[0]} channels where the others have {prep.channels}")
-        size = [0, 0, 0]
-        for axis, length in zip(spl_axes(orientation)[0], prep.grid, strict=True):
-            size[axis] = length
-        voxels, ranges = np.empty((prep.channels, *size), np.int16), []
-        for out, source in zip(voxels, channel_sources(header, reader), strict=False):
-            with np.errstate(invalid="ignore"):  # infinite voxels are found in the range
-                ranges.append(resample_planes(source, header.shape[1:], out, scale, offset))
-        reader.finish()
+    header, stored = read_stored(path)
+    orientation = stored_orientation(header, prep.orientation, path)
+    if prep.intensity == "windowed" and len(stored) != prep.channels:
+        raise BadVolume(f"{path}: has {len(stored)} channels where the others have {prep.channels}")
+    size = [0, 0, 0]
+    for axis, length in zip(spl_axes(orientation)[0], prep.grid, strict=True):
+        size[axis] = length
+    voxels = np.empty((prep.channels, *size), np.int16)
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # infinite voxels are found in the range
+        warnings.simplefilter("ignore")  # torch's, that the file's bytes must not be changed
+        ranges = [resample_channel(channel, out, scale, offset) for channel, out in zip(stored, voxels, strict=False)]
     low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     check_range(low, high, scale, offset, header, prep, path)
     return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, orientation)))
-
-
-def channel_sources(header: Header, reader: MemberReader) -> Iterator[Callable[[int], np.ndarray]]:
-    """For each channel in turn, a function that reads its next n planes."""
-    plane = header.shape[2:]
-    if header.fortran:
-        flat = np.frombuffer(reader.read(header.nbytes), header.dtype).reshape(header.shape, order="F")
-        for channel in flat:
-            yield partial(lambda planes, n: np.stack([next(planes) for _ in range(n)]), iter(channel))
-        return
-
-    def next_planes(n: int) -> np.ndarray:
-        return np.frombuffer(reader.read(n * math.prod(plane) * header.dtype.itemsize), header.dtype).reshape(n, *plane)
-
-    for _ in range(header.shape[0]):
-        yield next_planes
 
 
 def check_range(
@@ -1237,8 +1194,7 @@ def read_headers(table: Table) -> list[Header]:
 def header_or_error(path: Path) -> Header | BadVolume:
     """For mapping over paths: an error is a value here."""
     try:
-        with open_volume(path) as (header, _):
-            return header
+        return read_stored(path, voxels=False)[0]
     except BadVolume as error:
         return error
 

@@ -4,9 +4,10 @@
 
 The scan is a chest CT of 192 x 256 x 256 voxels, stored as float16 in a deflated NPZ: `covid_p001.npz` of FOLDER
 resampled to that size, or a phantom where there is no such file. The usual pipeline loads it with NumPy, makes three
-windows in float16 and resizes the three channels to 160 x 224 x 224 with MONAI. Each side ends where the training process
-has the sample: a worker leaves it in shared memory, except for a volume of the cache, of which it sends the name. Then the
-growth of the first read with depth, and with one and two workers. The last line holds the ratios of the medians.
+windows in float16 and resizes the three channels to 160 x 224 x 224 with MONAI. Each side ends where the training
+process has the sample: a worker leaves it in shared memory, except for a volume of the cache, of which it sends the
+name. Then the growth of the first read with depth, and with one and two workers. The last line holds the ratios of the
+medians.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ SHAPE, GRID = (192, 256, 256), (160, 224, 224)
 def write_scan(ct_folder: Path, folder: Path, depth: int = SHAPE[0]) -> Path:
     """The scan of the docstring with `depth` slices."""
     real = ct_folder / "covid_p001.npz"
-    hu = fs.load_volume(real)[0] if real.is_file() else phantoms.make_phantom(0, shape=(96, 256, 256)).hu
+    hu = (
+        fs.load_volume(real)[0]
+        if real.is_file()
+        else phantoms.make_phantom(np.random.default_rng(0), [], (96, 256, 256))[0]
+    )
     size = (depth, *SHAPE[1:])
     resized = F.interpolate(torch.from_numpy(hu.astype(np.float32))[None, None], size=size, mode="trilinear")
     path = folder / f"scan_{depth}.npz"

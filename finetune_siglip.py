@@ -328,6 +328,17 @@ def init_runtime(amp: bool) -> Runtime:
     return Runtime(device, amp_dtype, rank, world_size)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises BadInput."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not readable as JSON ({error}): get it again, or remove it") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path}: holds a {type(content).__name__} where a JSON object is needed")
+    return content
+
+
 def derive_seed(*parts: int) -> int:
     """A 63-bit seed from (seed, epoch, row, …): equal parts give equal numbers on every machine."""
     digest = hashlib.blake2b(np.asarray(parts, np.int64).tobytes(), digest_size=8).digest()
@@ -1721,15 +1732,6 @@ def download_weights(name: str) -> Path:
         if path and all(fetch(shard, cached) for shard in (shards_of(path) if path.suffix == ".json" else [])):
             return path
     raise BadInput(f"{name}: this hub model has no weights file of a known name; download it and name the file")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or BadInput."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error}): get it again, or remove it") from None
-    return found if isinstance(found, dict) else {}
 
 
 def shards_of(index: Path) -> list[str]:
@@ -3710,17 +3712,6 @@ def write_challenge_json(
     save_atomic(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object. Raises BadInput."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} can't be read ({error}): a JSON object is needed") from error
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} holds a {type(content).__name__}: a JSON object is needed")
-    return content
-
-
 def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
     """(L,) thresholds from --threshold: a number for all labels, `auto` as given, or a JSON file. Raises BadInput.
 
@@ -4315,8 +4306,10 @@ class Run:
     runtime: Runtime
     stop: StopRequest
     folder: RunFolder
+    table: Table
     train: CTVolumeDataset
     val: CTVolumeDataset
+    test: CTVolumeDataset
     state: TrainState
     history: History
     loss_fn: MultilabelBCELoss
@@ -4421,7 +4414,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     model, preprocessing = build_model(args, table)
     model.to(runtime.device)
     maybe_compile(model, args.compile, runtime)
-    train, val = (CTVolumeDataset(table.split(name), preprocessing) for name in ("train", "val"))
+    train, val, test = (CTVolumeDataset(table.split(name), preprocessing) for name in SPLITS)
     recipe = Recipe(
         args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
         intensity=preprocessing.intensity, seed=args.seed, log_interval=args.log_interval,
@@ -4439,7 +4432,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         "preprocessing": preprocessing.to_dict(),
         "backbone": model.backbone.config,
         "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate},
-        "thresholds": [args.threshold] * len(table.labels),
+        "thresholds": resolve_thresholds(args.threshold, table.labels, np.full(len(table.labels), 0.5)).tolist(),
     }
     identity = describe_run(args, table, model, preprocessing, runtime)
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
@@ -4452,7 +4445,9 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         steps_per_epoch,
         effective,
     )
-    return Run(args, runtime, stop, folder, train, val, state, History(), loss_fn, recipe, setup, identity, tracker)
+    return Run(
+        args, runtime, stop, folder, table, train, val, test, state, History(), loss_fn, recipe, setup, identity, tracker
+    )  # fmt: skip
 
 
 def describe_run(
@@ -4542,11 +4537,58 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float]) -> N
 
 
 def finish_run(run: Run) -> None:
-    """Predict with the best weights, which are still in memory, and say where everything is."""
-    best = run.history.top.best
-    unwrap(run.state.model).load_state_dict(best["model"])
+    """Evaluate the best weights, which are still in memory, and write what people read."""
+    args, best, folder = run.args, run.history.top.best, run.folder.path
+    model = unwrap(run.state.model)
+    model.load_state_dict(best["model"])
     log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
+    scores = sigmoid(predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll))
+    auto = tune_thresholds(run.val.table.targets, scores, args.threshold_objective)
+    thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
+    parts = [("val", run.val, scores, args.threshold_objective if args.threshold == "auto" else None)]
+    if len(run.test):
+        parts.append(
+            ("test", run.test, sigmoid(predict(model, run.test, run.recipe, run.runtime, "test", run.poll)), None)
+        )
+    if run.runtime.is_main:
+        if thresholds.tolist() != best["thresholds"]:
+            save_checked(folder / "best_model.pth", {**best, "thresholds": thresholds.tolist()})
+        for split, dataset, probabilities, tuned_here in parts:
+            publish_split(args, split, dataset, model, probabilities, thresholds, tuned_here)
+        write_results(args, "training", run.table, parts[-1][1].table, parts[-1][2], thresholds, run.runtime)
     run.tracker.finish()
+
+
+def publish_split(
+    args: argparse.Namespace, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, probabilities: np.ndarray,
+    thresholds: np.ndarray, tuned_here: str | None,
+) -> None:  # fmt: skip
+    """Score a split where anything of it is known, and keep what the report tells of it."""
+    if not np.isnan(dataset.table.targets).all():
+        windows = model.windows.cpu()
+        publish(
+            args.output_dir, split, dataset, windows, probabilities, thresholds, tuned_here, args.bootstrap, args.seed
+        )
+
+
+def write_results(
+    args: argparse.Namespace, title: str, table: Table, predicted: Table, probabilities: np.ndarray,
+    thresholds: np.ndarray, runtime: Runtime,
+) -> None:  # fmt: skip
+    """Predictions as CSV or challenge JSON, the run's facts, and the report where there is something to report."""
+    output = args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".json":
+        write_challenge_json(
+            output, predicted.series_ids, move_thresholds_to_half(probabilities, thresholds), predicted.labels
+        )
+    else:
+        write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
+    log.info("predictions of %d scans: %s", len(predicted), output)
+    arguments = {name: value for name, value in sorted(vars(args).items()) if value is not None}
+    save_run(args.output_dir, title, arguments, table, str(runtime.device))
+    if list(args.output_dir.glob("evaluation_*.json")):
+        log.info("report: %s", write_report(args.output_dir))
 
 
 def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
@@ -4684,22 +4726,29 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     rows = table.split(split)
     if len(rows) == 0:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
-    preprocessing = decide_preprocessing_like(content["preprocessing"], rows, args)
+    dataset = CTVolumeDataset(rows, decide_preprocessing_like(content["preprocessing"], rows, args))
     model = classifier_from(content, args.test_only).to(runtime.device)
-    dataset = CTVolumeDataset(rows, preprocessing)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
-    recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=preprocessing.intensity)
-    probabilities = sigmoid(predict(model, dataset, recipe, runtime))
-    thresholds = np.full(len(rows.labels), args.threshold)
+    recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity)
+    logits = aggregate_logits(
+        predict(model, dataset, recipe, runtime), rows.series_ids, rows.patient_ids, args.aggregate
+    )
+    thresholds = resolve_thresholds(args.threshold, rows.labels, np.array(content["thresholds"]))
     if runtime.is_main:
-        output = args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_predictions(output, rows.series_ids, probabilities, thresholds, rows.labels)
-        log.info("predictions of %d scans: %s", len(rows), output)
-        if not np.isnan(rows.targets).all():
-            metrics = compute_metrics(rows.targets, probabilities, rows.labels, thresholds)
-            log.info("%s", format_metrics_table(metrics))
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        probabilities = sigmoid(logits)
+        publish_split(args, split, dataset, model, probabilities, thresholds, None)
+        write_results(args, "prediction", rows, rows, probabilities, thresholds, runtime)
     return 0
+
+
+def run_report(folder: Path) -> int:
+    """Make the report again from the files of a run alone."""
+    try:
+        log.info("report: %s", write_report(folder))
+        return 0
+    except UserError as error:
+        return explain(error)
 
 
 def explain(error: BaseException) -> int:
@@ -4728,6 +4777,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with these arguments; returns the exit code."""
     args = parse_args(argv)
     setup_logging(None, is_main=True)
+    if args.report:
+        return run_report(args.report)
     with StopRequest(patient=False) as stop:
         try:
             runtime = init_runtime(args.amp)

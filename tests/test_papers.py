@@ -100,7 +100,7 @@ def test_thresholds_are_read_by_label_and_every_wrong_one_is_named(tmp_path) -> 
     assert fs.resolve_thresholds("auto", ["a", "b"], np.array([0.1, 0.2])).tolist() == [0.1, 0.2]
     path.write_text("[1, 2]")
     for wrong in (tmp_path / "none.json", tmp_path, path):
-        with pytest.raises(fs.BadInput, match="JSON object"):
+        with pytest.raises(fs.BadInput, match="JSON"):
             fs.resolve_thresholds(wrong, ["a"], None)
 
 

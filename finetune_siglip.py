@@ -4547,9 +4547,8 @@ def finish_run(run: Run) -> None:
     thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
     parts = [("val", run.val, scores, args.threshold_objective if args.threshold == "auto" else None)]
     if len(run.test):
-        parts.append(
-            ("test", run.test, sigmoid(predict(model, run.test, run.recipe, run.runtime, "test", run.poll)), None)
-        )
+        scores = sigmoid(predict(model, run.test, run.recipe, run.runtime, "test", run.poll))
+        parts.append(("test", run.test, scores, None))
     if run.runtime.is_main:
         if thresholds.tolist() != best["thresholds"]:
             save_checked(folder / "best_model.pth", {**best, "thresholds": thresholds.tolist()})
@@ -4565,10 +4564,10 @@ def publish_split(
 ) -> None:  # fmt: skip
     """Score a split where anything of it is known, and keep what the report tells of it."""
     if not np.isnan(dataset.table.targets).all():
-        windows = model.windows.cpu()
+        to_windows = model.windows.cpu()
         publish(
-            args.output_dir, split, dataset, windows, probabilities, thresholds, tuned_here, args.bootstrap, args.seed
-        )
+            args.output_dir, split, dataset, to_windows, probabilities, thresholds, tuned_here, args.bootstrap, args.seed
+        )  # fmt: skip
 
 
 def write_results(
@@ -4579,9 +4578,8 @@ def write_results(
     output = args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".json":
-        write_challenge_json(
-            output, predicted.series_ids, move_thresholds_to_half(probabilities, thresholds), predicted.labels
-        )
+        moved = move_thresholds_to_half(probabilities, thresholds)
+        write_challenge_json(output, predicted.series_ids, moved, predicted.labels)
     else:
         write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
     log.info("predictions of %d scans: %s", len(predicted), output)
@@ -4730,9 +4728,8 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     model = classifier_from(content, args.test_only).to(runtime.device)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
     recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity)
-    logits = aggregate_logits(
-        predict(model, dataset, recipe, runtime), rows.series_ids, rows.patient_ids, args.aggregate
-    )
+    logits = predict(model, dataset, recipe, runtime)
+    logits = aggregate_logits(logits, rows.series_ids, rows.patient_ids, args.aggregate)
     thresholds = resolve_thresholds(args.threshold, rows.labels, np.array(content["thresholds"]))
     if runtime.is_main:
         args.output_dir.mkdir(parents=True, exist_ok=True)

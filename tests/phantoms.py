@@ -173,19 +173,22 @@ def draw_mediastinum(rng: np.random.Generator, body: Body, heart_scale: float) -
         body.fill(((x - side * (6 + fall)) ** 2 + (y - 14) ** 2 < 6**2) & (fall > 0) & (fall < 32), -1000)
 
 
-def draw_vessels(rng: np.random.Generator, body: Body, count: int = 60) -> None:
-    """Straight branches from each hilum into its lung, thick at the root: what a nodule must be told from."""
+def draw_vessels(rng: np.random.Generator, body: Body, count: int = 45) -> None:
+    """Straight branches from each hilum into its lung, thick at the root: what a nodule must be told from.
+
+    They are thinner than a voxel, which shows them at the mean of blood and air, as on a real CT.
+    """
     for side in (-1, 1):
         targets = np.flatnonzero(body.air & (body.x * side > 0))
         for flat in rng.choice(targets, count) if targets.size else ():
             d, h, w = np.unravel_index(flat, body.air.shape)
             end = (body.z[d, 0, 0], body.y[0, h, 0], body.x[0, 0, w])
             index = body.line((5 + rng.normal(0, 8), 8 + rng.normal(0, 8), side * 34), end, 40)
-            root = index[:, :14]
-            index = np.hstack([index, np.add(root, [[0], [1], [0]]), np.add(root, [[0], [0], [1]])])
-            index = np.minimum(index, np.array(body.air.shape)[:, None] - 1)
-            index = index[:, body.air[tuple(index)]]
-            body.hu[tuple(index)] = rng.uniform(-250, 0)
+            root = index[:, :12]
+            thick = np.hstack([root, np.add(root, [[0], [1], [0]]), np.add(root, [[0], [0], [1]])])
+            for part, hu in ((index, rng.uniform(-650, -400)), (thick, rng.uniform(-450, -200))):
+                inside = np.minimum(part, np.array(body.air.shape)[:, None] - 1)
+                body.hu[tuple(inside[:, body.air[tuple(inside)]])] = hu
 
 
 # Planters change `body` and return the mask of what they planted.
@@ -225,7 +228,7 @@ def plant_pleural_effusion(rng: np.random.Generator, body: Body) -> np.ndarray:
 
 def plant_consolidation(rng: np.random.Generator, body: Body) -> np.ndarray:
     z, y, x = body.lung_point(rng)
-    area = body.ball(z, y, x, *rng.uniform(24, 38, 3)) & body.air
+    area = body.ball(z, y, x, *rng.uniform(30, 44, 3)) & body.air
     filled = area & (coarse_noise(rng, body.hu.shape, 2) < 0.9)  # the rest are air bronchograms
     return body.fill(filled, rng.uniform(25, 50))
 
@@ -234,10 +237,10 @@ def plant_lung_opacity(rng: np.random.Generator, body: Body) -> np.ndarray:
     """Ground glass: denser lung in which vessels are still seen."""
     area = np.zeros(body.hu.shape, bool)
     for _ in range(rng.integers(2, 5)):
-        area |= body.ball(*body.lung_point(rng), *rng.uniform(22, 38, 3))
+        area |= body.ball(*body.lung_point(rng), *rng.uniform(28, 42, 3))
     area &= body.air
-    haze = rng.uniform(220, 350) + 50 * coarse_noise(rng, body.hu.shape, 2)
-    body.hu[area] = np.minimum(body.hu + haze, 0)[area]
+    haze = rng.uniform(300, 420) + 40 * coarse_noise(rng, body.hu.shape, 2)
+    body.hu[area] = np.minimum(body.hu + haze, -200)[area]
     return area
 
 
@@ -257,14 +260,14 @@ def plant_atelectasis(rng: np.random.Generator, body: Body) -> np.ndarray:
         z, y, x = body.lung_point(rng, -110, 0)
         angle = rng.uniform(-0.9, 0.9)
         across = (body.y - y) * np.cos(angle) + (body.x - x) * np.sin(angle) + 0.3 * (body.z - z)
-        plates |= (np.abs(across) < rng.uniform(4.0, 5.5)) & body.ball(z, y, x, 25, 60, 60)
+        plates |= (np.abs(across) < rng.uniform(4.5, 6)) & body.ball(z, y, x, 30, 70, 70)
     return body.fill(plates & body.air, rng.uniform(20, 50))
 
 
 def plant_lung_nodule(rng: np.random.Generator, body: Body) -> np.ndarray:
     nodules = np.zeros(body.hu.shape, bool)
     for _ in range(rng.integers(1, 4)):
-        r = rng.uniform(9, 14)
+        r = rng.uniform(10, 15)
         nodules |= body.ball(*body.lung_point(rng), r + 2, r, r) & body.lungs
     return body.fill(nodules, rng.uniform(20, 80))
 

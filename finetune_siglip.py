@@ -3814,25 +3814,17 @@ def save_pictures(
 
 def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
     """PNG of axial slices, feet to head, one line per different window, from windows (K, S, H, W) in [0, 1]."""
+    from PIL import Image  # matplotlib brings it
+
     different = [w for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
     depth, height, width = windows.shape[1:]
     scale = size / max(height, width)
     at = [(np.arange(max(1, round(n * scale))) / scale).astype(int).clip(0, n - 1) for n in (height, width)]
     slices = ((np.arange(columns) + 0.5) / columns * depth).astype(int)
     lines = [np.hstack([np.pad(w[s][np.ix_(*at)], 1) for s in slices]) for w in different]
-    return encode_png((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def encode_png(gray: np.ndarray) -> bytes:
-    """A PNG file of an 8-bit picture (H, W)."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", gray.shape[1], gray.shape[0], 8, 0, 0, 0, 0)
-    lines = np.pad(gray, ((0, 0), (1, 0))).tobytes()  # each line starts with its filter, 0: none
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+    buffer = io.BytesIO()
+    Image.fromarray((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def publish(

@@ -3814,25 +3814,17 @@ def save_pictures(
 
 def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
     """PNG of axial slices, feet to head, one line per different window, from windows (K, S, H, W) in [0, 1]."""
+    from PIL import Image  # matplotlib brings it
+
     different = [w for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
     depth, height, width = windows.shape[1:]
     scale = size / max(height, width)
     at = [(np.arange(max(1, round(n * scale))) / scale).astype(int).clip(0, n - 1) for n in (height, width)]
     slices = ((np.arange(columns) + 0.5) / columns * depth).astype(int)
     lines = [np.hstack([np.pad(w[s][np.ix_(*at)], 1) for s in slices]) for w in different]
-    return encode_png((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8))
-
-
-def encode_png(gray: np.ndarray) -> bytes:
-    """A PNG file of an 8-bit picture (H, W)."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", gray.shape[1], gray.shape[0], 8, 0, 0, 0, 0)
-    lines = np.pad(gray, ((0, 0), (1, 0))).tobytes()  # each line starts with its filter, 0: none
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines, 9)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + body
+    buffer = io.BytesIO()
+    Image.fromarray((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def publish(
@@ -4121,8 +4113,8 @@ def chart(
     for k in (0.0, 0.5, 1.0):
         x, y = (a + k * (b - a) for a, b in (x_range, y_range))
         anchor_at = ("start", "middle", "end")[int(2 * k)]
-        out += f'<text x="{42 + 190 * k:g}" y="181" text-anchor="{anchor_at}">{x:.2g}</text>'
-        out += f'<text x="38" y="{172 - 157 * k:g}" text-anchor="end">{f"{y:.2g}".replace("e-0", "e-")}</text>'
+        out += f'<text x="{42 + 190 * k:g}" y="181" text-anchor="{anchor_at}">{tick(x)}</text>'
+        out += f'<text x="38" y="{172 - 157 * k:g}" text-anchor="end">{tick(y)}</text>'
     out += f'<text x="137" y="195" text-anchor="middle">{axes[0]}</text>'
     if axes[1]:
         out += f'<text transform="translate(9 88) rotate(-90)" text-anchor="middle">{axes[1]}</text>'
@@ -4138,6 +4130,11 @@ def chart(
     return picture(f"{title}. {note}".strip(), out, (240, 200), html.escape(note) + legend)
 
 
+def tick(value: float) -> str:
+    """An axis number of at most six characters."""
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}".replace("e-0", "e-")
+
+
 def forest(e: dict) -> str:
     """AUROC of every label with its interval, the best first."""
     spread = e["intervals"].get("per_label", {})
@@ -4146,10 +4143,10 @@ def forest(e: dict) -> str:
     lowest = min([0.5, *(x for value, _, interval in rows for x in (value, *(interval or ())))])
     low = math.floor(10 * lowest) / 10
     scale, bottom, out = 380 / (1 - low), 20 * len(rows), ""
-    for tick in np.linspace(low, 1, 1 + round((1 - low) * 10)):
-        x = 230 + (tick - low) * scale
+    for k in np.linspace(low, 1, 1 + round((1 - low) * 10)):
+        x = 230 + (k - low) * scale
         out += f'<path class="guide" d="M{x:.1f} 4V{bottom + 8}"/>'
-        out += f'<text x="{x:.1f}" y="{bottom + 22}" text-anchor="middle">{tick:.1f}</text>'
+        out += f'<text x="{x:.1f}" y="{bottom + 22}" text-anchor="middle">{k:.1f}</text>'
     for i, (value, label, interval) in enumerate(rows):
         x, a, b = (230 + (v - low) * scale for v in (value, *(interval or (value, value))))
         y = 20 * i + 16

@@ -246,14 +246,14 @@ def test_biovil_gives_health_multimodals_features(tmp_path, kind):
     backbone = fs.load_backbone(saved(tmp_path / "image_model.pt", prefixed(model.state_dict(), "module.")))
     assert backbone.width == reference.shape[1]
     assert difference(backbone, images, reference) <= 1e-6
-    backbone.train()(images).sum().backward()
-    assert all(p.grad is not None for p in backbone.parameters())  # an unused parameter would stall DDP
     adapted = fs.load_backbone(tmp_path / "image_model.pt", channels=4).eval()
     with torch.no_grad():
         grey = images[:, :1]
-        same = backbone.eval()(grey.expand(-1, 3, -1, -1)), adapted(grey.expand(-1, 4, -1, -1))
+        same = backbone(grey.expand(-1, 3, -1, -1)), adapted(grey.expand(-1, 4, -1, -1))
     assert torch.allclose(*same, rtol=1e-4, atol=1e-5)
     fs.build_backbone(adapted.config).load_state_dict(adapted.state_dict())
+    backbone.train()(images).sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())  # an unused parameter would stall DDP
 
 
 # Configuration from tensors alone

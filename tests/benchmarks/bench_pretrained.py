@@ -85,8 +85,8 @@ def main() -> None:
             for load, results in runs.items():
                 seconds, loading, touched = (statistics.median(column) for column in zip(*results, strict=True))
                 print(
-                    f"{name} ({size:.0f} MiB) {load}: {seconds:.2f} s, peak {loading / size:.2f} x the file while loading, "
-                    f"{touched / size:.2f} x with a first image"
+                    f"{name} ({size:.0f} MiB) {load}: {seconds:.2f} s, peak {loading / size:.2f} x the file while "
+                    f"loading, {touched / size:.2f} x with a first image"
                 )
                 if load == "fs.load_backbone":
                     ratios.append(loading / size)

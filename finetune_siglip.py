@@ -3359,7 +3359,9 @@ def reading(path: Path) -> Iterator[None]:
     """What goes wrong while the content of a whole file is put to use is due to the file: BadInput naming it."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # libraries check a configuration with errors of their own
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BadInput(f"{path}: can't be used ({why}); use the script that wrote it") from error
 

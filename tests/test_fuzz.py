@@ -258,8 +258,8 @@ def test_mangled_checkpoints_are_refused_by_name_or_read_right(tmp_path, content
 
 
 VALUES = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(), st.text(max_size=5), st.lists(st.integers(), max_size=3),
-    st.builds(dict), st.builds(lambda n: torch.zeros(n), st.integers(0, 5)),
+    st.none(), st.booleans(), st.integers(-3, 2**40), st.floats(), st.text(max_size=5),
+    st.lists(st.integers(), max_size=3), st.builds(dict), st.builds(lambda n: torch.zeros(n), st.integers(0, 5)),
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ sys.path[:0] = [
     os.environ.get("FINETUNE_SIGLIP_SOURCE", str(Path(__file__).parents[2])),
 ]
 
-from forkserver import Ended, ForkServer  # noqa: E402
+from forkserver import Ended, ForkServer
 
 LABELS = ["Cardiomegaly", "Pleural effusion", "Lung nodule", "Consolidation", "Emphysema", "Atelectasis"]
 EPOCHS = 4
@@ -55,7 +55,7 @@ class Bench:
         return [
             "--csv", str(self.scans), "--pretrained", str(self.tower), "--label-columns", *LABELS,
             "--output-dir", str(out), "--num-slices", "4", "--batch-size", "2", "--num-workers", str(workers),
-            "--lr", "2e-2", "--seed", "3", "--threshold", "0.41", "--wandb-mode", "disabled",
+            "--lr", "2e-2", "--seed", "3", "--threshold", "0.41", "--wandb-mode", "disabled", "--bootstrap", "0",
             "--epochs", str(EPOCHS), "--scheduler", scheduler, "--warmup", "2",
             "--gradient-accumulation-steps", str(accumulation), "--save-every-minutes", "0.002",
             *["--use-ema"] * ema, *more,

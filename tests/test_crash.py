@@ -464,3 +464,37 @@ def test_a_dead_rank_ends_the_others_within_half_a_minute_by_name(bench, tmp_pat
     text = logs[1 - victim].read_text()
     assert f"rank {victim} (pid {pids[victim]} on " in text
     assert "Traceback" not in text
+
+
+# long runs
+
+
+@pytest.mark.slow
+def test_fifty_epochs_take_no_more_memory_files_or_threads_than_ten(bench, tmp_path):
+    """Less than 1 MB an epoch; the real picture and both loaders take part."""
+    out, epochs = tmp_path / "run", 50
+    config = ("cosine", True, 1, 2)
+    argv = bench.arguments(config, out, "--epochs", str(epochs), "--early-stopping-patience", "0")
+    pid = bench.server.start(argv, tmp_path / "run.log", pictures=True)
+    seen = {}
+    while len(seen) < epochs - 1:
+        done = (out / "results.jsonl").read_bytes().count(b"\n") if (out / "results.jsonl").exists() else 0
+        try:
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            if "VmRSS" not in status:
+                break
+            seen[done] = (
+                int(status["VmRSS"].split()[0]) / 1024,
+                len(os.listdir(f"/proc/{pid}/fd")),
+                int(status["Threads"]),
+            )
+        except FileNotFoundError:
+            break
+        time.sleep(0.05)
+    assert bench.server.wait(pid, timeout=600).code == 0
+    late = [seen[epoch] for epoch in sorted(seen) if epoch >= 10]
+    slope = (late[-1][0] - late[0][0]) / len(late)
+    print(f"epochs={len(late)} slope_mb={slope:.3f} files={late[-1][1]} threads={late[-1][2]}")
+    assert slope < 1
+    quiet = [min(part[i] for part in half) for half in (late[:20], late[20:]) for i in (1, 2)]
+    assert quiet[:2] == quiet[2:]

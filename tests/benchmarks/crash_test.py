@@ -57,7 +57,7 @@ class Bench:
             "--output-dir", str(out), "--num-slices", "4", "--batch-size", "2", "--num-workers", str(workers),
             "--lr", "2e-2", "--seed", "3", "--threshold", "0.41", "--wandb-mode", "disabled", "--bootstrap", "0",
             "--epochs", str(EPOCHS), "--scheduler", scheduler, "--warmup", "2",
-            "--gradient-accumulation-steps", str(accumulation), "--save-every-minutes", "0.002",
+            "--gradient-accumulation-steps", str(accumulation), "--save-every-minutes", "0.01",
             *["--use-ema"] * ema, *more,
         ]  # fmt: skip
 

@@ -3225,7 +3225,9 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        with open(temporary, "xb") as file:  # a leftover may be a second name of a good file: never write into it
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -3261,11 +3263,14 @@ def link_atomic(source: Path, path: Path) -> None:
         with suppress(FileNotFoundError):
             temporary.unlink()
         os.link(source, temporary)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except OSError:
         with source.open("rb") as original:
-            save_atomic(path, lambda file: shutil.copyfileobj(original, file, 2**22))
+            return save_atomic(path, lambda file: shutil.copyfileobj(original, file, 2**22))
+    try:
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise BadEnvironment(f"{path} can't be written ({error.strerror})") from error
     finally:
         with suppress(OSError):
             temporary.unlink()  # renaming one name of a file to another of its names leaves both
@@ -3359,7 +3364,9 @@ def reading(path: Path) -> Iterator[None]:
     """What goes wrong while the content of a whole file is put to use is due to the file: BadInput naming it."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # libraries check a configuration with errors of their own
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BadInput(f"{path}: can't be used ({why}); use the script that wrote it") from error
 
@@ -3654,7 +3661,9 @@ class RunFolder:
 
 # names, as patterns, of the files that a run makes in its folder
 CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
-DERIVED = (r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html")
+DERIVED = (
+    r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html", r"evaluation_\w+\.json", r"run\.json",
+)  # fmt: skip
 TEMPORARY = r"last\.fresh\.ckpt|\.(" + "|".join((*DERIVED, CHECKPOINT, r"last(\.\w+)?\.ckpt")) + r")\.\d+\.tmp"
 
 
@@ -4618,8 +4627,10 @@ def train_to_the_end(run: Run) -> None:
 
 RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
-    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split",
-    "csv", "pretrained", "amp", "compile",  # compared by what they lead to, in the other entries of the identity
+    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
+    "report", "threshold_objective", "allow_patient_overlap",
+    # compared by what they lead to, in the other entries of the identity
+    "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices",
 }  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """Puts the script on the import path and makes what several end-to-end tests share."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+SOURCE = os.environ.get("FINETUNE_SIGLIP_SOURCE", str(Path(__file__).parents[1]))  # set by seeded_bugs.py
+sys.path[:0] = [SOURCE, str(Path(__file__).parent)]
 
 
 @pytest.fixture(scope="session")

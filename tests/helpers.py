@@ -78,3 +78,13 @@ def small_state(model: SiglipClassifier, *, amp: bool = False, ema: bool = False
         model, build_optimizer(args, model), Schedule("plateau", 0, 100),
         torch.amp.GradScaler("cpu", enabled=amp), Ema(model, 0.9) if ema else None,
     )  # fmt: skip
+
+
+def save_tower(folder: Path) -> Path:
+    """The tower above with random weights, as a folder that transformers wrote."""
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(**{key: value for key, value in SMALL_TOWER.items() if key != "family"})
+    SiglipVisionModel(config).save_pretrained(folder)
+    return folder

@@ -13,14 +13,19 @@ from finetune_siglip import (
     RUN_KIND,
     BadEnvironment,
     BadInput,
+    Diverged,
     History,
     RunFolder,
+    Schedule,
     TopKCheckpoints,
     digest_of,
     load_checked,
+    pack_state,
+    restore_state,
     save_atomic,
     save_checked,
 )
+from helpers import random_hu, small_classifier, small_state
 
 
 def content(**more):
@@ -170,3 +175,142 @@ def test_a_second_run_in_the_folder_is_refused_naming_the_first(tmp_path):
         assert os.waitpid(child, 0)[1] == 0
     with RunFolder(tmp_path / "run").locked():
         pass
+
+
+def used_state(steps=3, seed=0):
+    """A run's state after some steps, every field of it other than at the start."""
+    state = small_state(small_classifier(seed=seed), ema=True, amp=True)
+    state.schedule = Schedule("plateau", 2, 50 + seed)
+    for step in range(steps):
+        torch.manual_seed(step)
+        state.model(random_hu(2, 1, 3, 16, 16, seed=step)).square().mean().backward()
+        state.schedule.apply(state.optimizer)
+        state.optimizer.step()
+        state.optimizer.zero_grad()
+        state.schedule.steps += 1
+        state.ema.update()
+    if steps:
+        state.schedule.end_epoch(0.5)
+        state.schedule.end_epoch(0.4)
+        state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 1024.0})
+        state.epoch, state.micro, state.skipped, state.skipped_in_row = 4, 7, 2, 1
+        state.tally = {"known": 11.0, "norm": 0.1, "steps": 3.0}
+        state.loss_sum.fill_(0.1)
+    history = History(lines=['{"epoch": 1}'], epochs_without_gain=2, digests={"checkpoint_epoch_001.pth": "d"})
+    history.top.entries = [(0.5, 1)]
+    return state, history if steps else History()
+
+
+def packed(state, history):
+    return pack_state(state, [state.loss_sum.item()], history, {"arguments": {}})
+
+
+def test_a_state_comes_back_whole_into_a_fresh_run(tmp_path):
+    state, history = used_state()
+    save_checked(tmp_path / "last.ckpt", packed(state, history))
+    content = load_checked(tmp_path / "last.ckpt", RUN_KIND)
+    fresh, empty = used_state(steps=0, seed=1)
+    assert digest_of(packed(fresh, empty)) != digest_of(content)
+    fresh.schedule.total_steps = state.schedule.total_steps
+    restore_state(content, fresh, empty, 0)
+    again = packed(fresh, empty)
+    for name, part in content.items():
+        assert digest_of(part) == digest_of(again[name]), name
+    raw = dict(state.model.state_dict())
+    assert all(torch.equal(raw[name], tensor) for name, tensor in content["model"].items())  # not the averaged weights
+    assert any(not torch.equal(content["ema"]["average"][name], raw[name]) for name in content["ema"]["average"])
+
+
+def test_an_extended_run_keeps_its_own_length_of_schedule():
+    state, history = used_state()
+    fresh, empty = used_state(steps=0, seed=1)
+    restore_state(packed(state, history), fresh, empty, 0)
+    assert fresh.schedule.total_steps == 51
+
+
+@pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("shape", [(1,), (), (3, 3)])
+def test_moments_of_another_shape_are_refused_where_pytorch_takes_them(name, shape):
+    state, history = used_state()
+    content = packed(state, history)
+    content["optimizer"]["state"][3][name] = torch.ones(shape)
+    fresh, empty = used_state(steps=0)
+    with pytest.raises(ValueError, match=name):
+        restore_state(content, fresh, empty, 0)
+
+
+def test_no_tensor_that_is_not_finite_is_written(tmp_path):
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(Diverged, match="weights/a"):
+            save_checked(tmp_path / "x.pth", content(weights={"a": torch.tensor([1.0, bad])}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_content_reaches_the_disk_before_its_name_and_the_name_before_we_return(tmp_path, monkeypatch):
+    calls, real = [], {name: getattr(os, name) for name in ("fsync", "replace")}
+    monkeypatch.setattr(os, "fsync", lambda h: calls.append(os.path.isdir(f"/proc/self/fd/{h}")) or real["fsync"](h))
+    monkeypatch.setattr(os, "replace", lambda *a: calls.append("replace") or real["replace"](*a))
+    save_atomic(tmp_path / "x", lambda file: file.write(b"x"))
+    assert calls == [False, "replace", True]
+
+
+def state_of(epoch):
+    return {"kind": RUN_KIND, "format": 1, **{n: form() for n, form in FIELDS[RUN_KIND].items()}, "epoch": epoch}
+
+
+@pytest.mark.parametrize("failing", range(1, 8))
+def test_wherever_a_commit_fails_a_whole_state_is_left(tmp_path, monkeypatch, failing):
+    folder = RunFolder(tmp_path)
+    for epoch in (1, 2):
+        folder.commit(state_of(epoch))
+    calls = []
+
+    def failing_call(real):
+        def call(*args, **more):
+            calls.append(args)
+            if len(calls) == failing:
+                raise OSError(errno.EIO, "Input/output error")
+            return real(*args, **more)
+
+        return call
+
+    for name in ("replace", "fsync", "link"):
+        monkeypatch.setattr(os, name, failing_call(getattr(os, name)))
+    try:
+        folder.commit(state_of(3))
+    except BadEnvironment:
+        pass
+    assert folder.last.exists()
+    assert load_checked(folder.last, RUN_KIND)["epoch"] in (2, 3)
+    assert load_checked(folder.previous, RUN_KIND)["epoch"] in (1, 2)
+    assert not [file.name for file in tmp_path.iterdir() if "tmp" in file.name or "fresh" in file.name]
+
+
+def test_a_state_that_reads_back_damaged_is_not_committed(tmp_path, monkeypatch):
+    folder, save = RunFolder(tmp_path), torch.save
+    folder.commit(state_of(1))
+    monkeypatch.setattr(torch, "save", lambda content, file: save({**content, "epoch": 99}, file))
+    with pytest.raises(BadEnvironment, match="reads back damaged"):
+        folder.commit(state_of(2))
+    assert load_checked(folder.last, RUN_KIND)["epoch"] == 1
+
+
+def test_a_file_of_the_top_3_must_be_the_very_one_that_was_committed(tmp_path):
+    folder, history = RunFolder(tmp_path), History()
+    for epoch, score in ((1, 0.3), (2, 0.2)):
+        history.top.offer(score, epoch)
+        name = history.top.name(epoch)
+        history.digests[name] = save_checked(tmp_path / name, content(epoch=epoch))
+    save_checked(tmp_path / "checkpoint_epoch_001.pth", content(epoch=1, more="from another run"))
+    folder.load_top(history)
+    assert history.top.entries == [(0.2, 2)]
+    assert history.top.best["epoch"] == 2
+
+
+def test_a_disk_without_links_gets_copies(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *a: (_ for _ in ()).throw(OSError(errno.EPERM, "Operation not permitted")))
+    folder = RunFolder(tmp_path)
+    for epoch in (1, 2):
+        folder.commit(state_of(epoch))
+    assert load_checked(folder.previous, RUN_KIND)["epoch"] == 1
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["last.ckpt", "last.previous.ckpt"]

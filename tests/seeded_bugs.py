@@ -1,0 +1,121 @@
+# ruff: noqa: E501
+"""Test the tests: put one known bug at a time into a copy of the script, and see the tests fail.
+
+    python tests/seeded_bugs.py [NAME ...]
+
+Last line: caught=N/M. A bug whose text is no longer in the script, once, is an error: keep the list in step with it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KEEP, CRASH, FUZZ = "tests/test_keep.py", "tests/test_crash.py", "tests/test_fuzz.py"
+SAME = f"{KEEP} -k comes_back_whole"
+
+# name: text in the script, what takes its place, the tests that must notice
+BUGS = {
+    "EMA count dropped": ('        state.ema.steps = content["ema"]["steps"]\n', "", SAME),
+    "averages dropped": ("            state.ema.average[name].copy_(average)\n", "            pass\n", SAME),
+    "plateau state dropped": (
+        '    state.schedule.load_state_dict({**content["schedule"], "total_steps": state.schedule.total_steps})\n', "", SAME,
+    ),
+    "optimiser state dropped": ('    state.optimizer.load_state_dict(content["optimizer"])\n', "", SAME),
+    "scaler state dropped": ('    state.scaler.load_state_dict(content["scaler"])\n', "", SAME),
+    "tally dropped": ('"skipped", "skipped_in_row", "tally")', '"skipped", "skipped_in_row")', SAME),
+    "loss of the epoch dropped": ('    state.loss_sum.fill_(content["losses"][rank])\n', "", SAME),
+    "patience dropped": ('    history.epochs_without_gain = content["history"]["epochs_without_gain"]\n', "", SAME),
+    "top 3 forgotten": (
+        '    history.top.entries = [(score, epoch) for score, epoch in content["history"]["entries"]]\n', "", SAME,
+    ),
+    "raw weights replaced by averages": (
+        '"model": cpu_weights(state.model),\n        "ema"',
+        '"model": {**cpu_weights(state.model), **(state.ema.average if state.ema else {})},\n        "ema"', SAME,
+    ),
+    "old length of the schedule kept": (', "total_steps": state.schedule.total_steps}', "}", f"{KEEP} -k extended_run"),
+    "moments of any shape": (
+        "    for name, tensor in wanted.items():\n        if (stored",
+        "    for name, tensor in ():\n        if (stored", f"{KEEP} -k moments",
+    ),
+    "written in place": ("    temporary = temporary_name(path)\n    try:\n        with suppress(FileNotFoundError):\n"
+                         "            temporary.unlink()\n        with open(temporary, \"xb\")",
+                         "    temporary = path\n    try:\n        with open(temporary, \"wb\")", f"{KEEP} -k failed_write"),
+    "content not synced": ("            os.fsync(file.fileno())\n", "", f"{KEEP} -k reaches_the_disk"),
+    "folder not synced": ("        os.replace(temporary, path)\n        sync_folder(path.parent)\n    except (OSError",
+                          "        os.replace(temporary, path)\n    except (OSError", f"{KEEP} -k reaches_the_disk"),
+    "half a file left over": ("    finally:\n        with suppress(OSError):\n            temporary.unlink()\n\n\ndef temp",
+                              "    finally:\n        pass\n\n\ndef temp", f"{KEEP} -k failed_write"),
+    "copied over a second name": (
+        "        os.link(source, temporary)\n    except OSError:\n",
+        "        os.link(source, temporary)\n        os.replace(temporary, path)\n    except OSError:\n", f"{KEEP} -k wherever",
+    ),
+    "digest not checked": ("stored == digest_of(content)", "True", f"{KEEP} -k flipped"),
+    "digest of the top 3 not checked": (" or digest not in (None, stored)", "", f"{KEEP} -k very_one"),
+    "digest blind to shapes": ('f"tensor {value.dtype} {tuple(value.shape)}"', '"tensor"', f"{KEEP} -k digest_sees"),
+    "removed before commit": ("            if self.last.exists():\n                link_atomic(self.last, self.previous)\n",
+                              "            self.last.unlink(missing_ok=True)\n", f"{KEEP} -k wherever"),
+    "previous state not kept": ("                link_atomic(self.last, self.previous)\n", "                pass\n",
+                                f"{KEEP} -k keeps_the_one_before"),
+    "not read back": ("            load_checked(self.fresh, RUN_KIND, digest)\n", "", f"{KEEP} -k reads_back"),
+    "non-finite written": ("    require_finite(content, path.name)\n", "", f"{KEEP} -k not_finite"),
+    "ties to the later epoch": ("(-entry[0], entry[1])", "(-entry[0], -entry[1])", f"{KEEP} -k ties"),
+    "undefined score ranks": ("if score is None or not math.isfinite(score):\n            return False",
+                              "if score is None:\n            return False", f"{KEEP} -k ties"),
+    "other people's files removed": ("if wanted.fullmatch(file.name)", "if wanted.match(file.name)", f"{KEEP} -k deriving"),
+    "leftovers kept": ("for file in self.ours(CHECKPOINT, TEMPORARY):", "for file in self.ours(CHECKPOINT):",
+                       f"{KEEP} -k deriving"),
+    "folder not locked": ("                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "                pass\n",
+                          f"{KEEP} -k second_run"),
+    "vast tensor trusted": ("tensor_bytes(content) <= path.stat().st_size and ", "", f"{FUZZ} -k claims_more"),
+    "unpickling allowed": ('map_location="cpu", weights_only=True)\n    except Exception as error:  # the unpickler',
+                           'map_location="cpu", weights_only=False)\n    except Exception as error:  # the unpickler',
+                           f"{FUZZ} -k unpickled"),
+    "short last window trained twice": ("math.ceil(state.micro / recipe.accumulation)", "state.micro // recipe.accumulation",
+                                        f"{CRASH} -k between_validation"),
+    "damaged state kept as the previous one": (
+        "            link_atomic(source.previous, source.last)\n", "            pass\n", f"{CRASH} -k falling_back",
+    ),
+    "workers die of the signal": ("        signal.signal(number, signal.SIG_IGN)\n", "        pass\n",
+                                  f"{CRASH} -k a_signal_saves"),
+    "changed argument accepted": ("        if name not in RESUME_MAY_CHANGE and", "        if False and",
+                                  f"{CRASH} -k changed_argument"),
+    "overwritten before the check": ("    check_folder(args, folder)\n    with folder",
+                                     "    folder.clear() if args.overwrite else check_folder(args, folder)\n    with folder",
+                                     f"{CRASH} -k overwrite_replaces"),
+}  # fmt: skip
+
+
+def caught(name: str) -> bool:
+    """Whether the tests named for a bug fail once it is there."""
+    old, new, tests = BUGS[name]
+    source = (ROOT / "finetune_siglip.py").read_text()
+    if source.count(old) != 1:
+        raise SystemExit(f"{name}: its text is {source.count(old)} times in the script, it must be there once")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "finetune_siglip.py").write_text(source.replace(old, new))
+        environment = {**os.environ, "FINETUNE_SIGLIP_SOURCE": folder, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests.split(" ", 2)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode not in (0, 1):  # no tests found, or they can't be read: proves nothing
+        raise SystemExit(f"{name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    return done.returncode == 1
+
+
+def main() -> int:
+    names = sys.argv[1:] or list(BUGS)
+    missed = []
+    for name in names:
+        if not caught(name):
+            missed.append(name)
+        print("missed" if name in missed else "caught", name, flush=True)
+    print(f"caught={len(names) - len(missed)}/{len(names)}")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,500 @@
+"""A run that is killed, stopped, moved, damaged or short of disk: nothing is lost, and nothing passed over."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import phantoms
+from benchmarks.crash_test import Bench, one_save, outcome, random_moments, torn_files
+from finetune_siglip import RUN_KIND, load_checked, save_checked
+from forkserver import ForkServer
+
+PLAIN = ("plateau", False, 1, 0)
+RICH = ("plateau", True, 3, 2)  # averaged weights, short last window, workers
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory, tower):
+    folder = tmp_path_factory.mktemp("crash")
+    scans = phantoms.write_dataset(folder / "scans", 15, 8, 5, seed=4, shape=(8, 32, 32))
+    with ForkServer() as server:
+        yield Bench(server, scans, tower, folder)
+
+
+@pytest.fixture(scope="module")
+def done(bench):
+    """The folder of a finished run; copy it before changing it."""
+    bench.reference(PLAIN)
+    return bench.folder / "reference-0"
+
+
+def run(bench, out, *more, config=PLAIN, **shim):
+    return bench.server.run(bench.arguments(config, out, *more), out.with_suffix(".log"), **shim)
+
+
+def copy(done, tmp_path):
+    return shutil.copytree(done, tmp_path / "run")
+
+
+def fell(bench, out, moment=None):
+    """Stop a fresh run in its second epoch; its folder can be resumed."""
+    operations = bench.reference(PLAIN)[2]
+    commits = [i for i, line in enumerate(operations) if line == "replace last.ckpt"]
+    ended = run(bench, out, folder=str(out), at=moment or commits[len(commits) // 2] + 5)
+    assert ended.code == -signal.SIGKILL
+    return out
+
+
+# kills
+
+
+@pytest.mark.parametrize(("config", "kills"), [(PLAIN, 4), (RICH, 2)])
+def test_killed_and_resumed_a_run_gives_the_very_same(bench, config, kills):
+    rng = random.Random(1)
+    assert bench.chain(config, random_moments(bench, config, rng, kills) * kills), bench.problems
+
+
+@pytest.mark.parametrize("kind", ["fsync", "replace", "link", "unlink"])
+def test_killed_at_one_file_operation_of_a_save(bench, kind):
+    operations = bench.reference(PLAIN)[2]
+    numbers = [n for n in one_save(operations) if operations[n - 1].startswith(kind)]
+    assert numbers
+    assert bench.chain(PLAIN, [random.Random(kind).choice(numbers)]), bench.problems
+
+
+def test_what_a_save_does_comes_in_an_order_that_a_power_cut_respects(bench):
+    """Content reaches the disk before its name does, the name before anything that relies on it."""
+    operations = bench.reference(PLAIN)[2]
+    for number, line in enumerate(operations):
+        kind, name = line.split(" ", 1)
+        if kind == "replace" and name not in ("last.ckpt", "last.previous.ckpt", "best_model.pth"):
+            assert operations[number - 1].startswith(f"fsync .{name}."), operations[number - 3 : number + 1]
+        if kind == "replace":
+            assert operations[number + 1] == "fsync ", operations[number : number + 3]
+    save = [operations[n - 1] for n in one_save(operations)]
+    order = [
+        next(i for i, line in enumerate(save) if line.startswith(start))
+        for start in ("replace checkpoint_epoch", "replace last.fresh", "replace last.ckpt", "replace results.jsonl")
+    ]
+    assert order == sorted(order)
+    removed = [i for i, line in enumerate(save) if line.startswith("unlink checkpoint_epoch")]
+    assert all(i > order[-1] for i in removed)
+
+
+# signals
+
+
+def seconds_until_stopped(bench, out, number, config, when, more=()):
+    pid = bench.server.start(bench.arguments(config, out, *more), out.with_suffix(".log"))
+    deadline = time.monotonic() + 60
+    while not when(out) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    started = time.monotonic()
+    for target in (*children, pid):  # as a scheduler does: to every process of the job
+        os.kill(target, number)
+    ended = bench.server.wait(pid)
+    return ended, time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    ("number", "config"), [(signal.SIGTERM, RICH), (signal.SIGINT, PLAIN), (signal.SIGUSR1, PLAIN)]
+)
+def test_a_signal_saves_the_state_and_the_resumed_run_gives_the_very_same(bench, tmp_path, number, config):
+    wanted = bench.reference(config)[0]
+    out = tmp_path / "run"
+    ended, seconds = seconds_until_stopped(bench, out, number, config, lambda out: (out / "last.ckpt").exists())
+    assert ended.code == 128 + number, ended.text
+    assert "Traceback" not in ended.text
+    assert "the state is saved" in ended.text
+    assert seconds < 20
+    assert load_checked(out / "last.ckpt", RUN_KIND)["progress"]["epoch"] < 4
+    ended = run(bench, out, "--resume", "auto", config=config)
+    assert ended.code == 0, ended.text
+    assert outcome(bench, out) == wanted
+
+
+def test_a_signal_before_training_ends_at_once_and_leaves_no_run(bench, tmp_path):
+    out = tmp_path / "run"
+    ended, _ = seconds_until_stopped(bench, out, signal.SIGTERM, PLAIN, lambda out: (out / "training.log").exists())
+    assert ended.code == 143
+    assert "Traceback" not in ended.text
+
+
+def test_a_signal_between_validation_and_commit_loses_nothing(bench, tmp_path):
+    """The last window of the epoch is short, and must not be trained on twice."""
+    config = ("plateau", True, 3, 0)
+    wanted, _, operations = bench.reference(config)
+    first = next(i for i, line in enumerate(operations) if ".checkpoint_epoch_001" in line)
+    out = tmp_path / "run"
+    ended = run(bench, out, config=config, folder=str(out), at=first + 1, how="signal")
+    assert ended.code == 143, ended.text
+    ended = run(bench, out, "--resume", "auto", config=config)
+    assert ended.code == 0, ended.text
+    assert outcome(bench, out) == wanted
+
+
+# disk
+
+
+@pytest.mark.parametrize("kind", ["write", "fsync", "replace"])
+@pytest.mark.parametrize("how", ["ENOSPC", "EIO"])
+def test_a_failed_write_leaves_the_old_files_whole_and_says_so(bench, tmp_path, kind, how):
+    operations = bench.reference(PLAIN)[2]
+    numbers = [n for n in one_save(operations) if operations[n - 1].startswith(kind)]
+    out = tmp_path / "run"
+    ended = run(bench, out, folder=str(out), at=random.Random(kind + how).choice(numbers), how=how)
+    errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    assert ended.code == 3, ended.text
+    assert "Traceback" not in ended.text
+    assert len(errors) == 1
+    assert str(out) in errors[0]
+    assert os.strerror(getattr(__import__("errno"), how)) in errors[0]
+    assert not torn_files(out)
+    assert not [file.name for file in out.iterdir() if ".tmp" in file.name or "fresh" in file.name]
+    assert run(bench, out, "--resume", "auto").code == 0
+    assert outcome(bench, out) == bench.reference(PLAIN)[0]
+
+
+def test_a_file_size_limit_met_by_the_system_itself_is_one_line(bench, tmp_path):
+    ended = run(bench, tmp_path / "run", largest_file=50_000)
+    assert ended.code == 3, ended.text
+    assert "Traceback" not in ended.text
+    assert "File too large" in ended.text
+    assert [f.name for f in (tmp_path / "run").iterdir() if "tmp" in f.name or "ckpt" in f.name] == []
+
+
+def test_the_room_for_the_largest_moment_is_looked_for_before_training(bench, tmp_path):
+    ended = run(bench, tmp_path / "run", free_bytes=1000)
+    assert ended.code == 3, ended.text
+    assert "bytes are needed" in ended.text
+    assert not (tmp_path / "run" / "last.ckpt").exists()
+
+
+def test_logs_and_pictures_that_fail_stop_nothing(bench, tmp_path):
+    out = tmp_path / "run"
+    for name in ("training.log", "progress.png"):
+        (out / name / "in the way").mkdir(parents=True)
+    ended = run(bench, out, "--epochs", "1", pictures=True)
+    assert ended.code == 0, ended.text
+    assert "no training.log" in ended.text
+    assert "progress.png is not drawn" in ended.text
+
+
+# damage
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def test_a_damaged_last_state_falls_back_to_the_one_before_and_ends_the_same(bench, tmp_path):
+    out = fell(bench, tmp_path / "run")
+    flip(out / "last.ckpt")
+    ended = run(bench, out, "--resume", "auto")
+    assert ended.code == 0, ended.text
+    assert "damaged" in ended.text
+    assert "going back to" in ended.text
+    assert outcome(bench, out) == bench.reference(PLAIN)[0]
+
+
+def test_after_falling_back_a_kill_at_any_operation_of_the_first_commit_finds_a_whole_state(bench, tmp_path):
+    base = fell(bench, tmp_path / "base")
+    flip(base / "last.ckpt")
+    whole = run(bench, shutil.copytree(base, tmp_path / "probe"), "--resume", "auto", folder=str(tmp_path / "probe"))
+    end = next(i for i, line in enumerate(whole.operations) if line == "replace last.ckpt" and i > 40)
+    numbers = [i + 1 for i in range(end + 1) if not whole.operations[i].startswith("write")]
+    for number in random.Random(0).sample(numbers, 3):
+        out = shutil.copytree(base, tmp_path / f"at-{number}")
+        assert run(bench, out, "--resume", "auto", folder=str(out), at=number).code == -signal.SIGKILL
+        assert run(bench, out, "--resume", "auto").code == 0
+        assert outcome(bench, out) == bench.reference(PLAIN)[0]
+
+
+def test_both_states_damaged_is_refused(bench, done, tmp_path):
+    out = copy(done, tmp_path)
+    for name in ("last.ckpt", "last.previous.ckpt"):
+        flip(out / name)
+    ended = run(bench, out, "--resume", "auto")
+    assert ended.code == 2
+    assert "last.previous.ckpt" in ended.text
+
+
+def test_a_damaged_checkpoint_of_the_top_3_leaves_the_ranking_with_a_warning(bench, done, tmp_path):
+    out = copy(done, tmp_path)
+    entries = load_checked(out / "last.ckpt", RUN_KIND)["history"]["entries"]
+    (out / "best_model.pth").unlink()
+    flip(out / f"checkpoint_epoch_{entries[0][1]:03d}.pth")
+    ended = run(bench, out, "--resume", "auto")
+    assert ended.code == 0, ended.text
+    assert f"epoch {entries[0][1]} leaves the ranking" in ended.text
+    assert not torn_files(out)
+    assert (out / "best_model.pth").exists()
+
+
+def edit(path, change):
+    content = load_checked(path, RUN_KIND)
+    change(content)
+    save_checked(path, content)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["model"].popitem(),
+        lambda c: c["model"].update(more=torch.ones(2)),
+        lambda c: c["model"].update({k: v[:1] for k, v in c["model"].items() if v.ndim}),
+        lambda c: c["optimizer"]["state"][3].update(exp_avg=torch.ones(1)),
+        lambda c: c["optimizer"]["state"][3].update(exp_avg=torch.tensor(1.0)),
+        lambda c: c["optimizer"]["state"][3].update(exp_avg=c["optimizer"]["state"][3]["exp_avg"].double()),
+        lambda c: c["optimizer"]["param_groups"].pop(),
+        lambda c: c["parameters"].reverse(),
+        lambda c: c["history"].pop("entries"),
+        lambda c: c["schedule"].clear() or c.pop("losses"),
+        lambda c: c.update(ema={"steps": 3, "average": {}}),
+        lambda c: c["identity"].pop("arguments"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_naming_the_file(bench, done, tmp_path, change):
+    out = copy(done, tmp_path)
+    for name in ("last.ckpt", "last.previous.ckpt"):
+        edit(out / name, change)
+    ended = run(bench, out, "--resume", "auto", "--epochs", "6")
+    assert ended.code == 2, ended.text
+    assert "Traceback" not in ended.text
+    assert str(out / "last") in ended.text
+
+
+# which run
+
+
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [
+        (["--lr", "0.01"], "--lr was 0.02, now 0.01"),
+        (["--seed", "4"], "--seed"),
+        (["--batch-size", "3"], "--batch-size"),
+        (["--gradient-accumulation-steps", "2"], "--gradient-accumulation-steps"),
+        (["--use-ema"], "--use-ema"),
+        (["--freeze-up-to", "2"], "--freeze-up-to"),
+        (["--windows", "merlin"], "--windows"),
+        (["--threshold", "0.5"], "--threshold"),
+        (["--epochs", "2"], "it can only grow"),
+        (["--amp"], "precision"),
+    ],
+)
+def test_a_changed_argument_that_affects_numbers_stops_the_resume(bench, done, tmp_path, more, name):
+    out = copy(done, tmp_path)
+    ended = run(bench, out, "--resume", "auto", *more)
+    assert ended.code == 2, ended.text
+    assert name in ended.text
+    assert str(out) in ended.text
+
+
+def test_changed_data_or_pretrained_weights_stop_the_resume(bench, done, tmp_path):
+    out = copy(done, tmp_path)
+    folder = shutil.copytree(bench.scans.parent, tmp_path / "scans")
+    table = folder / bench.scans.name
+    lines = table.read_text().splitlines()
+    lines[1] = lines[1].replace(",1,", ",0,") if ",1," in lines[1] else lines[1].replace(",0,", ",1,")
+    table.write_text("\n".join(lines))
+    ended = run(bench, out, "--resume", "auto", "--csv", str(table))
+    assert ended.code == 2, ended.text
+    assert "training and validation rows differ" in ended.text
+    from safetensors.torch import load_file, save_file
+
+    tower = shutil.copytree(bench.tower, tmp_path / "tower")
+    tensors = load_file(tower / "model.safetensors")
+    next(iter(tensors.values())).add_(1e-3)
+    save_file(tensors, tower / "model.safetensors")
+    ended = run(bench, out, "--resume", "auto", "--pretrained", str(tower))
+    assert ended.code == 2, ended.text
+    assert "pretrained weights differ" in ended.text
+
+
+def test_moved_data_weights_and_folder_make_no_difference(bench, tmp_path):
+    out = fell(bench, tmp_path / "run").rename(tmp_path / "moved")
+    scans = shutil.copytree(bench.scans.parent, tmp_path / "scans") / bench.scans.name
+    tower = shutil.copytree(bench.tower, tmp_path / "tower")
+    ended = run(bench, out, "--resume", "auto", "--csv", str(scans), "--pretrained", str(tower))
+    assert ended.code == 0, ended.text
+    assert outcome(bench, out) == bench.reference(PLAIN)[0]
+
+
+@pytest.mark.parametrize("name", ["", "last.ckpt"])
+def test_a_run_in_another_folder_is_continued_here_and_left_as_it_is(bench, tmp_path, name):
+    there, here = fell(bench, tmp_path / "there"), tmp_path / "here"
+    before = {file.name: file.read_bytes() for file in there.iterdir()}
+    ended = run(bench, here, "--resume", str(there / name))
+    assert ended.code == 0, ended.text
+    assert outcome(bench, here) == bench.reference(PLAIN)[0]
+    assert {file.name: file.read_bytes() for file in there.iterdir()} == before
+
+
+def test_a_finished_run_is_finished_again_or_extended(bench, done, tmp_path):
+    out = copy(done, tmp_path)
+    assert run(bench, out, "--resume", "auto").code == 0
+    assert outcome(bench, out) == bench.reference(PLAIN)[0]
+    assert run(bench, out, "--resume", "auto", "--epochs", "6").code == 0
+    longer = tmp_path / "longer"
+    assert run(bench, longer, "--epochs", "6").code == 0
+    assert (out / "results.jsonl").read_bytes() == (longer / "results.jsonl").read_bytes()
+
+
+def test_a_longer_cosine_schedule_is_announced(bench, tmp_path):
+    config = ("cosine", False, 1, 0)
+    assert run(bench, tmp_path / "run", "--epochs", "1", config=config).code == 0
+    ended = run(bench, tmp_path / "run", "--resume", "auto", config=config)
+    assert ended.code == 0
+    assert "warning: --epochs has grown: the cosine schedule" in ended.text
+
+
+def test_a_run_that_stopped_early_says_so_again_and_goes_on_with_more_patience(bench, tmp_path):
+    out = tmp_path / "run"
+    args = ["--lr", "1e-9", "--epochs", "5", "--early-stopping-patience"]
+    ended = run(bench, out, *args, "2")
+    assert "stopping early" in ended.text
+    epochs = len((out / "results.jsonl").read_text().splitlines())
+    assert epochs == 3
+    ended = run(bench, out, "--resume", "auto", *args, "2")
+    assert (ended.code, "stopping early" in ended.text) == (0, True)
+    assert run(bench, out, "--resume", "auto", *args, "0").code == 0
+    assert [json.loads(line)["epoch"] for line in (out / "results.jsonl").open()] == [1, 2, 3, 4, 5]
+
+
+def test_resume_with_nothing_there_and_a_start_into_a_run_are_refused(bench, done, tmp_path):
+    ended = run(bench, tmp_path / "none", "--resume", "auto")
+    assert (ended.code, "no run to resume" in ended.text, (tmp_path / "none").exists()) == (2, True, False)
+    out = copy(done, tmp_path)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    for more in ([], ["--resume", "auto", "--overwrite"], ["--resume", str(done)]):
+        ended = run(bench, out, *more)
+        assert ended.code == 2, ended.text
+        assert "--overwrite" in ended.text
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+def test_overwrite_replaces_the_run_and_spares_what_is_not_its_own(bench, done, tmp_path):
+    out = copy(done, tmp_path)
+    (out / "notes.txt").write_text("mine")
+    (out / "checkpoint_epoch_best.pth").write_text("mine too")
+    assert run(bench, out, "--overwrite", "--csv", str(tmp_path / "no.csv")).code == 2  # a slip costs nothing
+    assert (out / "last.ckpt").read_bytes() == (done / "last.ckpt").read_bytes()
+    assert run(bench, out, "--overwrite", "--epochs", "1").code == 0
+    assert len((out / "results.jsonl").read_text().splitlines()) == 1
+    assert {f.name for f in out.glob("checkpoint*")} == {"checkpoint_epoch_001.pth", "checkpoint_epoch_best.pth"}
+    assert (out / "notes.txt").exists()
+
+
+def test_a_second_run_is_refused_naming_pid_and_host(bench, tmp_path):
+    out = tmp_path / "run"
+    pid = bench.server.start(bench.arguments(PLAIN, out), tmp_path / "first.log")
+    while not (out / "last.ckpt").exists():
+        time.sleep(0.01)
+    with ForkServer() as other:
+        os.kill(pid, signal.SIGSTOP)
+        ended = other.run(bench.arguments(PLAIN, out, "--resume", "auto"), tmp_path / "second.log")
+        os.kill(pid, signal.SIGCONT)
+    assert ended.code == 3, ended.text
+    assert f"pid {pid} on {socket.gethostname()}" in ended.text
+    bench.server.log = tmp_path / "first.log"
+    assert bench.server.wait(pid).code == 0
+
+
+# ranks
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start_ranks(bench, out, tmp_path, *more):
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    logs = [tmp_path / f"rank{rank}.log" for rank in (0, 1)]
+    argv = bench.arguments(PLAIN, out, "--epochs", "50", "--early-stopping-patience", "0", *more)
+    return logs, [
+        bench.server.start(argv, log, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, log in enumerate(logs)
+    ]
+
+
+def codes(bench, pids):
+    return [bench.server.wait(pid).code for pid in pids]
+
+
+def test_two_ranks_stop_together_and_go_on_together(bench, tmp_path):
+    out = tmp_path / "run"
+    logs, pids = start_ranks(bench, out, tmp_path)
+    while not (out / "last.ckpt").exists():
+        time.sleep(0.02)
+    os.kill(pids[1], signal.SIGTERM)  # to one of them only
+    assert codes(bench, pids) == [143, 143], [log.read_text() for log in logs]
+    epoch = load_checked(out / "last.ckpt", RUN_KIND)["progress"]["epoch"]
+    logs, pids = start_ranks(bench, out, tmp_path, "--resume", "auto")
+    while load_checked(out / "last.ckpt", RUN_KIND)["progress"]["epoch"] <= epoch:
+        time.sleep(0.05)
+    os.kill(pids[0], signal.SIGTERM)
+    assert codes(bench, pids) == [143, 143], [log.read_text() for log in logs]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_rank_ends_the_others_within_half_a_minute_by_name(bench, tmp_path, victim):
+    out = tmp_path / "run"
+    logs, pids = start_ranks(bench, out, tmp_path)
+    while not (out / "last.ckpt").exists():
+        time.sleep(0.02)
+    time.sleep(3)  # so that the ranks have heard of each other
+    started = time.monotonic()
+    os.kill(pids[victim], signal.SIGKILL)
+    ended = codes(bench, pids)
+    assert time.monotonic() - started < 30
+    assert ended[1 - victim] == 3
+    text = logs[1 - victim].read_text()
+    assert f"rank {victim} (pid {pids[victim]} on " in text
+    assert "Traceback" not in text
+
+
+# long runs
+
+
+@pytest.mark.slow
+def test_fifty_epochs_take_no_more_memory_files_or_threads_than_ten(bench, tmp_path):
+    """Less than 1 MB an epoch; the real picture and both loaders take part."""
+    out, epochs = tmp_path / "run", 50
+    config = ("cosine", True, 1, 2)
+    argv = bench.arguments(config, out, "--epochs", str(epochs), "--early-stopping-patience", "0")
+    pid = bench.server.start(argv, tmp_path / "run.log", pictures=True)
+    seen = {}
+    while len(seen) < epochs - 1:
+        done = (out / "results.jsonl").read_bytes().count(b"\n") if (out / "results.jsonl").exists() else 0
+        try:
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            if "VmRSS" not in status:
+                break
+            seen[done] = (
+                int(status["VmRSS"].split()[0]) / 1024,
+                len(os.listdir(f"/proc/{pid}/fd")),
+                int(status["Threads"]),
+            )
+        except FileNotFoundError:
+            break
+        time.sleep(0.05)
+    assert bench.server.wait(pid, timeout=600).code == 0
+    late = [seen[epoch] for epoch in sorted(seen) if epoch >= 10]
+    slope = (late[-1][0] - late[0][0]) / len(late)
+    print(f"epochs={len(late)} slope_mb={slope:.3f} files={late[-1][1]} threads={late[-1][2]}")
+    assert slope < 1
+    quiet = [min(part[i] for part in half) for half in (late[:20], late[20:]) for i in (1, 2)]
+    assert quiet[:2] == quiet[2:]

@@ -239,7 +239,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--unfreeze-epoch", type=whole_number, default=0, metavar="N",
         help="train the head alone for N epochs, then all that is not frozen [0]")
     add("--lora-rank", type=whole_number, default=0, metavar="R",
-        help="train low-rank adapters, merged on saving, in place of the unfrozen blocks; 0: none [0]")
+        help="train adapters of this rank in place of the backbone itself, merged on saving; 0: none [0]")
     add("--balance-sampler", action="store_true",
         help="draw scans so that rare findings, and scans without any, come as often as common ones")
     add("--skip-air", action="store_true", help="leave patches outside the body out of the ViT (SigLIP family)")
@@ -2491,12 +2491,12 @@ def patches_in_body(hu: Tensor, patch: int) -> Tensor:
 
     A cell (a quarter of a patch wide) is inside where it is enclosed by tissue along its row or its column, and also by
     something thick, of which clothes and the table's shells are not: what remains after opening all that is no air.
-    Lungs are enclosed by the chest wall and, being above -900 HU on average, are thick as well, so they stay.
+    Lungs are enclosed by the chest wall and, above -950 HU on average even with emphysema, thick as well: they stay.
     """
     cell = max(d for d in range(1, max(1, patch // 4) + 1) if patch % d == 0)
     hu = hu.float()[:, None]
     tissue = (F.max_pool2d(hu, cell) > -500).float()
-    thick = (F.avg_pool2d(hu, cell) > -900).float()
+    thick = (F.avg_pool2d(hu, cell) > -950).float()
     size = max(3, thick.shape[-1] // 20 | 1)  # cells; about a twentieth of the field of view, 15 to 20 mm
 
     def grow(x: Tensor) -> Tensor:
@@ -2568,14 +2568,15 @@ class SiglipClassifier(nn.Module):
         self.head[-1].weight.mul_(0.1)
         self.head[-1].bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
 
-    def encode(self, voxels: Tensor) -> Tensor:
-        """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E)."""
+    def encode(self, voxels: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E).
+
+        `keep` (n, P) names the patches that a ViT sees.
+        """
         images = self.windows(voxels)
         if self.backbone.orientation == "SRA":
             images = images.flip(3, 4).transpose(3, 4)  # SPL -> SLP -> SRA
-        if self.skip_air:
-            return self.backbone(images, patches_in_body(voxels[:, 0], self.backbone.config["patch_size"]))
-        return self.backbone(images)
+        return self.backbone(images) if keep is None else self.backbone(images, keep)
 
     def slice_features(self, volume: Tensor) -> Tensor:
         """(N, C, S, H, W) -> (N, S, E); a 3D backbone gives S = 1."""
@@ -2583,7 +2584,13 @@ class SiglipClassifier(nn.Module):
             return self.encode(volume)[:, None]
         slices = volume.transpose(1, 2).flatten(0, 1)  # (N * S, C, H, W)
         run = recomputed(self.encode, self.backbone) if self.recompute else self.encode
-        return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (len(volume), -1))
+        if not self.skip_air:
+            return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (len(volume), -1))
+        patch = self.backbone.config["patch_size"]
+        keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(16)])
+        order = keep.sum(1).argsort(stable=True)  # a chunk is padded to its longest slice, so like goes with like
+        chunks = zip(slices[order].split(self.slice_chunk), keep[order].split(self.slice_chunk), strict=True)
+        return torch.cat([run(*chunk) for chunk in chunks])[order.argsort()].unflatten(0, (len(volume), -1))
 
     def recompute_blocks(self) -> None:
         """For a 3D backbone, which has no chunks: each repeated block is computed again in the backward pass."""
@@ -2599,39 +2606,10 @@ class SiglipClassifier(nn.Module):
         return self.classify(x if x.ndim == 3 else self.slice_features(x))
 
 
-def add_lora(backbone: Backbone, rank: int) -> None:
-    """Low-rank adapters on each unfrozen linear layer of the backbone's blocks; they alone are trained.
-
-    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, through `peft`, with alpha = 2 * rank.
-    """
-    if not find_spec("peft"):
-        raise BadInput("--lora-rank needs the package peft: pip install peft")
-    from peft import LoraConfig, inject_adapter_in_model
-
-    blocks = set(backbone.blocks())
-    names = [
-        f"{name}.{inner}" for name, block in backbone.net.named_modules() if block in blocks
-        for inner, layer in block.named_modules() if type(layer) is nn.Linear and layer.weight.requires_grad
-    ]  # fmt: skip
-    if not names:
-        raise BadInput("--lora-rank finds no unfrozen linear layer in this backbone: lower --freeze-up-to, or leave it")
-    backbone.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), backbone.net)
-    trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
-    log.info("LoRA: rank %d in %d linear layers, %.2f M parameters", rank, len(names), trained / 1e6)
-
-
-def merged_weights(model: nn.Module) -> dict[str, Tensor]:
-    """`state_dict()` with the adapters added to the weights they adapt, under the names these have without LoRA."""
-    adapted = {name: m for name, m in model.named_modules() if hasattr(m, "get_delta_weight")}
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        owner = adapted.get(name.removesuffix(".base_layer.weight"))
-        if owner is not None:
-            tensor = tensor + owner.get_delta_weight("default").to(tensor.dtype)
-        if ".lora_" not in name:
-            weights[name.replace(".base_layer.", ".")] = tensor
-    return weights
+def merged_weights(model: SiglipClassifier) -> dict[str, Tensor]:
+    """`state_dict()` as it would be without LoRA."""
+    merged = {f"backbone.{name}": tensor for name, tensor in merged_state(model.backbone).items()}
+    return merged | {name: x for name, x in model.state_dict().items() if not name.startswith("backbone.")}
 
 
 def drop_lora(model: nn.Module) -> None:
@@ -4637,6 +4615,8 @@ def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifie
     freeze_up_to(backbone, args.freeze_up_to)
     seed_everything(args.seed)
     if args.lora_rank:
+        if not find_spec("peft"):
+            raise BadInput("--lora-rank needs the package peft: pip install peft")
         add_lora(backbone, args.lora_rank)
     seed_everything(args.seed)  # whatever the backbone's construction drew, the head starts the same
     model = SiglipClassifier(
@@ -4755,10 +4735,10 @@ class FeatureDataset(CTVolumeDataset):
 
     def __init__(self, source: CTVolumeDataset, files: Sequence[Path]):
         super().__init__(source.table, source.prep)
-        self.files = files
+        self.files = dict(zip(source.table.paths, files, strict=True))
 
-    def read(self, row: int) -> tuple[Tensor, str]:
-        return torch.from_numpy(np.array(np.load(self.files[row], mmap_mode="r"))), ""
+    def load(self, path: Path) -> tuple[Tensor, bool]:
+        return torch.from_numpy(np.array(np.load(self.files[path], mmap_mode="r"))), False
 
 
 def readable_features(file: Path) -> bool:
@@ -5008,7 +4988,8 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if after["epochs"] < before["epochs"]:
         found.append(f"--epochs was {before['epochs']}, now {after['epochs']}: it can only grow")
-    for name in [name for name in now if name not in ("arguments", "machine", "chunking") and then.get(name) != now[name]]:
+    free = ("arguments", "machine", "chunking")
+    for name in [name for name in now if name not in free and then.get(name) != now[name]]:
         short = [str(identity.get(name))[:200] for identity in (then, now)]
         found.append(f"the {name} differ" if len(short[0]) == 64 else f"{name} was {short[0]}, now {short[1]}")
     return found

@@ -244,7 +244,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="draw scans so that rare findings, and scans without any, come as often as common ones")
     add("--skip-air", action="store_true", help="leave patches outside the body out of the ViT (SigLIP family)")
     add("--cache-features", type=Path, metavar="DIR",
-        help="keep a frozen backbone's slice features there; --augment is off then")
+        help="keep a frozen backbone's slice features there, without augmentation")
     add("--seed", type=whole_number, default=42, help="the same seed on the same machine gives the same run [42]")
 
     add = parser.add_argument_group("output").add_argument
@@ -2654,6 +2654,11 @@ def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> in
     return total
 
 
+def usual_chunk(runtime: Runtime) -> int:
+    """Slices at once that keep the device busy; more would only take more memory."""
+    return 64 if runtime.device.type == "cuda" else 8
+
+
 def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> list[int]:
     """Decide and set what goes through the backbone at once, and whether it is computed again in the backward pass.
 
@@ -2672,7 +2677,7 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
         room = max(0.0, 0.7 * free_memory(runtime.device) - states)
         if args.grad_checkpointing == "auto":
             recompute = args.batch_size * shape[1] * per_slice > room
-    largest = (16 if args.amp else 8) if recompute else (64 if runtime.device.type == "cuda" else 8)
+    largest = (16 if args.amp else 8) if recompute else usual_chunk(runtime)
     chunk = largest if not (measure and recompute) else min(largest, max(1, room / 2 / per_slice))
     chunk = args.slice_chunk or 2 ** int(math.log2(chunk))
     few, recompute = agree(runtime, -chunk, recompute)
@@ -4663,7 +4668,9 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     )  # fmt: skip
     if args.cache_features:
         apply_memory_plan(model, *chunking)
-        train, val = (cache_features(args.cache_features, model, part, recipe, runtime) for part in (train, val))
+        train, val, test = (
+            cache_features(args.cache_features, model, part, recipe, runtime) for part in (train, val, test)
+        )
         recipe = dataclasses.replace(recipe, num_workers=0, augment="none")
     steps_per_epoch = len(plan_epoch(train.table.targets, recipe, runtime, 0))
     state = TrainState(
@@ -4735,6 +4742,7 @@ class FeatureDataset(CTVolumeDataset):
 
     def __init__(self, source: CTVolumeDataset, files: Sequence[Path]):
         super().__init__(source.table, source.prep)
+        self.source = source
         self.files = dict(zip(source.table.paths, files, strict=True))
 
     def load(self, path: Path) -> tuple[Tensor, bool]:
@@ -4882,6 +4890,7 @@ def publish_split(
     thresholds: np.ndarray, tuned_here: str | None,
 ) -> None:  # fmt: skip
     """Score a split where anything of it is known, and keep what the report tells of it."""
+    dataset = dataset.source if isinstance(dataset, FeatureDataset) else dataset  # pictures are of volumes
     if not np.isnan(dataset.table.targets).all():
         to_windows = model.windows.cpu()
         publish(
@@ -5048,6 +5057,7 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
     dataset = CTVolumeDataset(rows, decide_preprocessing_like(content["preprocessing"], rows, args))
     model = classifier_from(content, args.test_only).to(runtime.device)
+    model.slice_chunk = args.slice_chunk or usual_chunk(runtime)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
     recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity)
     logits = predict(model, dataset, recipe, runtime)

@@ -1,6 +1,7 @@
 """The training engine: memory that is planned, parts that are frozen, rates by depth, draws, air, cached features."""
 
 import dataclasses
+import json
 from argparse import Namespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from finetune_siglip import (
     cache_features,
     drop_lora,
     freeze_up_to,
+    main,
     merged_weights,
     patches_in_body,
     plan_epoch,
@@ -389,3 +391,73 @@ def test_the_report_of_time_advises_only_where_data_is_the_brake():
     _, advice = report_time({"data": 3.0, "train": 1.0}, 20, CPU)
     assert "75%" in advice
     assert "--num-workers" in advice
+
+
+# Through the command line
+
+
+def run(scans, tower, out, *more, labels=("Cardiomegaly", "Pleural effusion")):
+    argv = [
+        "--csv", scans, "--pretrained", tower, "--label-columns", *labels, "--output-dir", out, "--num-slices", 4,
+        "--batch-size", 4, "--num-workers", 0, "--wandb-mode", "disabled", "--lr", 1e-3, "--bootstrap", 0, *more,
+    ]  # fmt: skip
+    assert main([str(word) for word in argv]) == 0
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_adapters_late_unfreezing_and_skipped_air_end_in_a_plain_checkpoint(scans, tower, tmp_path):
+    more = ("--epochs", 2, "--lora-rank", 2, "--unfreeze-epoch", 1, "--skip-air", "--balance-sampler", "--use-ema",
+            "--layer-decay", 0.5, "--backbone-lr-scale", 2, "--grad-checkpointing", "on")  # fmt: skip
+    lines = run(scans, tower, tmp_path / "run", *more)
+    content = fs.load_checked(tmp_path / "run" / "best_model.pth", fs.MODEL_KIND)
+    assert not any("lora" in name for name in content["model"])
+    model = fs.classifier_from(content)
+    assert model.skip_air
+    best = lines[content["epoch"] - 1]
+    argv = [
+        "--csv", scans, "--test-only", tmp_path / "run" / "best_model.pth", "--label-columns", "Cardiomegaly",
+        "Pleural effusion", "--output-dir", tmp_path / "test", "--num-workers", 0, "--test-split", "val",
+    ]  # fmt: skip
+    assert main([str(word) for word in argv]) == 0
+    evaluation = json.loads((tmp_path / "test" / "evaluation_val.json").read_text())
+    assert "macro_f1" in json.dumps(evaluation)
+    assert best["epoch"] == content["epoch"]
+    log = (tmp_path / "run" / "training.log").read_text()
+    assert "is held while the head learns" in log
+    assert "learns from here on" in log
+
+
+def test_a_run_on_cached_features_has_the_metrics_of_one_without(scans, tower, tmp_path):
+    more = ("--epochs", 2, "--freeze-up-to", "all", "--dropout-rate", 0)
+    plain = run(scans, tower, tmp_path / "plain", *more)
+    cached = run(scans, tower, tmp_path / "cached", *more, "--cache-features", tmp_path / "features")
+    for one, other in zip(plain, cached, strict=True):
+        assert other["train_loss"] == pytest.approx(one["train_loss"], abs=1e-3)
+        assert other["val_loss"] == pytest.approx(one["val_loss"], abs=1e-3)
+        assert other["macro_f1"] == one["macro_f1"]
+        assert other["macro_auc"] == one["macro_auc"]
+    log = (tmp_path / "cached" / "training.log").read_text()
+    assert "no augmentation" in log
+    assert "time: data" in log
+
+
+def test_a_resumed_run_keeps_the_chunk_it_began_with(scans, tower, tmp_path, monkeypatch):
+    used, apply = [], fs.apply_memory_plan
+    monkeypatch.setattr(fs, "apply_memory_plan", lambda m, *plan: (used.append(plan), apply(m, *plan)))
+    for free, more in ((10**12, ()), (10**5, ("--resume", "auto"))):
+        monkeypatch.setattr(fs, "free_memory", lambda device, free=free: free)
+        run(scans, tower, tmp_path / "run", "--epochs", 1 + len(more), *more)
+    assert used == [(8, 0), (8, 0)]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--cache-features", "d"), ("--cache-features", "d", "--freeze-up-to", "all", "--lora-rank", "2"),
+     ("--cache-features", "d", "--freeze-up-to", "all", "--unfreeze-epoch", "1"), ("--layer-decay", "0"),
+     ("--slice-chunk", "0"), ("--grad-checkpointing", "maybe")],
+)  # fmt: skip
+def test_flags_that_contradict_each_other_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        fs.parse_args(["--csv", "t.csv", "--pretrained", "m", "--label-columns", "A", *flags])
+    assert stopped.value.code == 2
+    assert flags[0] in capsys.readouterr().err

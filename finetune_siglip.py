@@ -22,6 +22,7 @@ import os
 import platform
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -133,6 +134,13 @@ def threshold_source(text: str) -> float | str | Path:
         return text if text == "auto" else Path(text)
 
 
+def multiple(text: str) -> float:
+    """Argument type: a number above 0."""
+    if (value := amount(text)) == 0:
+        raise argparse.ArgumentTypeError("0 would train nothing: use --freeze-up-to")
+    return value
+
+
 def layer_count(text: str) -> int | str:
     """Argument type: an integer of at least 0, or `all`."""
     return text if text == "all" else whole_number(text)
@@ -221,6 +229,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
     add("--compile", choices=("auto", "on", "off"), default="auto",
         help="torch.compile of the repeated block; auto: on a GPU [auto]")
+    add("--slice-chunk", type=count, metavar="N",
+        help="slices that go through the backbone at once [from free memory]")
+    add("--grad-checkpointing", choices=("auto", "on", "off"), default="auto",
+        help="compute activations again in the backward pass; auto: where they would not fit in memory [auto]")
+    add("--layer-decay", type=multiple, default=1.0,
+        help="each backbone block learns at this multiple of the rate of the one above [1.0]")
+    add("--backbone-lr-scale", type=multiple, default=1.0, help="multiple of --lr for the backbone [1.0]")
+    add("--unfreeze-epoch", type=whole_number, default=0, metavar="N",
+        help="train the head alone for N epochs, then all that is not frozen [0]")
+    add("--lora-rank", type=whole_number, default=0, metavar="R",
+        help="train adapters of this rank in place of the backbone itself, merged on saving; 0: none [0]")
+    add("--balance-sampler", action="store_true",
+        help="draw scans so that rare findings, and scans without any, come as often as common ones")
+    add("--skip-air", action="store_true", help="leave patches outside the body out of the ViT (SigLIP family)")
+    add("--cache-features", type=Path, metavar="DIR",
+        help="keep a frozen backbone's slice features there, without augmentation")
     add("--seed", type=whole_number, default=42, help="the same seed on the same machine gives the same run [42]")
 
     add = parser.add_argument_group("output").add_argument
@@ -273,6 +297,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--lr must be above 0")
     if not 0 <= args.dropout_rate < 1:
         parser.error("--dropout-rate must be below 1")
+    if args.cache_features and (args.freeze_up_to == 0 or args.lora_rank or args.unfreeze_epoch):
+        parser.error("--cache-features needs a backbone that stays as it is: no LoRA, --freeze-up-to all")
     repeated = sorted({name for name in args.label_columns if args.label_columns.count(name) > 1})
     if repeated:
         parser.error(f"--label-columns names {', '.join(repeated)} twice")
@@ -2460,11 +2486,58 @@ class SlicePool(nn.Module):
         return (features.mean(dim=1) if self.mode == "mean" else features.amax(dim=1)), uniform
 
 
+def patches_in_body(hu: Tensor, patch: int) -> Tensor:
+    """Which patches a ViT has to see: (n, H, W) HU -> (n, P) bool, P in row order.
+
+    A cell (a quarter of a patch wide) is inside where it is enclosed by tissue along its row or its column, and also by
+    something thick, of which clothes and the table's shells are not: what remains after opening all that is no air.
+    Lungs are enclosed by the chest wall and, above -950 HU on average even with emphysema, thick as well: they stay.
+    """
+    cell = max(d for d in range(1, max(1, patch // 4) + 1) if patch % d == 0)
+    hu = hu.float()[:, None]
+    tissue = (F.max_pool2d(hu, cell) > -500).float()
+    thick = (F.avg_pool2d(hu, cell) > -950).float()
+    size = max(3, thick.shape[-1] // 20 | 1)  # cells; about a twentieth of the field of view, 15 to 20 mm
+
+    def grow(x: Tensor) -> Tensor:
+        return F.max_pool2d(x, size, 1, size // 2)
+
+    def enclosed(x: Tensor) -> Tensor:
+        column, row = (x.cummax(d).values * x.flip(d).cummax(d).values.flip(d) for d in (2, 3))
+        return torch.maximum(column, row)
+
+    opened = grow(1 - grow(1 - thick))
+    return F.max_pool2d(enclosed(tissue) * grow(enclosed(opened)), patch // cell).flatten(1) > 0
+
+
+def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
+    """`run`, but what it keeps for the backward pass is thrown away and computed again there."""
+
+    @contextmanager
+    def again() -> Iterator[None]:  # BatchNorm must not count the same input twice
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        before = [(m.momentum, m.num_batches_tracked) for m in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, (momentum, counted) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, counted
+
+    def wrapped(*inputs: Any) -> Tensor:
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
+            return run(*inputs)
+        return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+    return wrapped
+
+
 class SiglipClassifier(nn.Module):
-    """A CT volume (N, C, S, H, W) in SPL -> logits (N, L).
+    """A CT volume (N, C, S, H, W) in SPL, or its slice features (N, S, E), -> logits (N, L).
 
     `slice_chunk` slices at a time go through the backbone and, with `recompute`, are computed again in the backward
-    pass, so that memory does not grow with S.
+    pass, so that memory does not grow with S. With `skip_air` the backbone is given the patches in the body only.
     """
 
     def __init__(
@@ -2475,10 +2548,13 @@ class SiglipClassifier(nn.Module):
         num_labels: int,
         pooling: str = "attention",
         dropout: float = 0.1,
+        skip_air: bool = False,
     ):
         super().__init__()
         self.backbone, self.windows = backbone, CTWindows(windows, intensity)
-        self.slice_chunk, self.recompute = 64, False
+        if skip_air and (backbone.family != "siglip" or intensity == "windowed"):
+            raise BadInput("--skip-air works with SigLIP backbones and volumes in HU only; leave it out")
+        self.slice_chunk, self.recompute, self.skip_air = 8, False, skip_air
         self.pool = SlicePool(backbone.width, "mean" if backbone.volumetric else pooling)
         hidden = min(512, backbone.width)
         self.head = nn.Sequential(
@@ -2492,34 +2568,131 @@ class SiglipClassifier(nn.Module):
         self.head[-1].weight.mul_(0.1)
         self.head[-1].bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
 
-    def encode(self, voxels: Tensor) -> Tensor:
-        """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E)."""
+    def encode(self, voxels: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E).
+
+        `keep` (n, P) names the patches that a ViT sees.
+        """
         images = self.windows(voxels)
         if self.backbone.orientation == "SRA":
             images = images.flip(3, 4).transpose(3, 4)  # SPL -> SLP -> SRA
-        return self.backbone(images)
+        return self.backbone(images) if keep is None else self.backbone(images, keep)
 
     def slice_features(self, volume: Tensor) -> Tensor:
         """(N, C, S, H, W) -> (N, S, E); a 3D backbone gives S = 1."""
         if self.backbone.volumetric:
             return self.encode(volume)[:, None]
-        n = len(volume)
         slices = volume.transpose(1, 2).flatten(0, 1)  # (N * S, C, H, W)
-        recompute = self.recompute and torch.is_grad_enabled()
-        run = (
-            partial(checkpoint, self.encode, use_reentrant=False, preserve_rng_state=False)
-            if recompute
-            else self.encode
-        )
-        return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (n, -1))
+        run = recomputed(self.encode, self.backbone) if self.recompute else self.encode
+        if not self.skip_air:
+            return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (len(volume), -1))
+        patch = self.backbone.config["patch_size"]
+        keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(16)])
+        order = keep.sum(1).argsort(stable=True)  # a chunk is padded to its longest slice, so like goes with like
+        chunks = zip(slices[order].split(self.slice_chunk), keep[order].split(self.slice_chunk), strict=True)
+        return torch.cat([run(*chunk) for chunk in chunks])[order.argsort()].unflatten(0, (len(volume), -1))
+
+    def recompute_blocks(self) -> None:
+        """For a 3D backbone, which has no chunks: each repeated block is computed again in the backward pass."""
+        for block in self.backbone.blocks():
+            block.forward = recomputed(block.forward, block)
 
     def classify(self, features: Tensor) -> Tensor:
         """Slice features (N, S, E) -> logits (N, L), in float32: it costs nothing and softmax and loss stay exact."""
         with torch.autocast(features.device.type, enabled=False):
             return self.head(self.pool(features.float())[0])
 
-    def forward(self, volume: Tensor) -> Tensor:
-        return self.classify(self.slice_features(volume))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classify(x if x.ndim == 3 else self.slice_features(x))
+
+
+def merged_weights(model: SiglipClassifier) -> dict[str, Tensor]:
+    """`state_dict()` as it would be without LoRA."""
+    merged = {f"backbone.{name}": tensor for name, tensor in merged_state(model.backbone).items()}
+    return merged | {name: x for name, x in model.state_dict().items() if not name.startswith("backbone.")}
+
+
+def drop_lora(model: nn.Module) -> None:
+    """Put the adapted layers back as they were, for merged weights to be loaded."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_delta_weight"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: the GPU's, or its share of the machine's and of its control group's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = 4 * 2**30  # where neither is told
+    with suppress(OSError, TypeError):
+        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        free = min(free, int(limit) - int(used)) if limit != "max" else free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> int:
+    """Bytes that autograd keeps of a forward pass over `volume`, weights aside: measured, so right for any backbone."""
+    known, total = {p.untyped_storage().data_ptr() for p in model.parameters()}, 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:  # all that is packed stays alive until the end, so addresses are unique
+            known.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    model.backbone.train()
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), runtime.autocast():
+        kept = model.slice_features(volume)
+    for name, buffer in model.named_buffers():  # the statistics of BatchNorm have seen nothing
+        buffer.copy_(buffers[name])
+    del kept
+    return total
+
+
+def usual_chunk(runtime: Runtime) -> int:
+    """Slices at once that keep the device busy; more would only take more memory."""
+    return 64 if runtime.device.type == "cuda" else 8
+
+
+def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> list[int]:
+    """Decide and set what goes through the backbone at once, and whether it is computed again in the backward pass.
+
+    `shape` is (C, S, H, W). Returns [slice_chunk, recompute]. A chunk is a power of two, so that two starts on one
+    machine agree; no larger than helps, for memory grows with it.
+    """
+    volumetric, trained = model.backbone.volumetric, [p for p in model.parameters() if p.requires_grad]
+    recompute, measure = args.grad_checkpointing == "on", not (args.slice_chunk and args.grad_checkpointing != "auto")
+    measure &= any(p.requires_grad for p in model.backbone.parameters())
+    if measure:
+        sample = (shape[0], max(16, shape[1] // 8) if volumetric else 2, *shape[2:])
+        air = torch.full((1, *sample), -1000, dtype=torch.int16, device=runtime.device)
+        air[..., 1:-1, 1:-1] = 0  # a body, or --skip-air would leave nothing to measure
+        per_slice = max(1, saved_bytes(model, air, runtime) // sample[1])
+        states = 16 * sum(p.numel() for p in trained)  # gradients, two moments, averaged weights
+        room = max(0.0, 0.7 * free_memory(runtime.device) - states)
+        if args.grad_checkpointing == "auto":
+            recompute = args.batch_size * shape[1] * per_slice > room
+    largest = (16 if args.amp else 8) if recompute else usual_chunk(runtime)
+    chunk = largest if not (measure and recompute) else min(largest, max(1, room / 2 / per_slice))
+    chunk = args.slice_chunk or 2 ** int(math.log2(chunk))
+    few, recompute = agree(runtime, -chunk, recompute)
+    return [-few, int(recompute)]
+
+
+def apply_memory_plan(model: SiglipClassifier, chunk: int, recompute: int) -> None:
+    """Set what `plan_memory` decided, or what a resumed run had decided when it began."""
+    model.slice_chunk = chunk
+    if model.backbone.volumetric and recompute and not model.recompute:
+        model.recompute_blocks()
+    model.recompute = bool(recompute)
+    what = "kept" if not recompute else "computed again in the backward pass"
+    unit = "volumes whole" if model.backbone.volumetric else f"{chunk} slices at a time"
+    log.info("backbone: %s, activations %s", unit, what)
 
 
 # ── 7 Loss ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2597,21 +2770,50 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def distribute(model: SiglipClassifier, runtime: Runtime) -> nn.Module:
+    """The model as several processes train it; only what is trainable at this moment is kept in step by them."""
+    if runtime.world_size == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def rate_scales(model: SiglipClassifier, layer_decay: float, backbone_scale: float) -> dict[nn.Parameter, float]:
+    """Multiple of the learning rate for each backbone parameter: `layer_decay` once for every block above it.
+
+    What comes before the first block lies below all of them, what comes after the last above (Clark et al., "ELECTRA",
+    2020; Bao et al., "BEiT", 2021).
+    """
+    blocks = model.backbone.blocks()
+    level = {p: i for i, block in enumerate(blocks, 1) for p in block.parameters()}
+    scales, reached, above = {}, 0, len(blocks) + 1
+    for _, layer in backbone_layers(model.backbone):
+        for parameter in layer.parameters(recurse=False):
+            mine = level.get(parameter, above if reached == len(blocks) else reached)
+            scales[parameter] = backbone_scale * layer_decay ** (above - mine)
+            reached = max(reached, level.get(parameter, 0))
+    return scales
+
+
 def build_optimizer(args: argparse.Namespace, model: SiglipClassifier) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable parameters; biases, norms and embeddings are not decayed."""
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    groups: dict[float, list[nn.Parameter]] = {args.weight_decay: [], 0.0: []}
-    for name, parameter in model.named_parameters():
+    """AdamW or SGD over the trainable parameters, the head's in the first group.
+
+    Biases, norms and embeddings are not decayed.
+    """
+    undecayed = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    scales = rate_scales(model, args.layer_decay, args.backbone_lr_scale) if hasattr(model, "backbone") else {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in sorted(model.named_parameters(), key=lambda entry: entry[0].startswith("backbone.")):
         if parameter.requires_grad:
-            undecayed = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in embeddings
-            groups[0.0 if undecayed else args.weight_decay].append(parameter)
-    groups_list = [{"params": params, "weight_decay": decay} for decay, params in groups.items() if params]
-    if args.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups_list, lr=args.lr, momentum=0.9, nesterov=True, fused=True)
-        for parameter in (p for group in groups_list for p in group["params"]):
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)  # else a first step that is
-        return optimizer  # skipped leaves memory as it was found in them
-    return torch.optim.AdamW(groups_list, lr=args.lr, fused=True)
+            bare = parameter.ndim <= 1 or name.endswith(".bias") or parameter in undecayed
+            groups.setdefault((scales.get(parameter, 1.0), 0.0 if bare else args.weight_decay), []).append(parameter)
+    listed = [{"params": p, "lr": args.lr * scale, "weight_decay": decay} for (scale, decay), p in groups.items()]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(listed, lr=args.lr, fused=True)
+    optimizer = torch.optim.SGD(listed, lr=args.lr, momentum=0.9, nesterov=True, fused=True)
+    for parameter in (p for group in listed for p in group["params"]):
+        # Zeros give the same first step; without them one that is skipped leaves memory as it was found.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class Schedule:
@@ -2713,6 +2915,7 @@ class Recipe:
     intensity: str = "hu"
     seed: int = 42
     log_interval: int = 50
+    balance: bool = False
 
 
 @dataclass
@@ -2757,6 +2960,22 @@ class Window:
     known: int
 
 
+def balancing_draw(targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """n rows of n with repetition, (n, L) -> (n,): a label's positives come as often in sum as any other label's.
+
+    A scan weighs the mean of 1 / (positives of the label) over its findings; those without any are a class of their
+    own. The draw is systematic: a row's number of appearances is its expectation, rounded up or down.
+    """
+    positive = targets == 1
+    none = ~positive.any(axis=1, keepdims=True)
+    classes = np.concatenate([positive, none], axis=1)
+    weights = (classes / np.maximum(classes.sum(axis=0), 1)).sum(axis=1) / classes.sum(axis=1)
+    order = rng.permutation(len(targets))
+    steps = np.cumsum(weights[order]) / weights.sum()
+    drawn = np.searchsorted(steps, (np.arange(len(order)) + rng.random()) / len(order), side="right")
+    return rng.permutation(order[np.minimum(drawn, len(order) - 1)])
+
+
 def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int) -> list[Window]:
     """The steps of an epoch over training targets (n, L), a function of (seed, epoch) alone.
 
@@ -2764,7 +2983,8 @@ def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int
     that gets fewer than the others gets row `~r` to make up, the same scan without labels, which counts for nothing.
     """
     known_per_row = (~np.isnan(targets)).sum(axis=1)
-    order = np.random.default_rng([recipe.seed, epoch]).permutation(len(targets))
+    rng = np.random.default_rng([recipe.seed, epoch])
+    order = balancing_draw(targets, rng) if recipe.balance else rng.permutation(len(targets))
     per_pass = recipe.batch_size * runtime.world_size
     windows = []
     for start in range(0, len(order), per_pass * recipe.accumulation):
@@ -2779,19 +2999,36 @@ def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int
     return windows
 
 
-def read_later(value: Tensor) -> Callable[[], float]:
-    """Start copying a scalar to the host; the function returned waits for that copy, not for work queued after it."""
-    if value.device.type != "cuda":
-        return value.item
-    host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+class Later:
+    """A scalar on its way to the host: calling it waits for that copy, not for work queued after it."""
 
-    def read() -> float:
-        copied.synchronize()
-        return host.item()
+    def __init__(self, value: Tensor):
+        self.copied = torch.cuda.Event() if value.device.type == "cuda" else None
+        self.host = value
+        if self.copied:
+            self.host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
+            self.copied.record()
 
-    return read
+    def ready(self) -> bool:
+        return self.copied is None or self.copied.query()
+
+    def __call__(self) -> float:
+        if self.copied:
+            self.copied.synchronize()
+        return self.host.item()
+
+
+def train_backbone(state: TrainState, wanted: bool, runtime: Runtime) -> None:
+    """Let the optimiser's part of the backbone learn, or hold it: it then has no gradient, no moments, no traffic."""
+    model = unwrap(state.model)
+    known = {p for group in state.optimizer.param_groups for p in group["params"]}
+    changed = [p for p in model.backbone.parameters() if p in known and p.requires_grad != wanted]
+    for parameter in changed:
+        parameter.requires_grad_(wanted)
+    if changed:
+        state.model = model  # the old wrapper goes first, and its hooks with it
+        state.model = distribute(model, runtime)
+        log.info("the backbone %s", "learns from here on" if wanted else "is held while the head learns")
 
 
 def forward_backward(
@@ -2815,7 +3052,7 @@ def forward_backward(
     state.micro += 1
 
 
-def optimizer_step(state: TrainState, max_grad_norm: float) -> Callable[[], float]:
+def optimizer_step(state: TrainState, max_grad_norm: float) -> Later:
     """Clip and step, unless a gradient is not finite: that is decided on the device. Returns a reader of the norm."""
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -2830,7 +3067,7 @@ def optimizer_step(state: TrainState, max_grad_norm: float) -> Callable[[], floa
         state.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernels change nothing where this is 1
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return read_later(norm)
+    return Later(norm)
 
 
 def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_skip: bool) -> None:
@@ -2858,20 +3095,22 @@ def train_one_epoch(
 ) -> dict[str, Any]:  # fmt: skip
     """Train from `state.micro` to the end of the epoch.
 
-    Returns `lr`, `train_loss` (mean over known labels), `grad_norm` (mean over steps) and `seconds`. `after_step` is
-    called between optimiser steps, where a settled state can be saved. Raises Diverged.
+    Returns `lr`, `train_loss` (mean over known labels), `grad_norm` (mean over steps), `seconds` waited for data and
+    spent on the rest, and how many `scans` that was. `after_step` is called between optimiser steps, where a settled
+    state can be saved. Raises Diverged.
     """
     done = math.ceil(state.micro / recipe.accumulation)  # the last window of an epoch may be a short one
     windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[done:]
     loader = build_loader(dataset, [b for w in windows for b in w.batches], recipe.num_workers, runtime.device)
-    batches, waited, started = iter(loader), 0.0, time.perf_counter()
+    batches, waited, started, norm = iter(loader), 0.0, time.perf_counter(), None
     state.model.train()
     bar = progress_bar(f"epoch {state.epoch + 1}", sum(len(b) for w in windows for b in w.batches), runtime)
     for window in windows:
         for position, rows in enumerate(window.batches):
             waiting = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - waiting
+            if norm is None or norm.ready():  # else the GPU had work all the while, and no time was lost
+                waited += time.perf_counter() - waiting
             last = position == len(window.batches) - 1
             forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
             bar.update(len(rows))
@@ -2880,13 +3119,14 @@ def train_one_epoch(
         state.tally["known"] += window.known
         scans = partial(name_scans, dataset.table, window)
         state.unsettled = partial(lambda n, s: settle_step(state, n(), s, runtime.amp_dtype is not None), norm, scans)
-        if state.micro % recipe.log_interval < recipe.accumulation:
+        if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
             loss = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
         after_step()
     bar.close()
     state.settle()
-    return epoch_figures(state, runtime, {"data": waited, "train": time.perf_counter() - started - waited})
+    seconds = {"data": waited, "train": time.perf_counter() - started - waited}
+    return {**epoch_figures(state, runtime), "seconds": seconds, "scans": bar.total * runtime.world_size}
 
 
 def name_scans(table: Table, window: Window) -> str:
@@ -2902,14 +3142,13 @@ def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
     return tqdm(total=total, desc=title, unit="scan", leave=False, disable=hidden, dynamic_ncols=True)
 
 
-def epoch_figures(state: TrainState, runtime: Runtime, seconds: dict[str, float]) -> dict[str, Any]:
+def epoch_figures(state: TrainState, runtime: Runtime) -> dict[str, Any]:
     """The epoch's line so far; the loss is summed over ranks. The tallies stay, for validation may be interrupted."""
     loss_sum = sum(rank_losses(state, runtime))
     return {
         "lr": state.optimizer.param_groups[0]["lr"],
         "train_loss": loss_sum / max(1.0, state.tally["known"]),
         "grad_norm": state.tally["norm"] / max(1.0, state.tally["steps"]),
-        "seconds": seconds,
     }
 
 
@@ -3388,9 +3627,9 @@ def require_space(folder: Path, needed: int) -> None:
         raise BadEnvironment(f"{folder}: {needed:,} bytes are needed there, {free:,} are free; make room")
 
 
-def cpu_weights(model: nn.Module) -> dict[str, Tensor]:
+def cpu_weights(model: nn.Module, read: Callable = nn.Module.state_dict) -> dict[str, Tensor]:
     """A copy of all parameters and buffers of the unwrapped model, in main memory."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in unwrap(model).state_dict().items()}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in read(unwrap(model)).items()}
 
 
 def pack_model(model: nn.Module, setup: dict[str, Any], epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -3398,7 +3637,7 @@ def pack_model(model: nn.Module, setup: dict[str, Any], epoch: int, metrics: dic
     return {
         "kind": MODEL_KIND,
         "format": FORMAT,
-        "model": cpu_weights(model),
+        "model": cpu_weights(model, merged_weights),
         **setup,  # labels, preprocessing, backbone, head, thresholds
         "metrics": metrics,
         "epoch": epoch,
@@ -4385,6 +4624,11 @@ def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifie
         hu_range=args.hu_range,
     )
     freeze_up_to(backbone, args.freeze_up_to)
+    seed_everything(args.seed)
+    if args.lora_rank:
+        if not find_spec("peft"):
+            raise BadInput("--lora-rank needs the package peft: pip install peft")
+        add_lora(backbone, args.lora_rank)
     seed_everything(args.seed)  # whatever the backbone's construction drew, the head starts the same
     model = SiglipClassifier(
         backbone,
@@ -4393,6 +4637,7 @@ def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifie
         len(table.labels),
         args.slice_pooling,
         args.dropout_rate,
+        args.skip_air,
     )
     targets = table.split("train").targets
     known, positive = (~np.isnan(targets)).sum(0), (targets == 1).sum(0)
@@ -4419,16 +4664,23 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     table = read_training_table(args)
     model, preprocessing = build_model(args, table)
     model.to(runtime.device)
+    chunking = plan_memory(args, model, (preprocessing.channels, *preprocessing.grid), runtime)
     maybe_compile(model, args.compile, runtime)
     train, val, test = (CTVolumeDataset(table.split(name), preprocessing) for name in SPLITS)
     recipe = Recipe(
         args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
         intensity=preprocessing.intensity, seed=args.seed, log_interval=args.log_interval,
+        balance=args.balance_sampler,
     )  # fmt: skip
+    if args.cache_features:
+        apply_memory_plan(model, *chunking)
+        train, val, test = (
+            cache_features(args.cache_features, model, part, recipe, runtime) for part in (train, val, test)
+        )
+        recipe = dataclasses.replace(recipe, num_workers=0, augment="none")
     steps_per_epoch = len(plan_epoch(train.table.targets, recipe, runtime, 0))
-    wrapped = nn.parallel.DistributedDataParallel(model) if runtime.world_size > 1 else model
     state = TrainState(
-        wrapped, build_optimizer(args, model), build_scheduler(args, steps_per_epoch),
+        distribute(model, runtime), build_optimizer(args, model), build_scheduler(args, steps_per_epoch),
         torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16),
         Ema(model, args.ema_decay) if args.use_ema else None,
         loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device),
@@ -4437,10 +4689,10 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         "labels": list(table.labels),
         "preprocessing": preprocessing.to_dict(),
         "backbone": model.backbone.config,
-        "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate},
+        "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate, "skip_air": args.skip_air},
         "thresholds": resolve_thresholds(args.threshold, table.labels, np.full(len(table.labels), 0.5)).tolist(),
     }
-    identity = describe_run(args, table, model, preprocessing, runtime)
+    identity = {**describe_run(args, table, model, preprocessing, runtime), "chunking": chunking}
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
     tracker = start_wandb(args.wandb_project, args.wandb_mode, identity["arguments"], folder.path, runtime.is_main)
     effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
@@ -4491,6 +4743,62 @@ def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
         block.compile()
 
 
+class FeatureDataset(CTVolumeDataset):
+    """Scans whose `volume` is what a frozen backbone makes of them: (S, E) float16 from a file of its own each."""
+
+    def __init__(self, source: CTVolumeDataset, files: Sequence[Path]):
+        super().__init__(source.table, source.prep)
+        self.source = source
+        self.files = dict(zip(source.table.paths, files, strict=True))
+
+    def load(self, path: Path) -> tuple[Tensor, bool]:
+        return torch.from_numpy(np.array(np.load(self.files[path], mmap_mode="r"))), False
+
+
+def readable_features(file: Path) -> bool:
+    """Whether a feature file is there and whole, going by its header and size."""
+    try:
+        return np.load(file, mmap_mode="r").dtype == np.float16
+    except (OSError, ValueError, EOFError):
+        return False
+
+
+@torch.no_grad()
+def cache_features(
+    folder: Path, model: SiglipClassifier, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime
+) -> FeatureDataset:
+    """Compute the slice features that `folder` does not hold yet, one file a scan, and read them from there.
+
+    A file's name is a digest of the backbone's weights, preprocessing, precision and the scan's path, size and time.
+    Raises BadInput where the backbone is not frozen or its features do not fit float16.
+    """
+    if any(p.requires_grad for p in model.backbone.parameters()):
+        raise BadInput("--cache-features needs a backbone that stays as it is: --freeze-up-to all")
+    how = [dataset.prep.to_dict(), model.backbone.config, model.skip_air, str(runtime.amp_dtype)]
+    key = digest_of([how, model.backbone.state_dict()])
+    stats = [(path.resolve(), os.stat(path)) for path in dataset.table.paths]
+    names = [digest_of([key, str(path), found.st_size, found.st_mtime_ns])[:32] for path, found in stats]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / f"{name}.npy" for name in names]
+    missing = [row for row, file in enumerate(files) if not readable_features(file)]
+    log.info("features: %d of %d scans are in %s; no augmentation", len(files) - len(missing), len(files), folder)
+    agree(runtime, 0)  # all ranks have looked before any writes
+    model.eval()
+    mine = missing[runtime.rank :: runtime.world_size]
+    bar = progress_bar("features", len(mine), runtime)
+    for batch in build_loader(dataset, [[row] for row in mine], recipe.num_workers, runtime.device):
+        with runtime.autocast():
+            features = model.slice_features(batch["volume"].to(runtime.device))[0].half().cpu().numpy()
+        file = files[int(batch["row"])]
+        if not np.isfinite(features).all():
+            raise BadInput(f"{dataset.table.paths[int(batch['row'])]}: its features do not fit float16; no cache then")
+        save_atomic(file, partial(np.save, arr=features))
+        bar.update()
+    bar.close()
+    agree(runtime, 0)  # and all files are there before any rank reads
+    return FeatureDataset(dataset, files)
+
+
 def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[str, Any]:
     """Loss and metrics of logits (n, L) over the known labels of a split."""
     device = run.runtime.device
@@ -4504,9 +4812,10 @@ def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[
 def run_epoch(run: Run) -> None:
     """Train, validate, rank, commit, and only then let the other files follow."""
     state, history = run.state, run.history
+    train_backbone(state, state.epoch >= run.args.unfreeze_epoch, run.runtime)
     figures = train_one_epoch(state, run.train, run.loss_fn, run.recipe, run.runtime, run.after_step)
     started, epoch = time.perf_counter(), state.epoch + 1
-    seconds = figures.pop("seconds")
+    seconds, scans = figures.pop("seconds"), figures.pop("scans")
     with state.weights:
         logits = predict(state.model, run.val, run.recipe, run.runtime, "validate", run.poll)
         run.poll()
@@ -4514,7 +4823,7 @@ def run_epoch(run: Run) -> None:
         gained = history.top.offer(metrics["macro_f1"], epoch)
         if history.top.is_best(epoch) or gained:
             content = pack_model(state.model, run.setup, epoch, metrics)
-    seconds["validate"] = time.perf_counter() - started
+    seconds["validate"], started = time.perf_counter() - started, time.perf_counter()
     history.epochs_without_gain = 0 if history.top.is_best(epoch) else history.epochs_without_gain + 1
     history.lines.append(json.dumps({"epoch": epoch, **figures, **metrics}, allow_nan=False))
     state.schedule.end_epoch(metrics["macro_f1"])
@@ -4524,10 +4833,26 @@ def run_epoch(run: Run) -> None:
     if gained and run.runtime.is_main:
         history.digests[history.top.name(epoch)] = save_checked(run.folder.path / history.top.name(epoch), content)
     run.save()
-    report_epoch(run, {"epoch": epoch, **figures, **metrics}, seconds)
+    seconds["save"] = time.perf_counter() - started
+    report_epoch(run, {"epoch": epoch, **figures, **metrics}, seconds, scans)
 
 
-def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float]) -> None:
+def report_time(seconds: dict[str, float], scans: int, runtime: Runtime) -> list[str]:
+    """Where an epoch's time went, how much memory was needed at most so far, and what to do when data is the brake."""
+    if runtime.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(runtime.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+    speed = scans / max(1e-9, seconds["data"] + seconds["train"])
+    lines = [f"time: {parts}; {speed:.2f} scans/s in training, peak memory {peak / 2**30:.2f} GiB"]
+    if seconds["data"] > seconds["train"]:
+        share = seconds["data"] / (seconds["data"] + seconds["train"])
+        lines.append(f"{share:.0%} of training waited for data: raise --num-workers, or keep volumes with --cache-dir")
+    return lines
+
+
+def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scans: int) -> None:
     """What a person sees of an epoch: table, curves, tracker, and where the time went."""
     if not run.runtime.is_main:
         return
@@ -4538,7 +4863,8 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float]) -> N
         "  ← best so far" if run.history.top.is_best(line["epoch"]) else "",
     )  # fmt: skip
     log.info("%s", format_metrics_table(line))
-    log.info("%s", "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    for text in report_time(seconds, scans, run.runtime):
+        log.info("%s", text)
     run.tracker.record(line, line["epoch"])
 
 
@@ -4546,6 +4872,7 @@ def finish_run(run: Run) -> None:
     """Evaluate the best weights, which are still in memory, and write what people read."""
     args, best, folder = run.args, run.history.top.best, run.folder.path
     model = unwrap(run.state.model)
+    drop_lora(model)
     model.load_state_dict(best["model"])
     log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
     scores = sigmoid(predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll))
@@ -4569,6 +4896,7 @@ def publish_split(
     thresholds: np.ndarray, tuned_here: str | None,
 ) -> None:  # fmt: skip
     """Score a split where anything of it is known, and keep what the report tells of it."""
+    dataset = dataset.source if isinstance(dataset, FeatureDataset) else dataset  # pictures are of volumes
     if not np.isnan(dataset.table.targets).all():
         to_windows = model.windows.cpu()
         publish(
@@ -4603,6 +4931,7 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
         setup_logging(args.output_dir, runtime.is_main)
         run = prepare_run(args, runtime, stop, folder)
         start_or_resume(run)
+        apply_memory_plan(unwrap(run.state.model), *run.identity["chunking"])
         stop.patient = True
         train_to_the_end(run)
     return 0
@@ -4676,7 +5005,8 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if after["epochs"] < before["epochs"]:
         found.append(f"--epochs was {before['epochs']}, now {after['epochs']}: it can only grow")
-    for name in [name for name in now if name not in ("arguments", "machine") and then.get(name) != now[name]]:
+    free = ("arguments", "machine", "chunking")
+    for name in [name for name in now if name not in free and then.get(name) != now[name]]:
         short = [str(identity.get(name))[:200] for identity in (then, now)]
         found.append(f"the {name} differ" if len(short[0]) == 64 else f"{name} was {short[0]}, now {short[1]}")
     return found
@@ -4692,6 +5022,7 @@ def resume(run: Run, source: RunFolder) -> None:
         for name, value in now["machine"].items():
             if (before := then["machine"].get(name)) != value:
                 log.warning("%s was %s, now %s: the run goes on, but not to the same bits", name, before, value)
+        now["chunking"] = then.get("chunking", now["chunking"])  # free memory may differ; results must not
         restore_state(content, run.state, history, run.runtime.rank)
     source.load_top(history)
     positions = agree(run.runtime, *run.position, *(-x for x in run.position))  # nobody removes what another reads
@@ -4734,6 +5065,7 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
     dataset = CTVolumeDataset(rows, decide_preprocessing_like(content["preprocessing"], rows, args))
     model = classifier_from(content, args.test_only).to(runtime.device)
+    model.slice_chunk = args.slice_chunk or usual_chunk(runtime)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
     recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity)
     logits = predict(model, dataset, recipe, runtime)

@@ -10,6 +10,10 @@ SOURCE = os.environ.get("FINETUNE_SIGLIP_SOURCE", str(Path(__file__).parents[1])
 sys.path[:0] = [SOURCE, str(Path(__file__).parent)]
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute or more; -m 'not slow' leaves it out")
+
+
 @pytest.fixture(scope="session")
 def tower(tmp_path_factory):
     """A folder with a random two-layer SigLIP tower for 16 x 16 images, written by transformers."""

@@ -510,7 +510,7 @@ def test_a_scan_that_comes_back_is_read(scans: Table, monkeypatch: pytest.Monkey
 def test_skipping_marks_the_scan_and_takes_its_targets_away(scans: Table, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune_siglip, "READ_DELAYS", (0.0, 0.0))
     scans.paths[2].unlink()
-    (batch,) = build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[1, 2]], 0, CPU, on_bad_volume="skip")
+    (batch,) = build_loader(CTVolumeDataset(scans, prep((4, 6, 6)), on_bad_volume="skip"), [[1, 2]], 0, CPU)
     assert batch["bad"].tolist() == [False, True]
     assert batch["targets"].isnan().tolist() == [[False, False], [True, True]]
     assert (batch["volume"][1] == AIR).all()

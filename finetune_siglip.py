@@ -1925,9 +1925,8 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
 
     lines = []
     for row, sample in samples.items() if prep.intensity != "windowed" else ():
-        volume = sample[0, ::2, ::4, ::4].numpy()
-        body = ndimage.binary_opening(volume > -400, np.ones((1, 2, 2)))
-        filled = np.stack([ndimage.binary_fill_holes(plane) for plane in body])
+        volume = sample[(0, *(slice(None, None, max(1, n // 96)) for n in sample.shape[1:]))].numpy()
+        filled = np.stack([ndimage.binary_fill_holes(plane > -400) for plane in volume])
         air = float((filled & (volume < -400)).sum() / max(1, filled.sum()))
         reason = ""
         if filled.mean() < 0.02:
@@ -1954,7 +1953,7 @@ def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessin
     names = names[:3]
     figure = Figure((3 * 1.7 * len(names), 1.9 * len(samples)), layout="constrained")
     axes = figure.subplots(len(samples), 3 * len(names), squeeze=False)
-    for line, (series, sample) in zip(axes, samples, strict=True):
+    for row, (line, (series, sample)) in enumerate(zip(axes, samples, strict=True)):
         _, s, h, w = sample.shape
         for column, name in enumerate(names):
             volume = sample[column if windowed else 0].float().numpy()
@@ -1965,9 +1964,7 @@ def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessin
                 axis.imshow(picture, cmap="gray", vmin=lo, vmax=hi, aspect="auto")
                 axis.set_xticks([])
                 axis.set_yticks([])
-                axis.set_title(sides, fontsize=6)
-                if line is axes[0]:
-                    axis.set_title(f"{view}, {name}\n{sides}", fontsize=6)
+                axis.set_title(f"{view}, {name}\n{sides}" if row == 0 else sides, fontsize=6)
         line[0].set_ylabel(series[:24], fontsize=6)
     figure.savefig(path, format="png", dpi=110)
 

@@ -1685,6 +1685,7 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         self, table: Table, prep: Preprocessing, cache: VolumeCache | None = None, on_bad_volume: str = "stop"
     ):
         self.table, self.prep, self.cache, self.on_bad_volume = table, prep, cache, on_bad_volume
+        self.skipped: dict[int, str] = {}  # row -> why; filled by the loader, in the process that iterates over it
 
     def __len__(self) -> int:
         return len(self.table)
@@ -1724,21 +1725,44 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
         return torch.utils.data.default_collate(items) | {"volume": CachedBatch(self.cache.files, parts)}
 
-    def name_scans(self, items: Sequence[int]) -> str:
-        """The series ids of these items, for a message."""
-        return ", ".join(self.table.series_ids[item if item >= 0 else ~item] for item in items)
+    @property
+    def targets(self) -> np.ndarray:
+        """(n, L) as in the table, but unknown for the scans skipped so far: what metrics may be computed from."""
+        targets = self.table.targets.copy()
+        targets[list(self.skipped)] = math.nan
+        return targets
 
 
 class VolumeLoader(torch.utils.data.DataLoader):
-    """Batches of a CTVolumeDataset; unless it is told to skip them, the first bad scan raises BadVolume here."""
+    """Batches of a CTVolumeDataset. A bad scan raises BadVolume here, or is added to the dataset's `skipped`."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in super().__iter__():
-            if self.dataset.on_bad_volume == "stop" and any(batch["error"]):
-                raise BadVolume(*filter(None, batch["error"]))
+            bad = {row: error for row, error in zip(batch["row"].tolist(), batch["error"], strict=True) if error}
+            if bad and self.dataset.on_bad_volume == "stop":
+                raise BadVolume(*bad.values())
+            for row in bad.keys() - self.dataset.skipped.keys():
+                log.warning("skipped: %s", bad[row])
+            self.dataset.skipped |= bad
             if isinstance(batch["volume"], CachedBatch):
                 batch["volume"] = batch["volume"].assemble()
             yield batch
+
+
+def write_skipped(path: Path, table: Table, skipped: dict[int, str]) -> None:
+    """List the scans left out: id, split, line in the CSV and why."""
+    rows = [
+        [table.series_ids[row], table.splits[row], table.line_numbers[row], skipped[row]] for row in sorted(skipped)
+    ]
+    write_rows(path, [["series_id", "split", "line", "reason"], *rows])
+
+
+def write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """A CSV file, whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    with open(part, "w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(rows)
+    os.replace(part, path)
 
 
 def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[int, int]:
@@ -1971,7 +1995,7 @@ def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessin
 
 @dataclass
 class PrepareScans(torch.utils.data.Dataset):
-    """Item i: convert raw scan i to an NPZ, unless an earlier run did; "" or why it could not be done."""
+    """Item i: convert raw scan i to an NPZ, unless an earlier run did; None or why it could not be done."""
 
     table: Table
     folder: Path
@@ -1987,20 +2011,23 @@ class PrepareScans(torch.utils.data.Dataset):
         unique = "" if plain == series else "-" + hashlib.sha256(series.encode()).hexdigest()[:12]
         return self.folder / "volumes" / f"{plain}{unique}.npz"
 
-    def __getitem__(self, row: int) -> str:
+    def __getitem__(self, row: int) -> UserError | None:
         path, target = self.table.paths[row], self.target(row)
         try:
             settings = json.dumps([file_identity(path), self.spacing, FIELD_OF_VIEW]).encode()
             source = np.frombuffer(hashlib.sha256(settings).digest(), np.uint8)
             with suppress(BadVolume), open_regular(target) as (file, size):
                 if np.array_equal(small_array(file, zip_members(file, size, target).get("source.npy"), target), source):
-                    return ""
+                    return None
             members = {"image": prepare_volume(path, self.spacing), "source": source}
             members |= {"spacing": np.array(self.spacing, np.float32), "orientation": np.array("SPL")}
             write_npz(target, members)
         except BadVolume as problem:
-            return f"series {self.table.series_ids[row]!r} (line {self.table.line_numbers[row]}): {problem}"
-        return ""
+            series, line = self.table.series_ids[row], self.table.line_numbers[row]
+            return BadVolume(f"series {series!r} (line {line}): {problem}")
+        except OSError as problem:
+            return BadEnvironment(f"{target}: cannot be written ({problem.strerror}): free some space and repeat")
+        return None
 
 
 def write_npz(path: Path, members: dict[str, np.ndarray]) -> None:
@@ -2015,9 +2042,9 @@ def write_npz(path: Path, members: dict[str, np.ndarray]) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(part, path)
-    except OSError as error:
+    except OSError:
         part.unlink(missing_ok=True)
-        raise BadEnvironment(f"{path}: cannot be written ({error.strerror})") from None
+        raise
 
 
 def prepare_table(
@@ -2040,27 +2067,25 @@ def prepare_table(
     loader = torch.utils.data.DataLoader(
         scans, batch_size=None, num_workers=num_workers, worker_init_fn=one_thread_per_worker
     )
-    problems = dict(zip(raw, tqdm(loader, desc="prepare", unit="scan", disable=None), strict=True))
-    bad = {row: problem for row, problem in problems.items() if problem}
+    bad: dict[int, str] = {}
+    for row, problem in zip(raw, tqdm(loader, desc="prepare", unit="scan", disable=None), strict=True):
+        if isinstance(problem, BadEnvironment):
+            raise problem
+        if problem:
+            bad[row] = str(problem)
     if bad and not skip:
         raise BadInput(*bad.values(), "the other scans are converted: mend these and repeat, or --on-bad-volume skip")
     header, rows = read_rows(csv_path, Complaints(csv_path))
-    place = header.index("img_path")
+    column, place_of = header.index("img_path"), {row: i for i, row in enumerate(raw)}
     for row, (_, cells) in enumerate(rows):
-        target = scans.target(raw.index(row)).relative_to(folder) if row in problems else table.paths[row].absolute()
-        cells[place] = str(target)
+        cells[column] = str(
+            scans.target(place_of[row]).relative_to(folder) if row in place_of else table.paths[row].absolute()
+        )
     write_rows(out, [header, *(cells for row, (_, cells) in enumerate(rows) if row not in bad)])
     if bad:
-        write_rows(
-            folder / "skipped.csv", [["series_id", "reason"], *([table.series_ids[r], p] for r, p in bad.items())]
-        )
+        write_skipped(folder / "skipped.csv", table, bad)
     log.info("%d scans prepared, %d skipped: %s", len(raw) - len(bad), len(bad), out)
     return out
-
-
-def write_rows(path: Path, rows: Sequence[Sequence[str]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows(rows)
 
 
 # ── 5 Backbone ──────────────────────────────────────────────────────────────────────────────────────────────────────

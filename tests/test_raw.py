@@ -14,6 +14,7 @@ import torch
 import finetune_siglip
 from finetune_siglip import (
     AIR,
+    BadEnvironment,
     BadInput,
     BadVolume,
     Preprocessing,
@@ -330,7 +331,7 @@ def test_scans_that_cannot_be_prepared_are_told_after_all_others_are_done(raw_ta
     assert len(list((tmp_path / "out/volumes").iterdir())) == 1
     out = prepare_table(raw_table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=True)
     assert len(out.read_text().splitlines()) == 2
-    assert (tmp_path / "out/skipped.csv").read_text().splitlines()[1].startswith("007,")
+    assert (tmp_path / "out/skipped.csv").read_text().splitlines()[1].startswith("007,train,2,")
 
 
 def test_the_source_table_is_never_overwritten(raw_table: Path, tmp_path: Path) -> None:
@@ -357,3 +358,16 @@ def test_a_raw_scan_among_prepared_ones_of_unknown_spacing_is_refused(tmp_path: 
     path = write_image(tmp_path / "scan.mha", body(), (5.0, 5.0, 5.0))
     with pytest.raises(BadVolume, match="--prepare"):
         load_sample(path, prep((4, 6, 6)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_full_disk_ends_the_preparation_in_one_line(
+    raw_table: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(finetune_siglip, "write_npz", fail)
+    with pytest.raises(BadEnvironment, match="No space left") as caught:
+        prepare_table(raw_table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), workers, skip=True)
+    assert "\n" not in str(caught.value)

@@ -120,6 +120,13 @@ def amount(text: str) -> float:
     return value
 
 
+def millimetres(text: str) -> float:
+    """Argument type: a distance between voxels."""
+    if not 0.1 <= (value := float(text)) <= 20:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 20 mm")
+    return value
+
+
 def fraction(text: str) -> float:
     """Argument type: a number from 0 to 1."""
     if not 0 <= (value := float(text)) <= 1:
@@ -184,8 +191,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-slices", type=count, help="slices (depth) after resampling [64; 160 for a 3D backbone]")
     add("--image-size", type=count,
         help="rows and columns after resampling [the checkpoint's own; 224 for a 3D backbone]")
+    add("--spacing", nargs=3, type=millimetres, default=(1.5, 1.5, 3.0), metavar=("X", "Y", "Z"),
+        help="mm between columns, rows and slices that raw scans are brought to [1.5 1.5 3.0]")
+    add("--augment", choices=("none", "light", "strong"), default="light",
+        help="small turns, shifts, scalings, noise and changes of HU in training; never mirrored [light]")
     add("--allow-patient-overlap", action="store_true", help="warn, rather than stop, when a patient is in two splits")
+    add("--on-bad-volume", choices=("stop", "skip"), default="stop",
+        help="a scan that three tries can't read: stop with the state saved, or leave it out and list it [stop]")
     add("--num-workers", type=whole_number, default=4, help="processes that read volumes; 0 reads in the main one [4]")
+    add("--cache-dir", type=Path, metavar="DIR",
+        help="keep resampled volumes there, on a local disk: from the second epoch on reading takes milliseconds")
+    add("--cache-limit-gb", type=amount, default=0.0, metavar="GB", help="size of --cache-dir at most; 0: no limit [0]")
+    add("--check-data", action="store_true", help="report on table and volumes, draw data_check.png and stop")
+    add("--prepare", type=Path, metavar="DIR",
+        help="convert the raw scans of --csv to NPZ files and a CSV in this folder and stop; repeat to go on")
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained", help="SigLIP checkpoint: a hub name, a folder, .bin, .pt, .pth or .safetensors")
@@ -267,8 +286,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     missing = [flag for flag, value in (("--csv", args.csv), ("--label-columns", args.label_columns)) if not value]
     if missing:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    if not args.test_only and not args.pretrained:
+    if not (args.test_only or args.pretrained or args.check_data or args.prepare):
         parser.error("--pretrained is required unless --test-only names a checkpoint")
+    if args.cache_limit_gb and not args.cache_dir:
+        parser.error("--cache-limit-gb needs --cache-dir")
     if args.hu_range[0] >= args.hu_range[1] or not all(map(math.isfinite, args.hu_range)):
         parser.error(f"--hu-range needs LO < HI, not {args.hu_range[0]:g} {args.hu_range[1]:g}")
     if args.lr == 0:
@@ -5056,6 +5077,7 @@ def train_to_the_end(run: Run) -> None:
 RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split",
+    "cache_dir", "cache_limit_gb", "on_bad_volume", "check_data", "prepare",
     "csv", "pretrained", "amp", "compile",  # compared by what they lead to, in the other entries of the identity
 }  # fmt: skip
 

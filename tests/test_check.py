@@ -25,8 +25,8 @@ def phantom() -> np.ndarray:
     return make_phantom(np.random.default_rng(0), ["Emphysema"])[0][None]
 
 
-def report(table: Table, tmp_path: Path, **changes: object) -> str:
-    return "\n".join(check_data(table, prep(GRID, **changes), tmp_path / "data_check.png"))
+def report(table: Table, picture: Path | None = None) -> str:
+    return "\n".join(check_data(table, prep(GRID), picture))
 
 
 def test_counts_shapes_and_settings_are_told(phantom: np.ndarray, tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_counts_shapes_and_settings_are_told(phantom: np.ndarray, tmp_path: Path
     table = table_of(*paths)
     table = dataclasses.replace(table, splits=["train", "train", "val", "test"])
     table.targets[1] = [0, np.nan]
-    found = report(table, tmp_path)
+    found = report(table, tmp_path / "data_check.png")
     assert "train: 2 scans of 2 patients" in found
     row = next(line for line in found.splitlines() if line.startswith("A "))
     assert row.split()[1:] == ["1/1/0", "1/0/0", "1/0/0"]
@@ -51,7 +51,7 @@ def test_copies_of_a_scan_and_overlapping_splits_are_named(phantom: np.ndarray, 
     (tmp_path / "link.npz").symlink_to(one)
     table = table_of(one, other, tmp_path / "link.npz")
     table = dataclasses.replace(table, splits=["train", "val", "val"], patient_ids=["p", "p", "q"])
-    found = report(table, tmp_path)
+    found = report(table)
     assert "series 's0' and 's1' have the same voxels" in found
     assert "series 's0' and 's2' have the same voxels" in found
     assert "patient 'p' is in train (line 2), val (line 3)" in found
@@ -66,9 +66,8 @@ def test_what_is_no_chest_is_suspected(phantom: np.ndarray, tmp_path: Path) -> N
     air = np.full_like(phantom, -1000)
     air[0, 3, 3, 3] = 200
     pale = np.minimum(phantom, 100)
-    found = report(
-        table_of(*(save(tmp_path / f"{i}.npz", image=v) for i, v in enumerate((phantom, head, air, pale)))), tmp_path
-    )
+    scans = [save(tmp_path / f"{i}.npz", image=volume) for i, volume in enumerate((phantom, head, air, pale))]
+    found = report(table_of(*scans))
     warnings = [line for line in found.splitlines() if line.startswith("warning")]
     assert len(warnings) == 3
     for line, (number, words) in zip(warnings, ((3, "0 % air"), (4, "hardly any tissue"), (5, "no bone")), strict=True):
@@ -84,7 +83,7 @@ def test_scans_that_cannot_be_read_are_all_listed(phantom: np.ndarray, tmp_path:
     blank = save(tmp_path / "blank.npz", image=np.zeros_like(phantom))
     nan = save(tmp_path / "nan.npz", image=np.where(np.arange(96) == 5, np.nan, phantom).astype(np.float32))
     with pytest.raises(BadInput) as caught:
-        report(table_of(good, damaged, blank, nan), tmp_path)
+        report(table_of(good, damaged, blank, nan))
     assert len(caught.value.messages) == 3
     for message, line in zip(caught.value.messages, (3, 4, 5), strict=True):
         assert f"line {line}" in message

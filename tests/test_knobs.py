@@ -34,6 +34,11 @@ def test_pretrained_is_needed_unless_predicting(capsys):
     assert parse_args(["--csv", "t.csv", "--label-columns", "A", "--test-only", "best.pth"]).pretrained is None
 
 
+@pytest.mark.parametrize("mode", [["--check-data"], ["--prepare", "out"]])
+def test_checking_and_preparing_need_no_pretrained_model(mode):
+    assert parse_args(["--csv", "t.csv", "--label-columns", "A", *mode]).pretrained is None
+
+
 @pytest.mark.parametrize("missing", ["--csv", "--label-columns"])
 def test_required_arguments_are_named(missing, capsys):
     at = NEEDED.index(missing)
@@ -50,6 +55,8 @@ def test_required_arguments_are_named(missing, capsys):
         ["--threshold", "1.5"], ["--dropout-rate", "1"], ["--focal-gamma", "-1"], ["--warmup", "-5"],
         ["--freeze-up-to", "some"],
         ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
+        ["--spacing", "1", "1"], ["--spacing", "1", "1", "0"], ["--augment", "mild"], ["--on-bad-volume", "retry"],
+        ["--cache-limit-gb", "5"], ["--cache-dir", "c", "--cache-limit-gb", "-1"],
         ["--hu-range", "5", "5"], ["--loss", "mse"], ["--seed", "-1"], ["--label-columns", "A", "A"], ["--epo", "3"],
     ],
 )  # fmt: skip

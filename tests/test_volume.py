@@ -36,6 +36,7 @@ from finetune_siglip import (
     move_volume,
     read_headers,
     resample_channel,
+    write_skipped,
 )
 from helpers import CHEST, ROOT
 
@@ -507,14 +508,24 @@ def test_a_scan_that_comes_back_is_read(scans: Table, monkeypatch: pytest.Monkey
     assert len(tries) == 2
 
 
-def test_skipping_marks_the_scan_and_takes_its_targets_away(scans: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_skipped_scan_is_marked_listed_and_without_targets(
+    scans: Table, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(finetune_siglip, "READ_DELAYS", (0.0, 0.0))
     scans.paths[2].unlink()
-    (batch,) = build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[1, 2]], 0, CPU, on_bad_volume="skip")
+    dataset = CTVolumeDataset(scans, prep((4, 6, 6)), on_bad_volume="skip")
+    (batch,) = build_loader(dataset, [[1, 2]], workers, CPU)
     assert batch["bad"].tolist() == [False, True]
     assert batch["targets"].isnan().tolist() == [[False, False], [True, True]]
     assert (batch["volume"][1] == AIR).all()
     assert "2.npz" in batch["error"][1]
+    assert np.isnan(dataset.targets).any(axis=1).tolist() == [False, False, True, False, False]
+    assert not np.isnan(scans.targets).any()
+    write_skipped(tmp_path / "skipped.csv", scans, dataset.skipped)
+    header, row = (tmp_path / "skipped.csv").read_text().splitlines()
+    assert header == "series_id,split,line,reason"
+    assert row.startswith("s2,train,4,")
 
 
 # Augmentation

@@ -1,0 +1,140 @@
+"""The check of room 4: what is wrong with the data is said, with its line, and a wrong axis is seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finetune_siglip
+from finetune_siglip import BadInput, Table, check_data, decide_preprocessing, header_or_error, read_headers
+from helpers import CHEST
+from phantoms import make_phantom
+from test_volume import chest, prep, save, table_of
+
+GRID = (24, 96, 96)
+
+
+@pytest.fixture
+def phantom() -> np.ndarray:
+    return make_phantom(np.random.default_rng(0), ["Emphysema"])[0][None]
+
+
+def report(table: Table, picture: Path | None = None) -> str:
+    return "\n".join(check_data(table, prep(GRID), picture))
+
+
+def test_counts_shapes_and_settings_are_told(phantom: np.ndarray, tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"{i}.npz", image=np.roll(phantom, i, 3)) for i in range(4)]
+    table = table_of(*paths)
+    table = dataclasses.replace(table, splits=["train", "train", "val", "test"])
+    table.targets[1] = [0, np.nan]
+    found = report(table, tmp_path / "data_check.png")
+    assert "train: 2 scans of 2 patients" in found
+    row = next(line for line in found.splitlines() if line.startswith("A "))
+    assert row.split()[1:] == ["1/1/0", "1/0/0", "1/0/0"]
+    row = next(line for line in found.splitlines() if line.startswith("B "))
+    assert row.split()[1:] == ["0/1/1", "0/1/0", "0/1/0"]
+    assert "4 x (1, 24, 96, 96) int16" in found
+    assert "--orientation SPL --intensity hu" in found
+    assert "warning" not in found
+    assert (tmp_path / "data_check.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_copies_of_a_scan_and_overlapping_splits_are_named(phantom: np.ndarray, tmp_path: Path) -> None:
+    one, other = (save(tmp_path / f"{name}.npz", image=phantom) for name in "ab")
+    (tmp_path / "link.npz").symlink_to(one)
+    table = table_of(one, other, tmp_path / "link.npz")
+    table = dataclasses.replace(table, splits=["train", "val", "val"], patient_ids=["p", "p", "q"])
+    found = report(table)
+    assert "series 's0' and 's1' have the same voxels" in found
+    assert "series 's0' and 's2' have the same voxels" in found
+    assert "patient 'p' is in train (line 2), val (line 3)" in found
+
+
+def test_what_is_no_chest_is_suspected(phantom: np.ndarray, tmp_path: Path) -> None:
+    solid = phantom.copy()
+    solid[solid < -500] = -1000
+    inside = np.zeros(phantom.shape[1:], bool)
+    inside[:, 20:76, 10:86] = True
+    head = np.where(inside[None], np.maximum(phantom, 30), -1000).astype(np.int16)
+    air = np.full_like(phantom, -1000)
+    air[0, 3, 3, 3] = 200
+    pale = np.minimum(phantom, 100)
+    scans = [save(tmp_path / f"{i}.npz", image=volume) for i, volume in enumerate((phantom, head, air, pale))]
+    found = report(table_of(*scans))
+    warnings = [line for line in found.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 3
+    for line, (number, words) in zip(warnings, ((3, "0 % air"), (4, "hardly any tissue"), (5, "no bone")), strict=True):
+        assert f"line {number}:" in line
+        assert words in line
+
+
+def test_scans_that_cannot_be_read_are_all_listed(phantom: np.ndarray, tmp_path: Path) -> None:
+    good = save(tmp_path / "good.npz", image=phantom)
+    damaged = tmp_path / "damaged.npz"
+    whole = good.read_bytes()
+    damaged.write_bytes(whole[:2000] + bytes(50) + whole[2050:])  # the header is whole, the voxels are not
+    blank = save(tmp_path / "blank.npz", image=np.zeros_like(phantom))
+    nan = save(tmp_path / "nan.npz", image=np.where(np.arange(96) == 5, np.nan, phantom).astype(np.float32))
+    with pytest.raises(BadInput) as caught:
+        report(table_of(good, damaged, blank, nan))
+    assert len(caught.value.messages) == 3
+    for message, line in zip(caught.value.messages, (3, 4, 5), strict=True):
+        assert f"line {line}" in message
+
+
+def test_a_wrong_axis_is_seen_in_the_picture(
+    phantom: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The axial panel shows an axial slice and the others have the head up, however files are stored."""
+    from matplotlib.axes import Axes
+
+    shown: list[np.ndarray] = []
+    monkeypatch.setattr(Axes, "imshow", lambda self, picture, **how: shown.append(np.array(picture)))
+    path = save(tmp_path / "v.npz", image=phantom)
+    check_data(table_of(path), prep(GRID), tmp_path / "a.png")
+    assert len(shown) == 9
+    np.testing.assert_array_equal(shown[0], phantom[0, 12])
+    np.testing.assert_array_equal(shown[1], phantom[0, ::-1, 48])
+    np.testing.assert_array_equal(shown[2], phantom[0, ::-1, :, 48])
+    turned = save(tmp_path / "turned.npz", image=np.ascontiguousarray(phantom.transpose(0, 3, 2, 1)[:, ::-1, ::-1]))
+    check_data(table_of(turned), prep(GRID, orientation="RAS"), tmp_path / "b.png")
+    np.testing.assert_array_equal(shown[9], shown[0])
+    assert torch.tensor(shown[4]).float().std() > 100
+
+
+def test_windowed_channels_are_drawn_as_they_are(tmp_path: Path) -> None:
+    stored = np.random.default_rng(0).random((4, 6, 8, 8), np.float32)
+    table = table_of(save(tmp_path / "v.npz", image=stored))
+    settings = decide_preprocessing(table, (6, 8, 8), CHEST)
+    assert "data_check.png" in check_data(table, settings, tmp_path / "data_check.png")[-1]
+
+
+def test_headers_of_two_thousand_files_a_second(tmp_path: Path) -> None:
+    """The fastest of several rounds, for the machine may be busy."""
+    path = save(tmp_path / "v.npz", image=chest(20, 40, 40))
+    rounds = []
+    for _ in range(5):
+        started = time.process_time()
+        for _ in range(200):
+            header_or_error(path)
+        rounds.append((time.process_time() - started) / 200)
+    assert min(rounds) < 1 / 2000
+
+
+def test_headers_keep_the_order_of_the_table(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"{n}.npz", image=chest(n, 4, 4)) for n in range(2, 22)]
+    assert [header.shape[1] for header in read_headers(table_of(*paths))] == list(range(2, 22))
+
+
+def test_spread_takes_rows_from_everywhere() -> None:
+    assert finetune_siglip.spread(range(10), 5) == [0, 2, 4, 6, 8]
+    assert finetune_siglip.spread(range(3), 5) == [0, 1, 2]
+    for n, k in itertools.product((1, 7, 100), (1, 6, 12)):
+        assert len(set(finetune_siglip.spread(range(n), k))) == min(n, k)

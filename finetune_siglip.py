@@ -3561,17 +3561,25 @@ def train_one_epoch(
     state.model.train()
     bar = progress_bar(f"epoch {state.epoch + 1}", sum(len(b) for w in windows for b in w.batches), runtime)
     for window in windows:
+        lost, whole = 0, (state.micro, state.loss_sum.clone())
         for position, rows in enumerate(window.batches):
             waiting = time.perf_counter()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except BadVolume:  # back to the last step, where the state can be saved
+                state.micro, state.loss_sum = whole
+                state.optimizer.zero_grad(set_to_none=True)
+                raise
+            lost += known_labels(dataset.table.targets[batch["row"][batch["bad"]].numpy()]) if "bad" in batch else 0
             if norm is None or norm.ready():  # else the GPU had work all the while, and no time was lost
                 waited += time.perf_counter() - waiting
             last = position == len(window.batches) - 1
             forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
             bar.update(len(rows))
         state.settle()
+        known = window.known - forget_lost(state, dataset, window.known, lost, runtime)
         norm = optimizer_step(state, recipe.max_grad_norm)
-        state.tally["known"] += window.known
+        state.tally["known"] += known
         scans = partial(name_scans, dataset.table, window)
         state.unsettled = partial(lambda n, s: settle_step(state, n(), s, runtime.amp_dtype is not None), norm, scans)
         if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
@@ -3582,6 +3590,24 @@ def train_one_epoch(
     state.settle()
     seconds = {"data": waited, "train": time.perf_counter() - started - waited}
     return {**epoch_figures(state, runtime), "seconds": seconds, "scans": bar.total * runtime.world_size}
+
+
+def known_labels(targets: np.ndarray) -> int:
+    """How many entries of targets (n, L) are known."""
+    return int((~np.isnan(targets)).sum())
+
+
+def forget_lost(state: TrainState, dataset: CTVolumeDataset, known: int, lost: int, runtime: Runtime) -> int:
+    """Take the labels of scans that could not be read out of a step's mean, on all ranks; returns how many."""
+    if getattr(dataset, "on_bad_volume", "stop") != "skip":
+        return 0
+    total = torch.tensor(lost)
+    if runtime.world_size > 1:
+        torch.distributed.all_reduce(total)
+    if total:
+        gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, max(1, known) / max(1, known - int(total)))
+    return int(total)
 
 
 def name_scans(table: Table, window: Window) -> str:
@@ -3636,6 +3662,11 @@ def predict(
         bar.update(len(output))
         after_batch()
     bar.close()
+    if runtime.world_size > 1 and getattr(dataset, "on_bad_volume", "stop") == "skip":
+        found: list[Any] = [None] * runtime.world_size
+        torch.distributed.all_gather_object(found, dataset.skipped)
+        for skipped in found:
+            dataset.skipped |= skipped
     return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
 
 
@@ -5065,19 +5096,36 @@ class Run:
         return 3 * (weights + trained * (moments + bool(self.state.ema))) + weights * (self.history.top.k + 2)
 
 
-def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifier, Preprocessing]:
-    """The classifier on its pretrained backbone, partly frozen as asked, and the way from file to input."""
-    backbone = load_backbone(args.pretrained, image_size=args.image_size)
-    slices, *in_plane = backbone.default_grid
-    grid = (args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane))
-    preprocessing = decide_preprocessing(
+def preprocessing_from(args: argparse.Namespace, table: Table, default_grid: Sequence[int]) -> Preprocessing:
+    """How the volumes of this table are read, as the arguments say or the files show."""
+    slices, *in_plane = default_grid
+    return decide_preprocessing(
         table,
-        grid=grid,
+        grid=(args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane)),
         windows=args.windows,
         orientation=args.orientation,
         intensity=args.intensity,
         hu_range=args.hu_range,
+        spacing=args.spacing,
     )
+
+
+def build_datasets(args: argparse.Namespace, tables: Sequence[Table], prep: Preprocessing) -> list[CTVolumeDataset]:
+    """A dataset for each table, all of them behind one cache if `--cache-dir` asks for it."""
+    sources = [path for table in tables for path in table.paths]
+    limit = args.cache_limit_gb * 1e9 or math.inf
+    cache = VolumeCache(args.cache_dir, prep, sources, limit) if args.cache_dir else None
+    return [CTVolumeDataset(table, prep, cache, args.on_bad_volume) for table in tables]
+
+
+def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifier, Preprocessing]:
+    """The classifier on its pretrained backbone, partly frozen as asked, and the way from file to input."""
+    backbone = load_backbone(args.pretrained, image_size=args.image_size, heads=args.backbone_heads)
+    preprocessing = preprocessing_from(args, table, backbone.default_grid)
+    if preprocessing.intensity == "windowed":
+        adapt_channels(backbone, preprocessing.channels)
+    if args.export_hf and backbone.family != "siglip":
+        raise BadInput(f"--export-hf writes SigLIP towers, and {args.pretrained} is of the family {backbone.family}")
     freeze_up_to(backbone, args.freeze_up_to)
     seed_everything(args.seed)
     if args.lora_rank:
@@ -5121,10 +5169,10 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     model.to(runtime.device)
     chunking = plan_memory(args, model, (preprocessing.channels, *preprocessing.grid), runtime)
     maybe_compile(model, args.compile, runtime)
-    train, val, test = (CTVolumeDataset(table.split(name), preprocessing) for name in SPLITS)
+    train, val, test = build_datasets(args, [table.split(name) for name in SPLITS], preprocessing)
     recipe = Recipe(
         args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
-        intensity=preprocessing.intensity, seed=args.seed, log_interval=args.log_interval,
+        augment=args.augment, intensity=preprocessing.intensity, seed=args.seed, log_interval=args.log_interval,
         balance=args.balance_sampler,
     )  # fmt: skip
     if args.cache_features:
@@ -5257,10 +5305,8 @@ def cache_features(
 def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[str, Any]:
     """Loss and metrics of logits (n, L) over the known labels of a split."""
     device = run.runtime.device
-    loss = run.loss_fn(torch.from_numpy(logits).to(device), torch.from_numpy(dataset.table.targets).to(device)).item()
-    metrics = compute_metrics(
-        dataset.table.targets, sigmoid(logits), dataset.table.labels, np.array(run.setup["thresholds"])
-    )
+    loss = run.loss_fn(torch.from_numpy(logits).to(device), torch.from_numpy(dataset.targets).to(device)).item()
+    metrics = compute_metrics(dataset.targets, sigmoid(logits), dataset.table.labels, np.array(run.setup["thresholds"]))
     return {"val_loss": loss, **metrics}
 
 
@@ -5327,36 +5373,52 @@ def finish_run(run: Run) -> None:
     """Evaluate the best weights, which are still in memory, and write what people read."""
     args, best, folder = run.args, run.history.top.best, run.folder.path
     model = unwrap(run.state.model)
-    drop_lora(model)
     model.load_state_dict(best["model"])
     log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
-    scores = sigmoid(predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll))
-    auto = tune_thresholds(run.val.table.targets, scores, args.threshold_objective)
-    thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
-    parts = [("val", run.val, scores, args.threshold_objective if args.threshold == "auto" else None)]
+    logits = {"val": predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll)}
     if len(run.test):
-        scores = sigmoid(predict(model, run.test, run.recipe, run.runtime, "test", run.poll))
-        parts.append(("test", run.test, scores, None))
+        logits["test"] = predict(model, run.test, run.recipe, run.runtime, "test", run.poll)
+    auto = tune_thresholds(run.val.targets, sigmoid(logits["val"]), args.threshold_objective)
+    thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
+    objective = args.threshold_objective if args.threshold == "auto" else None
     if run.runtime.is_main:
         if thresholds.tolist() != best["thresholds"]:
-            save_checked(folder / "best_model.pth", {**best, "thresholds": thresholds.tolist()})
-        for split, dataset, probabilities, tuned_here in parts:
-            publish_split(args, split, dataset, model, probabilities, thresholds, tuned_here)
-        write_results(args, "training", run.table, parts[-1][1].table, parts[-1][2], thresholds, run.runtime)
+            best |= {"thresholds": thresholds.tolist(), "tuned_for": objective}
+            save_checked(folder / "best_model.pth", best)
+        for split, values in logits.items():
+            tuned_here = objective if split == "val" else None
+            last = publish_split(args, split, getattr(run, split), model, values, thresholds, tuned_here)
+        list_skipped(args.output_dir, run.train, run.val, run.test)
+        write_results(args, "training", run.table, *last, thresholds, run.runtime)
+        if args.export_hf:
+            export_hf(best, args.export_hf)
+            log.info("the tower for transformers: %s", args.export_hf)
     run.tracker.finish()
 
 
 def publish_split(
-    args: argparse.Namespace, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, probabilities: np.ndarray,
+    args: argparse.Namespace, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, logits: np.ndarray,
     thresholds: np.ndarray, tuned_here: str | None,
-) -> None:  # fmt: skip
-    """Score a split where anything of it is known, and keep what the report tells of it."""
-    dataset = dataset.source if isinstance(dataset, FeatureDataset) else dataset  # pictures are of volumes
-    if not np.isnan(dataset.table.targets).all():
+) -> tuple[Table, np.ndarray]:  # fmt: skip
+    """Score the scans that could be read, keep what the report tells of them, and return them with probabilities."""
+    kept = [row for row in range(len(dataset)) if row not in dataset.skipped]
+    volumes = CTVolumeDataset(dataset.table.subset(kept), dataset.prep)
+    table, probabilities = volumes.table, sigmoid(logits[kept])
+    if not np.isnan(table.targets).all():
         to_windows = model.windows.cpu()
         publish(
-            args.output_dir, split, dataset, to_windows, probabilities, thresholds, tuned_here, args.bootstrap, args.seed
+            args.output_dir, split, volumes, to_windows, probabilities, thresholds, tuned_here, args.bootstrap, args.seed
         )  # fmt: skip
+    return table, probabilities
+
+
+def list_skipped(folder: Path, *datasets: CTVolumeDataset) -> None:
+    """`skipped.csv`, where any scan was left out."""
+    rows = [(dataset.table, row, why) for dataset in datasets for row, why in sorted(dataset.skipped.items())]
+    if rows:
+        listed = [[t.series_ids[row], t.splits[row], t.line_numbers[row], why] for t, row, why in rows]
+        write_rows(folder / "skipped.csv", [["series_id", "split", "line", "reason"], *listed])
+        log.warning("%d scans could not be read and were left out: %s", len(rows), folder / "skipped.csv")
 
 
 def write_results(
@@ -5403,9 +5465,10 @@ def train_to_the_end(run: Run) -> None:
             run.after_step()
             run_epoch(run)
         finish_run(run)
-    except Interrupted:
-        run.save()
-        log.info("the state is saved: --resume auto goes on from epoch %d", run.state.epoch + 1)
+    except (Interrupted, BadVolume) as reason:
+        if isinstance(reason, Interrupted) or run.runtime.world_size == 1:  # else the others don't know of it
+            run.save()
+            log.info("the state is saved: --resume auto goes on from epoch %d", run.state.epoch + 1)
         raise
 
 
@@ -5519,9 +5582,8 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     rows = table.split(split)
     if len(rows) == 0:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
-    dataset = CTVolumeDataset(rows, decide_preprocessing_like(content["preprocessing"], rows, args))
+    (dataset,) = build_datasets(args, [rows], decide_preprocessing_like(content["preprocessing"], rows, args))
     model = classifier_from(content, args.test_only).to(runtime.device)
-    model.slice_chunk = args.slice_chunk or usual_chunk(runtime)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
     recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity)
     logits = predict(model, dataset, recipe, runtime)
@@ -5529,19 +5591,39 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     thresholds = resolve_thresholds(args.threshold, rows.labels, np.array(content["thresholds"]))
     if runtime.is_main:
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        probabilities = sigmoid(logits)
-        publish_split(args, split, dataset, model, probabilities, thresholds, None)
-        write_results(args, "prediction", rows, rows, probabilities, thresholds, runtime)
+        flattered = split == "val" and args.threshold == "auto"  # the checkpoint's thresholds were tuned on this split
+        tuned_for = content.get("tuned_for") if flattered else None
+        predicted = publish_split(args, split, dataset, model, logits, thresholds, tuned_for)
+        list_skipped(args.output_dir, dataset)
+        write_results(args, "prediction", rows, *predicted, thresholds, runtime)
+        if args.export_hf:
+            export_hf(content, args.export_hf)
+            log.info("the tower for transformers: %s", args.export_hf)
     return 0
 
 
-def run_report(folder: Path) -> int:
+def run_check(args: argparse.Namespace) -> int:
+    """Report on table and volumes, and draw some of them as a model will see them."""
+    table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
+    prep = preprocessing_from(args, table, (64, 224, 224))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for line in check_data(table, prep, args.output_dir / "data_check.png"):
+        log.info("%s", line)
+    return 0
+
+
+def run_prepare(args: argparse.Namespace) -> int:
+    """Convert raw scans to NPZ files and a CSV that names them."""
+    skip = args.on_bad_volume == "skip"
+    made = prepare_table(args.csv, args.label_columns, args.prepare, args.spacing, args.num_workers, skip)
+    log.info("prepared: %s", made)
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
     """Make the report again from the files of a run alone."""
-    try:
-        log.info("report: %s", write_report(folder))
-        return 0
-    except UserError as error:
-        return explain(error)
+    log.info("report: %s", write_report(args.report))
+    return 0
 
 
 def explain(error: BaseException) -> int:
@@ -5570,10 +5652,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with these arguments; returns the exit code."""
     args = parse_args(argv)
     setup_logging(None, is_main=True)
-    if args.report:
-        return run_report(args.report)
     with StopRequest(patient=False) as stop:
         try:
+            for asked, work in ((args.report, run_report), (args.prepare, run_prepare), (args.check_data, run_check)):
+                if asked:
+                    return work(args)
             runtime = init_runtime(args.amp)
             watch = RankWatch(runtime)
             code = run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)

@@ -233,3 +233,100 @@ def test_phantom_labels_are_among_the_18_findings(scans):
     header = scans.read_text().splitlines()[0].split(",")
     assert set(header[3:]) <= set(phantoms.CT_RATE_LABELS)
     assert len(header[3:]) >= 8
+
+
+def test_a_cache_changes_no_figure(scans, tower, tmp_path):
+    for name, more in (("plain", ()), ("cached", ("--cache-dir", str(tmp_path / "cache")))):
+        assert main(arguments(scans, tower, tmp_path / name, "--epochs", "2", *more)) == 0
+    assert any((tmp_path / "cache").iterdir())
+    plain, cached = ((tmp_path / name / "results.jsonl").read_bytes() for name in ("plain", "cached"))
+    assert plain == cached
+
+
+def test_augmentation_is_on_by_default_and_changes_training_only(scans, tower, tmp_path):
+    for name, more in (("light", ()), ("none", ("--augment", "none"))):
+        assert main(arguments(scans, tower, tmp_path / name, "--epochs", "1", "--lr", "1e-12", *more)) == 0
+    light, none = (json.loads((tmp_path / name / "results.jsonl").read_text()) for name in ("light", "none"))
+    assert light["train_loss"] != none["train_loss"]
+    assert light["val_loss"] == pytest.approx(none["val_loss"], rel=1e-6)
+
+
+@pytest.fixture
+def broken_scans(scans, tmp_path):
+    """The table, with a training and a validation scan whose voxels don't match their checksum."""
+    folder = shutil.copytree(scans.parent, tmp_path / "broken")
+    rows, broken = read_rows(folder / scans.name), {}
+    for split in ("train", "val"):
+        row = [row for row in rows if row["split"] == split][2]
+        path = folder / row["img_path"]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 255
+        path.write_bytes(data)
+        broken[split] = row["series_id"]
+    return folder / scans.name, broken
+
+
+def test_a_scan_that_goes_bad_stops_the_run_by_name(broken_scans, tower, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("finetune_siglip.READ_DELAYS", (0.0, 0.0))
+    table, broken = broken_scans
+    assert main(arguments(table, tower, tmp_path / "out", "--epochs", "1", "--intensity", "hu")) == 2
+    assert any(name in capsys.readouterr().err for name in broken.values())
+
+
+def test_bad_scans_are_left_out_and_listed_when_asked(broken_scans, tower, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune_siglip.READ_DELAYS", (0.0, 0.0))
+    table, broken = broken_scans
+    more = ("--epochs", "1", "--intensity", "hu", "--on-bad-volume", "skip")
+    assert main(arguments(table, tower, tmp_path / "out", *more)) == 0
+    assert {row["series_id"] for row in read_rows(tmp_path / "out" / "skipped.csv")} == set(broken.values())
+    (line,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
+    assert line["per_label"]["Lung nodule"]["n_known"] == 5
+    evaluation = json.loads((tmp_path / "out" / "evaluation_val.json").read_text())
+    assert broken["val"] not in json.dumps(evaluation)
+
+
+def test_tuned_thresholds_are_stored_and_used(scans, tower, tmp_path):
+    assert main(arguments(scans, tower, tmp_path, "--epochs", "1", "--threshold", "auto")) == 0
+    content = load_checked(tmp_path / "best_model.pth", MODEL_KIND)
+    assert len(set(content["thresholds"])) > 1
+    more = ("--threshold", "auto", "--test-output", "again.csv")
+    assert main(prediction_arguments(scans, tmp_path / "best_model.pth", tmp_path, *more)) == 0
+    for row in read_rows(tmp_path / "again.csv"):
+        for label, threshold in zip(LABELS, content["thresholds"], strict=True):
+            assert int(row[f"{label}_pred"]) == (float(row[f"{label}_prob"]) >= threshold)
+
+
+def test_the_challenge_format_is_written_for_json(finished, scans, tmp_path):
+    output = tmp_path / "submission.json"
+    assert main(prediction_arguments(scans, finished / "best_model.pth", tmp_path, "--test-output", str(output))) == 0
+    content = json.loads(output.read_text())
+    assert set(content) == {"name", "type", "version", "predictions"}
+    assert all(set(entry["probabilities"]) == set(LABELS) for entry in content["predictions"])
+
+
+def test_an_exported_tower_gives_the_same_features_in_transformers(finished, scans, tmp_path):
+    from transformers import SiglipVisionModel
+
+    more = ("--export-hf", str(tmp_path / "tower"))
+    assert main(prediction_arguments(scans, finished / "best_model.pth", tmp_path / "out", *more)) == 0
+    model = classifier_from(load_checked(finished / "best_model.pth", MODEL_KIND)).eval()
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = SiglipVisionModel.from_pretrained(tmp_path / "tower")(pixel_values=images * 2 - 1).pooler_output
+        torch.testing.assert_close(model.backbone(images), expected, rtol=0, atol=1e-5)
+
+
+def test_the_check_reports_and_draws_without_training(scans, tmp_path, capsys):
+    argv = ["--csv", str(scans), "--label-columns", *LABELS, "--output-dir", str(tmp_path), "--check-data"]
+    assert main([*argv, "--num-slices", "8", "--image-size", "32"]) == 0
+    assert (tmp_path / "data_check.png").read_bytes()[:4] == b"\x89PNG"
+    said = capsys.readouterr().out
+    assert "train: 17 scans" in said
+    assert "--orientation SPL --intensity hu" in said
+
+
+def test_a_report_is_made_again_from_the_files_alone(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "report.html").unlink()
+    assert main(["--report", str(folder)]) == 0
+    assert "macro AUROC" in (folder / "report.html").read_text()

@@ -86,7 +86,7 @@ BUGS = {
     "workers die of the signal": ("        signal.signal(number, signal.SIG_IGN)\n", "        pass\n",
                                   f"{CRASH} -k a_signal_saves"),
     "changed argument accepted": ("        if name not in RESUME_MAY_CHANGE and", "        if False and",
-                                  f"{CRASH} -k changed_argument"),
+                                  f"{CRASH} -k changed_arguments"),
     "overwritten before the check": ("    check_folder(args, folder)\n    with folder",
                                      "    folder.clear() if args.overwrite else check_folder(args, folder)\n    with folder",
                                      f"{CRASH} -k overwrite_replaces"),

@@ -64,14 +64,14 @@ class ForkServer:
         self.log = log
         return self._ask(run=[str(a) for a in argv], log=str(log), **shim)["pid"]
 
-    def wait(self, pid: int, timeout: float = 120) -> Ended:
+    def wait(self, pid: int, timeout: float = 900) -> Ended:
         """Wait for a child; one that outlasts `timeout` is killed and has the code -9 and `hang` in its text."""
         code = self._ask(wait=pid, timeout=timeout)["code"]
         text = self.log.read_text(errors="replace")
         trace = self.log.with_suffix(".operations")
         return Ended(code, text, trace.read_text().split("\n")[:-1] if trace.exists() else [])
 
-    def run(self, argv: list[str], log: Path, timeout: float = 120, **shim: object) -> Ended:
+    def run(self, argv: list[str], log: Path, timeout: float = 900, **shim: object) -> Ended:
         return self.wait(self.start(argv, log, **shim), timeout)
 
 

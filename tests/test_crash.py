@@ -145,8 +145,7 @@ def test_a_signal_between_validation_and_commit_loses_nothing(bench, tmp_path):
 # disk
 
 
-@pytest.mark.parametrize("kind", ["write", "fsync", "replace"])
-@pytest.mark.parametrize("how", ["ENOSPC", "EIO"])
+@pytest.mark.parametrize(("kind", "how"), [("write", "ENOSPC"), ("fsync", "EIO"), ("replace", "ENOSPC")])
 def test_a_failed_write_leaves_the_old_files_whole_and_says_so(bench, tmp_path, kind, how):
     operations = bench.reference(PLAIN)[2]
     numbers = [n for n in one_save(operations) if operations[n - 1].startswith(kind)]
@@ -214,7 +213,7 @@ def test_after_falling_back_a_kill_at_any_operation_of_the_first_commit_finds_a_
     whole = run(bench, shutil.copytree(base, tmp_path / "probe"), "--resume", "auto", folder=str(tmp_path / "probe"))
     end = next(i for i, line in enumerate(whole.operations) if line == "replace last.ckpt" and i > 40)
     numbers = [i + 1 for i in range(end + 1) if not whole.operations[i].startswith("write")]
-    for number in random.Random(0).sample(numbers, 3):
+    for number in random.Random(0).sample(numbers, 2):
         out = shutil.copytree(base, tmp_path / f"at-{number}")
         assert run(bench, out, "--resume", "auto", folder=str(out), at=number).code == -signal.SIGKILL
         assert run(bench, out, "--resume", "auto").code == 0
@@ -252,16 +251,9 @@ def edit(path, change):
     "change",
     [
         lambda c: c["model"].popitem(),
-        lambda c: c["model"].update(more=torch.ones(2)),
-        lambda c: c["model"].update({k: v[:1] for k, v in c["model"].items() if v.ndim}),
         lambda c: c["optimizer"]["state"][3].update(exp_avg=torch.ones(1)),
-        lambda c: c["optimizer"]["state"][3].update(exp_avg=torch.tensor(1.0)),
-        lambda c: c["optimizer"]["state"][3].update(exp_avg=c["optimizer"]["state"][3]["exp_avg"].double()),
-        lambda c: c["optimizer"]["param_groups"].pop(),
         lambda c: c["parameters"].reverse(),
         lambda c: c["history"].pop("entries"),
-        lambda c: c["schedule"].clear() or c.pop("losses"),
-        lambda c: c.update(ema={"steps": 3, "average": {}}),
         lambda c: c["identity"].pop("arguments"),
     ],
 )
@@ -278,27 +270,21 @@ def test_a_state_that_does_not_fit_is_refused_naming_the_file(bench, done, tmp_p
 # which run
 
 
-@pytest.mark.parametrize(
-    ("more", "name"),
-    [
-        (["--lr", "0.01"], "--lr was 0.02, now 0.01"),
-        (["--seed", "4"], "--seed"),
-        (["--batch-size", "3"], "--batch-size"),
-        (["--gradient-accumulation-steps", "2"], "--gradient-accumulation-steps"),
-        (["--use-ema"], "--use-ema"),
-        (["--freeze-up-to", "2"], "--freeze-up-to"),
-        (["--windows", "merlin"], "--windows"),
-        (["--threshold", "0.5"], "--threshold"),
-        (["--epochs", "2"], "it can only grow"),
-        (["--amp"], "precision"),
-    ],
-)
-def test_a_changed_argument_that_affects_numbers_stops_the_resume(bench, done, tmp_path, more, name):
+def test_changed_arguments_that_affect_numbers_stop_the_resume(bench, done, tmp_path):
+    """All of them are shown at once, with what they were and are."""
     out = copy(done, tmp_path)
+    more = ["--lr", "0.01", "--seed", "4", "--batch-size", "3", "--gradient-accumulation-steps", "2", "--use-ema",
+            "--windows", "merlin", "--threshold", "0.5", "--epochs", "2", "--amp", "--num-slices", "5"]  # fmt: skip
     ended = run(bench, out, "--resume", "auto", *more)
     assert ended.code == 2, ended.text
-    assert name in ended.text
-    assert str(out) in ended.text
+    expected = [
+        "--lr was 0.02, now 0.01", "--seed was 3, now 4", "--batch-size was 2, now 3", "--gradient-accumulation-steps",
+        "--use-ema", "--windows", "--threshold", "it can only grow", "precision was None", "preprocessing was",
+    ]  # fmt: skip
+    errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    assert [sum(name in error for error in errors) for name in expected] == [1] * len(expected), ended.text
+    assert all(str(out) in error for error in errors)
+    assert run(bench, out, "--resume", "auto", "--freeze-up-to", "2").code == 2
 
 
 def test_changed_data_or_pretrained_weights_stop_the_resume(bench, done, tmp_path):

@@ -892,12 +892,9 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, stored: dict) -> Preprocessing:
         """The inverse of `to_dict`; fields that a newer version added are ignored."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        tuples = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in stored.items() if key in names
-        }
-        tuples["windows"] = tuple(tuple(window) for window in stored["windows"])
-        return cls(**tuples)
+        known = {f.name: stored[f.name] for f in dataclasses.fields(cls) if f.name in stored}
+        known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
+        return cls(**known | {"windows": tuple(map(tuple, stored["windows"]))})
 
 
 @dataclass(frozen=True)
@@ -912,10 +909,6 @@ class Header:
     raw: bool = False  # knows its own geometry
     orientation: str | None = None  # named by the file itself
     spacing: tuple[float, ...] | None = None  # mm along the stored axes
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

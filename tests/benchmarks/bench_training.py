@@ -1,9 +1,9 @@
 """Our training engine against the plain loop of a user of `SiglipForImageClassification`.
 
-    PYTHONPATH=.:tests python tests/benchmarks/bench_training.py [NAME ...] [--repeats 3] [--scans FOLDER]
+    PYTHONPATH=.:tests python tests/benchmarks/bench_training.py [NAME ...] [--tower B] [--repeats 3] [--scans FOLDER]
 
-NAME: step, memory, depth, cache, air, inference (all). Towers have random weights: figures of speed and memory do not
-depend on them. ViT-B/16 at 224, except for `depth`, which goes up to 160 slices and takes ViT-Ti/16. Both sides run in
+NAME: step, memory, depth, cache, air, inference (all). Towers (ViT-Ti, S or B/16 at 224) have random weights: figures
+of speed and memory do not depend on them. `memory` with ViT-B needs 14 GB free. Both sides run in
 this process, interleaved, and the medians' ratios stand on the last line. Memory is what a step adds to the process:
 the kernel's peak of the resident set (/proc/self/clear_refs, VmHWM) less what was resident before, gradients already
 there, with an allocator told to give every freed block back; on a GPU, the caching allocator's peak.
@@ -17,7 +17,6 @@ import platform
 import statistics
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +29,8 @@ from helpers import CHEST, random_hu, small_state
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RUNTIME = fs.Runtime(DEVICE)
-TOWERS = {"B": (768, 12, 12, 3072), "Ti": (192, 12, 3, 768)}
+CLOCK = [time.perf_counter]  # or the processor time of this process, with --cpu-time
+TOWERS = {"B": (768, 12, 12, 3072), "S": (384, 12, 6, 1536), "Ti": (192, 12, 3, 768)}
 
 
 def config_of(size: str) -> dict:
@@ -42,7 +42,7 @@ def config_of(size: str) -> dict:
     }  # fmt: skip
 
 
-def our_model(size: str = "B", **options: object) -> fs.SiglipClassifier:
+def our_model(size: str, **options: object) -> fs.SiglipClassifier:
     torch.manual_seed(0)
     model = fs.SiglipClassifier(fs.build_backbone(config_of(size)), CHEST, "hu", 18, "mean", 0.0, **options).to(DEVICE)
     model.slice_chunk = fs.usual_chunk(RUNTIME)
@@ -80,11 +80,11 @@ def train_step(model: torch.nn.Module, volume: Tensor, amp: torch.dtype | None =
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    started = CLOCK[0]()
     action()
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return CLOCK[0]() - started
 
 
 def interleaved(*actions: Callable[[], object], repeats: int) -> list[float]:
@@ -107,7 +107,7 @@ def peak_of(action: Callable[[], object]) -> int:
         action()
         return torch.cuda.max_memory_allocated() - before
     libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is larger goes back to the system when it is freed
+    libc.mallopt(-3, 2**20)  # M_MMAP_THRESHOLD: what is larger goes back to the system when it is freed
     libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -124,7 +124,7 @@ def has_bf16() -> bool:
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, float]:
-    ours, volume = our_model(), volume_of(8)
+    ours, volume = our_model(args.tower), volume_of(8)
     plain, amp = PlainLoop(ours), torch.bfloat16 if has_bf16() else None
     print(f"step: 8 slices, ours in {'bfloat16' if amp else 'float32, for want of bfloat16 hardware'}")
     naive, mine = interleaved(
@@ -136,7 +136,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, float]:
 
 def bench_memory(args: argparse.Namespace) -> dict[str, float]:
     """Peak of a step at 64 slices: everything kept in float32, against chunks that are computed again."""
-    ours, volume = our_model(), volume_of(64)
+    ours, volume = our_model(args.tower), volume_of(64)
     ours.slice_chunk, ours.recompute = 8, True
     train_step(ours, volume_of(2))  # gradients are there from here on
     mine = peak_of(lambda: train_step(ours, volume))
@@ -149,21 +149,21 @@ def bench_memory(args: argparse.Namespace) -> dict[str, float]:
 
 
 def bench_depth(args: argparse.Namespace) -> dict[str, float]:
-    ours = our_model("Ti")
+    ours = our_model(args.tower)
     ours.slice_chunk, ours.recompute = 8, True
     train_step(ours, volume_of(16))
     low, high = (peak_of(lambda n=n: train_step(ours, volume_of(n))) for n in (16, 160))
     few, many = interleaved(
         lambda: train_step(ours, volume_of(16)), lambda: train_step(ours, volume_of(128)), repeats=args.repeats
     )
-    print(f"depth (ViT-Ti): peak {low / 2**20:.0f} MiB at 16 slices, {high / 2**20:.0f} at 160; "
+    print(f"depth: peak {low / 2**20:.0f} MiB at 16 slices, {high / 2**20:.0f} at 160; "
           f"{few:.2f} s at 16 slices, {many:.2f} s at 128")  # fmt: skip
     return {"depth_growth": many / few, "depth_memory": high / low}
 
 
 def bench_cache(args: argparse.Namespace) -> dict[str, float]:
     """An epoch over four scans of 16 slices: features computed each time, against features read."""
-    ours = our_model()
+    ours = our_model(args.tower)
     fs.freeze_up_to(ours.backbone, "all")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -192,7 +192,7 @@ def bench_air(args: argparse.Namespace) -> dict[str, float]:
     if not volumes:
         print(f"air: no scans in {args.scans}")
         return {}
-    whole, body = our_model(), our_model(skip_air=True)
+    whole, body = our_model(args.tower), our_model(args.tower, skip_air=True)
     kept = np.mean([fs.patches_in_body(volume[0, 0], 16).float().mean().item() for volume in volumes])
 
     def step(model: fs.SiglipClassifier) -> None:
@@ -206,7 +206,7 @@ def bench_air(args: argparse.Namespace) -> dict[str, float]:
 
 @torch.no_grad()
 def bench_inference(args: argparse.Namespace) -> dict[str, float]:
-    ours, volume = our_model().eval(), volume_of(64)
+    ours, volume = our_model(args.tower).eval(), volume_of(64)
     plain, amp = PlainLoop(ours).eval(), torch.bfloat16 if has_bf16() else None
 
     def mine() -> None:
@@ -227,15 +227,19 @@ BENCHES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHES)} [all]")
+    parser.add_argument("--tower", choices=TOWERS, default="B", help="size of the ViT [B]")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each side [3]")
     parser.add_argument("--scans", type=Path, default=Path("../shared/data/ct"), help="folder of NPZ scans for `air`")
+    parser.add_argument("--cpu-time", action="store_true", help="count processor time: for a CPU shared with others")
     args = parser.parse_args()
+    CLOCK[0] = time.process_time if args.cpu_time else time.perf_counter
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{platform.machine()}, {where}, torch {torch.__version__}, bfloat16 {'yes' if has_bf16() else 'no'}")
+    what = f"ViT-{args.tower}/16, {platform.machine()}, {where}, torch {torch.__version__}"
+    print(f"{what}, bfloat16 {'yes' if has_bf16() else 'no'}", flush=True)
     figures: dict[str, float] = {}
     for name in args.names or BENCHES:
-        figures |= BENCHES[name](Namespace(**vars(args)))
-    print(" ".join(f"{name}={value:.2f}" for name, value in figures.items()))
+        figures |= BENCHES[name](args)
+        print(" ".join(f"{key}={value:.2f}" for key, value in figures.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -1789,10 +1789,12 @@ class VolumeLoader(torch.utils.data.DataLoader):
             yield batch
 
 
-def write_skipped(path: Path, table: Table, skipped: dict[int, str]) -> None:
-    """List the scans left out: id, split, line in the CSV and why."""
+def write_skipped(path: Path, *left_out: tuple[Table, dict[int, str]]) -> None:
+    """List the scans left out of tables, row -> why: id, split, line in the CSV and reason."""
     rows = [
-        [table.series_ids[row], table.splits[row], table.line_numbers[row], skipped[row]] for row in sorted(skipped)
+        [table.series_ids[row], table.splits[row], table.line_numbers[row], skipped[row]]
+        for table, skipped in left_out
+        for row in sorted(skipped)
     ]
     write_rows(path, [["series_id", "split", "line", "reason"], *rows])
 
@@ -2123,7 +2125,7 @@ def prepare_table(
         )
     write_rows(out, [header, *(cells for row, (_, cells) in enumerate(rows) if row not in bad)])
     if bad:
-        write_skipped(folder / "skipped.csv", table, bad)
+        write_skipped(folder / "skipped.csv", (table, bad))
     log.info("%d scans prepared, %d skipped: %s", len(raw) - len(bad), len(bad), out)
     return out
 
@@ -5103,6 +5105,14 @@ def preprocessing_from(args: argparse.Namespace, table: Table, default_grid: Seq
     )
 
 
+def show_data(table: Table, prep: Preprocessing, folder: Path) -> None:
+    """Log the check of the data and draw `data_check.png`: a wrong axis is seen in a second."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for line in check_data(table, prep, folder / "data_check.png"):
+        level = logging.WARNING if line.startswith("warning: ") else logging.INFO
+        log.log(level, "%s", line.removeprefix("warning: "))
+
+
 def build_datasets(args: argparse.Namespace, tables: Sequence[Table], prep: Preprocessing) -> list[CTVolumeDataset]:
     """A dataset for each table, all of them behind one cache if `--cache-dir` asks for it."""
     sources = [path for table in tables for path in table.paths]
@@ -5162,6 +5172,8 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     model.to(runtime.device)
     chunking = plan_memory(args, model, (preprocessing.channels, *preprocessing.grid), runtime)
     maybe_compile(model, args.compile, runtime)
+    if runtime.is_main:
+        show_data(table, preprocessing, folder.path)
     train, val, test = build_datasets(args, [table.split(name) for name in SPLITS], preprocessing)
     recipe = Recipe(
         args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
@@ -5200,7 +5212,8 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         effective,
     )
     return Run(
-        args, runtime, stop, folder, table, train, val, test, state, History(), loss_fn, recipe, setup, identity, tracker
+        args, runtime, stop, folder, table, train, val, test, state, History(), loss_fn, recipe, setup, identity,
+        tracker,
     )  # fmt: skip
 
 
@@ -5400,18 +5413,18 @@ def publish_split(
     if not np.isnan(table.targets).all():
         to_windows = model.windows.cpu()
         publish(
-            args.output_dir, split, volumes, to_windows, probabilities, thresholds, tuned_here, args.bootstrap, args.seed
+            args.output_dir, split, volumes, to_windows, probabilities, thresholds, tuned_here, args.bootstrap,
+            args.seed,
         )  # fmt: skip
     return table, probabilities
 
 
 def list_skipped(folder: Path, *datasets: CTVolumeDataset) -> None:
     """`skipped.csv`, where any scan was left out."""
-    rows = [(dataset.table, row, why) for dataset in datasets for row, why in sorted(dataset.skipped.items())]
-    if rows:
-        listed = [[t.series_ids[row], t.splits[row], t.line_numbers[row], why] for t, row, why in rows]
-        write_rows(folder / "skipped.csv", [["series_id", "split", "line", "reason"], *listed])
-        log.warning("%d scans could not be read and were left out: %s", len(rows), folder / "skipped.csv")
+    if left_out := [(dataset.table, dataset.skipped) for dataset in datasets if dataset.skipped]:
+        write_skipped(folder / "skipped.csv", *left_out)
+        number = sum(len(skipped) for _, skipped in left_out)
+        log.warning("%d scans could not be read and were left out: %s", number, folder / "skipped.csv")
 
 
 def write_results(
@@ -5599,17 +5612,15 @@ def run_check(args: argparse.Namespace) -> int:
     """Report on table and volumes, and draw some of them as a model will see them."""
     table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
     prep = preprocessing_from(args, table, (64, 224, 224))
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    for line in check_data(table, prep, args.output_dir / "data_check.png"):
-        log.info("%s", line)
+    show_data(table, prep, args.output_dir)
     return 0
 
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Convert raw scans to NPZ files and a CSV that names them."""
     skip = args.on_bad_volume == "skip"
-    made = prepare_table(args.csv, args.label_columns, args.prepare, args.spacing, args.num_workers, skip)
-    log.info("prepared: %s", made)
+    made = prepare_table(args.csv, args.label_columns, args.prepare, args.spacing[::-1], args.num_workers, skip)
+    log.info("prepared; train with --csv %s", made)
     return 0
 
 

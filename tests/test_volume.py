@@ -522,7 +522,7 @@ def test_a_skipped_scan_is_marked_listed_and_without_targets(
     assert "2.npz" in batch["error"][1]
     assert np.isnan(dataset.targets).any(axis=1).tolist() == [False, False, True, False, False]
     assert not np.isnan(scans.targets).any()
-    write_skipped(tmp_path / "skipped.csv", scans, dataset.skipped)
+    write_skipped(tmp_path / "skipped.csv", (scans, dataset.skipped))
     header, row = (tmp_path / "skipped.csv").read_text().splitlines()
     assert header == "series_id,split,line,reason"
     assert row.startswith("s2,train,4,")

@@ -54,6 +54,13 @@ def test_modes_do_what_their_names_say():
     assert (debug.epochs, debug.num_workers, debug.wandb_mode) == (2, 0, "disabled")
 
 
+def test_the_data_modes_need_no_model(tmp_path):
+    check, prepare = (arguments_of(mode, OUTPUT_BASE_DIR=str(tmp_path))[0] for mode in ("check", "prepare"))
+    assert check.check_data
+    assert check.pretrained is None
+    assert prepare.prepare == tmp_path / "prepared"
+
+
 def test_extra_arguments_go_last_and_win_even_after_the_labels():
     args, _ = arguments_of("focal", "--epochs", "3", "--lr", "5e-6", "--label-columns", "Emphysema")
     assert (args.epochs, args.lr, args.label_columns) == (3, 5e-6, ["Emphysema"])
@@ -101,6 +108,7 @@ def test_mistakes_are_one_line_and_exit_2(argv, environment, named):
 
 def test_help_names_every_mode():
     text = wrapper("help").stdout
-    for mode in ("basic", "focal", "balanced", "advanced", "debug", "inference", "demo", "test", "help"):
+    modes = ["basic", "focal", "balanced", "advanced", "debug", "inference", "check", "prepare", "demo", "test", "help"]
+    for mode in modes:
         assert f"\n  {mode} " in text
     assert wrapper().stdout == text

@@ -170,11 +170,16 @@ def train(args: argparse.Namespace) -> tuple[SiglipModel, dict]:
     held_out, held_visible, _ = make_slices(args.held_out, args.seed + 2000)
     print(f"{len(slices)} slices made, {visible.mean(0).round(3)} show each finding", flush=True)
     weights = 0.5 + (visible / visible.mean(0) / len(FINDINGS)).sum(1) * 2  # rare findings are drawn more often
+    favoured = visible[:, [FINDINGS.index(label) for label in args.favour]].any(1)
+    weights[favoured] *= 3
     weights /= weights.sum()
-    model = SiglipModel(SiglipConfig(**CONFIG))
-    balance_channels(model, slices[:: max(1, len(slices) // 2000)])
-    model.logit_scale.data.fill_(math.log(10))
-    model.logit_bias.data.fill_(-4.0)
+    if args.start:
+        model = SiglipModel.from_pretrained(args.start).float()
+    else:
+        model = SiglipModel(SiglipConfig(**CONFIG))
+        balance_channels(model, slices[:: max(1, len(slices) // 2000)])
+        model.logit_scale.data.fill_(math.log(10))
+        model.logit_bias.data.fill_(-4.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
     warmup = 50
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -230,6 +235,8 @@ def save(model: SiglipModel, figures: dict, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the toy SigLIP on phantom slices.")
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--start", type=Path, help="go on from the tower in this folder instead of random weights")
+    parser.add_argument("--favour", nargs="*", default=[], choices=FINDINGS, help="draw their slices 3 times as often")
     parser.add_argument("--phantoms", type=int, default=1000)
     parser.add_argument("--held-out", type=int, default=60)
     parser.add_argument("--steps", type=int, default=1800)

@@ -3938,10 +3938,11 @@ def format_metrics_table(metrics: dict) -> str:
 MODEL_KIND, RUN_KIND, FORMAT = "finetune_siglip", "finetune_siglip.run", 1
 
 
-def save_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk and only then give it its name.
 
-    Raises BadEnvironment; whatever happens, `path` is the old file or the whole new one and nothing else is left.
+    Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, `path` is the old file or the
+    whole new one and nothing else is left.
     """
     temporary = temporary_name(path)
     try:
@@ -3956,14 +3957,15 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         why = getattr(error.__cause__ or error.__context__ or error, "strerror", None) or str(error).splitlines()[0]
-        raise BadEnvironment(f"{path} can't be written ({why}); {free:,} bytes are free there") from error
+        needed = f"{size:,} bytes are needed and " if size else ""
+        raise BadEnvironment(f"{path} can't be written ({why}); {needed}{free:,} bytes are free there") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
 def temporary_name(path: Path) -> Path:
-    """Where a file is written before it gets its name; `leftovers` knows these names again."""
+    """Where a file is written before it gets its name; TEMPORARY knows these names again."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
@@ -4035,7 +4037,7 @@ def save_checked(path: Path, content: dict[str, Any]) -> str:
     require_finite(content, path.name)
     require_space(path.parent, tensor_bytes(content))
     digest = digest_of(content)
-    save_atomic(path, lambda file: torch.save({**content, "digest": digest}, file))
+    save_atomic(path, lambda file: torch.save({**content, "digest": digest}, file), tensor_bytes(content))
     return digest
 
 
@@ -4312,9 +4314,9 @@ class RunFolder:
         return [file for file in self.path.iterdir() if wanted.fullmatch(file.name) and not file.is_dir()]
 
     def clear(self) -> None:
-        """Forget an earlier run (`--overwrite`): its commit first, so that a kill never leaves half of it standing."""
+        """Forget an earlier run (`--overwrite`): it is whole until last.ckpt goes, and from then on there is none."""
         try:
-            for file in [self.last, self.previous, *self.ours(*DERIVED, CHECKPOINT, TEMPORARY)]:
+            for file in [self.previous, self.last, *self.ours(*DERIVED, CHECKPOINT, TEMPORARY)]:
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise BadEnvironment(f"{error.filename} can't be removed ({error.strerror})") from error

@@ -154,15 +154,20 @@ def torn_files(out: Path) -> list[str]:
 
 
 def random_moments(bench: Bench, config: tuple, rng: random.Random, most: int = 5) -> list[float | int]:
-    """One to five moments: half of them seconds, half of them file operations, rare kinds as often as writes."""
+    """One to five moments: half of them seconds, half of them file operations, rare kinds as often as writes.
+
+    Several in a row come early enough that the run, each time resumed, is probably not finished before its last one.
+    """
     _, seconds, operations = bench.reference(config)
+    number = rng.randint(1, most)
+    near = operations[: len(operations) // number]
     moments: list[float | int] = []
-    for _ in range(rng.randint(1, most)):
+    for _ in range(number):
         if rng.random() < 0.5:
-            moments.append(rng.uniform(0.05, seconds))
+            moments.append(rng.uniform(0.05, 0.8 * seconds / number))
         else:
-            kind = rng.choice(sorted({line.split()[0] for line in operations}))
-            moments.append(1 + rng.choice([i for i, line in enumerate(operations) if line.startswith(kind)]))
+            kind = rng.choice(sorted({line.split()[0] for line in near}))
+            moments.append(1 + rng.choice([i for i, line in enumerate(near) if line.startswith(kind)]))
     return moments
 
 

@@ -3941,7 +3941,7 @@ MODEL_KIND, RUN_KIND, FORMAT = "finetune_siglip", "finetune_siglip.run", 1
 def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
     """Let `write` fill a file beside `path`, bring it to the disk and only then give it its name.
 
-    Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, `path` is the old file or the
+    Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, `path` is the old file or
     whole new one and nothing else is left.
     """
     temporary = temporary_name(path)
@@ -5314,6 +5314,8 @@ def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[
     """Loss and metrics of logits (n, L) over the known labels of a split."""
     device = run.runtime.device
     loss = run.loss_fn(torch.from_numpy(logits).to(device), torch.from_numpy(dataset.targets).to(device)).item()
+    if not math.isfinite(loss):
+        raise Diverged(f"the validation loss is {loss} after epoch {run.state.epoch + 1}: lower --lr or add --warmup")
     metrics = compute_metrics(dataset.targets, sigmoid(logits), dataset.table.labels, np.array(run.setup["thresholds"]))
     return {"val_loss": loss, **metrics}
 
@@ -5380,6 +5382,8 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scan
 def finish_run(run: Run) -> None:
     """Evaluate the best weights, which are still in memory, and write what people read."""
     args, best, folder = run.args, run.history.top.best, run.folder.path
+    if best is None:
+        raise BadInput("no epoch had a defined macro F1: no scan of split val with a positive label could be read")
     model = unwrap(run.state.model)
     model.load_state_dict(best["model"])
     log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])

@@ -3942,7 +3942,7 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) 
     """Let `write` fill a file beside `path`, bring it to the disk and only then give it its name.
 
     Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, `path` is the old file or
-    whole new one and nothing else is left.
+    the whole new one and nothing else is left.
     """
     temporary = temporary_name(path)
     try:

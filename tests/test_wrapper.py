@@ -92,7 +92,7 @@ def test_inference_takes_the_newest_best_model_and_says_which(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "environment", "named"),
     [
-        (["bassic"], {}, "bassic"),
+        (["basics"], {}, "basics"),
         (["basic"], {"CSV_FILE": "nowhere.csv"}, "nowhere.csv"),
         (["basic"], {"CSV_FILE": __file__, "PRETRAINED_PATH": "/nowhere/model.bin"}, "/nowhere/model.bin"),
         (["inference"], {"OUTPUT_BASE_DIR": "/nowhere"}, "/nowhere"),

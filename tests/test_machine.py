@@ -6,12 +6,24 @@ import signal
 import struct
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
-from finetune_siglip import Runtime, StopRequest, derive_seed, gather_rows, init_runtime, seed_everything, start_wandb
+from finetune_siglip import (
+    Interrupted,
+    Runtime,
+    StopRequest,
+    build_loader,
+    derive_seed,
+    gather_rows,
+    init_runtime,
+    seed_everything,
+    start_wandb,
+)
+from helpers import small_scans
 
 
 def test_seeds_are_functions_of_all_their_parts():
@@ -56,6 +68,56 @@ def test_a_second_signal_leaves_at_once():
     assert done.returncode == 143
 
 
+def test_a_signal_does_not_wait_for_data():
+    with StopRequest() as stop:
+        with pytest.raises(Interrupted), stop.waiting():
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.patient
+        with pytest.raises(Interrupted), stop.waiting():
+            pytest.fail("one that has come already is found at once")
+
+
+def test_signals_never_reach_the_processes_that_read_not_even_while_they_start(tmp_path):
+    loader = build_loader(small_scans(tmp_path, 2), [[0], [1]], 1, torch.device("cpu"))
+    batches = iter(loader)
+    next(batches)
+    (child,) = torch.multiprocessing.active_children()
+    with open(f"/proc/{child.pid}/status") as file:
+        blocked = int(next(line for line in file if line.startswith("SigBlk")).split()[1], 16)
+    assert all(blocked >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_process_ends_though_somebody_still_holds_its_readers(tmp_path):
+    program = (
+        "import pathlib, sys, torch, finetune_siglip as fs\n"
+        "from helpers import small_scans\n"
+        "scans = small_scans(pathlib.Path(sys.argv[1]), 8)\n"
+        "batches = iter(fs.build_loader(scans, [[row] for row in range(8)], 2, torch.device('cpu')))\n"
+        "next(batches)\n"
+        "sys.last_exc = batches\n"  # as a traceback holds what its frames hold
+        "raise SystemExit(5)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=60)
+    assert done.returncode == 5
+
+
+def test_a_full_disk_or_nobody_behind_the_console_stops_nothing():
+    program = (
+        "import finetune_siglip as fs\n"
+        "fs.setup_logging(None, True)\n"
+        "for _ in range(3): fs.log.info('x' * 9999); fs.log.error('x' * 9999)\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=writer, env=environment, timeout=60)
+    os.close(writer)
+    assert done.returncode == 0
+
+
 def test_precision_of_this_machine():
     assert init_runtime(amp=False).amp_dtype is None
     runtime = init_runtime(amp=True)
@@ -95,11 +157,16 @@ def test_without_a_key_a_run_is_offline_and_holds_what_was_recorded(monkeypatch,
     assert tracker.run is not None
     tracker.finish()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    history = [
-        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for record in wandb_records(file)
-        if record.WhichOneof("record_type") == "history"
-    ]
+    history = []
+    for _ in range(100):  # the tracker's own process may still be writing
+        history = [
+            {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            for record in wandb_records(file)
+            if record.WhichOneof("record_type") == "history"
+        ]
+        if len(history) == 2:
+            break
+        time.sleep(0.1)
     assert [items["train_loss"] for items in history] == [0.1, 0.2]
     assert any("0.5" in json.dumps(items) for items in history)
 

@@ -24,6 +24,7 @@ import platform
 import random
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -36,7 +37,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -514,57 +515,158 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def within(seconds: float, action: Callable[[], Any]) -> Any:
+    """What `action` returns. Raises TimeoutError where it takes longer: it goes on alone, and nobody waits for it."""
+    results: list[tuple[Any, Exception | None]] = []
+
+    def attempt() -> None:
+        try:
+            results.append((action(), None))
+        except Exception as error:
+            results.append((None, error))
+
+    worker = threading.Thread(target=attempt, daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} seconds")
+    value, error = results[0]
+    if error:
+        raise error
+    return value
+
+
+def flat_figures(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested figures under one name each, `Lung nodule/auc`; undefined ones are left out."""
+    flat: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            flat |= flat_figures(value, prefix if name == "per_label" else f"{prefix}{name}/")
+        elif value is not None:
+            flat[prefix + name] = value
+    return flat
+
+
 class Tracker:
-    """Weights & Biases where it works and nothing where it does not: a tracker never stops or delays a run."""
+    """Weights & Biases where it works and nothing where it does not: it never stops a run, nor holds it up for long.
 
-    def __init__(self, run: Any = None):
-        self.run = run
+    Its first trouble is its last: one warning, and no further attempt. It counts epochs itself, since wandb's own steps
+    can only rise, whereas a run that was killed comes back with epochs that may or may not have been logged.
+    """
 
-    def _call(self, action: Callable[[], object]) -> None:
+    PATIENCE = 20.0  # seconds that anything but a checkpoint may take
+    SLOWEST = 2e6  # bytes a second: a slower line is not waited for
+
+    def __init__(self, run: Any = None, package: Any = None):
+        self.run, self.package, self.works, self.seen = run, package, run is not None, 0
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        patience = self.PATIENCE if kind is None else self.PATIENCE / 5  # a run that is stopped may be killed soon
         if self.run is not None:
+            self._call(lambda: self.run.finish(exit_code=int(kind is not None)), patience, even_so=True)
+        if self.package:  # its service is a process of its own
+            self._call(self.package.teardown, patience, even_so=True)
+
+    def _call(self, action: Callable[[], object], patience: float | None = None, even_so: bool = False) -> None:
+        if self.works or even_so:
             try:
-                action()
+                within(patience or self.PATIENCE, action)
             except Exception as error:  # whatever it is, training goes on without the tracker
-                log.warning("Weights & Biases stopped: %s", first_line(error))
-                self.run = None
+                log.log(
+                    logging.WARNING if self.works else logging.DEBUG, "Weights & Biases stopped: %s", first_line(error)
+                )
+                self.works = False
 
-    def record(self, figures: dict[str, Any], step: int) -> None:
-        self._call(lambda: self.run.log(figures, step=step))
+    def begin(self) -> None:
+        """Plot all figures over epochs; of a run that is resumed, find out which epochs the server has."""
 
-    def finish(self) -> None:
-        self._call(lambda: self.run.finish())
+        def ask() -> None:
+            self.run.define_metric("*", step_metric="epoch")
+            self.seen = int(self.run.summary.get("epoch") or 0)
+
+        self._call(ask)
+
+    def record(self, lines: Sequence[str]) -> None:
+        """Log the epochs that have not been logged yet, from the lines of all: line i belongs to epoch i + 1."""
+        new, self.seen = lines[self.seen :], max(self.seen, len(lines))
+        self._call(lambda: [self.run.log(flat_figures(json.loads(line))) for line in new])
+
+    def show(self, media: Callable[[Any], dict[str, Any]], summary: dict[str, Any]) -> None:
+        """Log tables and plots, as made with the package, and set figures of the whole run."""
+        self._call(lambda: (self.run.log(media(self.package)), self.run.summary.update(summary)))
+
+    def keep_model(self, path: Path, facts: dict[str, Any]) -> None:
+        """Upload a checkpoint and wait for it. A run that is offline leaves it where it is."""
+
+        def send() -> None:
+            artifact = self.package.Artifact(f"model-{self.run.id}", type="model", metadata=facts)
+            artifact.add_file(str(path), policy="immutable", skip_cache=True)  # no further copy on this disk
+            self.run.log_artifact(artifact, aliases=["best", f"epoch-{facts['epoch']}"]).wait()
+
+        if self.works and not self.run.offline:
+            self._call(send, self.PATIENCE + path.stat().st_size / self.SLOWEST)
 
 
-def wandb_mode() -> str:
-    """`online` with a key and a server that answers within two seconds, else `offline`."""
-    import requests.utils
+def wandb_mode(asked: str) -> str:
+    """`auto` is WANDB_MODE where that is set, else online where the server answers; without a key it is offline."""
+    from requests import utils
 
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if not (os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(host.geturl())):
-        return "offline"
+    mode = os.environ.get("WANDB_MODE", asked) if asked == "auto" else asked
+    if mode in ("offline", "dryrun", "disabled"):
+        return mode
+    url, keys = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if not (any(os.environ.get(key) for key in keys) or utils.get_netrc_auth(url)):
+        return "offline"  # it would ask for one, and wait for the answer
+    server = urlsplit(utils.select_proxy(url, utils.get_environ_proxies(url)) or url)
+    port = server.port or (80 if server.scheme == "http" else 443)
     try:
-        socket.create_connection((host.hostname, host.port or 443), timeout=2).close()
+        if mode == "auto":  # looking up the name has no limit of its own
+            within(3, lambda: socket.create_connection((server.hostname, port), timeout=2).close())
     except OSError:
         return "offline"
     return "online"
 
 
-def start_wandb(project: str, mode: str, config: dict[str, Any], folder: Path, is_main: bool) -> Tracker:
-    """A tracker of this run; without package, key or network it says so in one line and works offline or not at all."""
+def open_wandb(wandb: Any, mode: str, **options: Any) -> Tracker:
+    """A tracker in this very mode. Raises whatever wandb raises."""
+    patience = Tracker.PATIENCE if mode == "online" else 90  # offline nothing but a busy machine takes time
+    wanted = {"silent": True, "console": "off", "init_timeout": patience, "finish_timeout": Tracker.PATIENCE / 4}
+    settings = wandb.Settings(**{name: x for name, x in wanted.items() if name in wandb.Settings.model_fields})
+    resume = "allow" if mode == "online" else None  # offline there is nothing to look up
+    run = within(patience + 40, lambda: wandb.init(mode=mode, resume=resume, settings=settings, **options))
+    if run.offline:
+        log.info("Weights & Biases: offline, `wandb sync %s` uploads later", Path(run.dir).parent)
+    tracker = Tracker(run, wandb)
+    tracker.begin()
+    return tracker
+
+
+def start_wandb(
+    project: str, mode: str, config: dict[str, Any], folder: Path, is_main: bool, run_id: str | None = None
+) -> Tracker:
+    """A tracker of this run; without package, key or network it says so in one line and works offline or not at all.
+
+    With the `run_id` of a run that is resumed it goes on in that one.
+    """
     if mode == "disabled" or not is_main:
         return Tracker()
     try:
         import wandb
 
-        chosen = wandb_mode() if mode == "auto" else mode
-        if chosen == "offline":
-            log.info("Weights & Biases: offline, `wandb sync %s` uploads later", folder / "wandb" / "offline-*")
-        patience = 20 if chosen == "online" else 90  # seconds; offline nothing but a busy machine takes time
-        settings = wandb.Settings(silent=True, console="off", init_timeout=patience)
-        return Tracker(wandb.init(project=project, mode=chosen, config=config, dir=folder, settings=settings))
-    except Exception as error:  # missing package, refused key, broken proxy: never a reason to lose a run
+        modes = dict.fromkeys((wandb_mode(mode), "offline"))
+    except Exception as error:
         log.warning("Weights & Biases is off: %s", first_line(error))
         return Tracker()
+    for chosen in modes if "disabled" not in modes else ():
+        try:
+            return open_wandb(wandb, chosen, project=project, config=config, dir=folder, id=run_id)
+        except Exception as error:  # refused key, broken proxy, a server that hangs: never a reason to lose a run
+            log.warning("Weights & Biases is not %s: %s", chosen, first_line(error))
+            Tracker(package=wandb).__exit__(None)  # else its service goes on trying, and keeps the id
+    return Tracker()
 
 
 def agree(runtime: Runtime, *wishes: int) -> list[int]:
@@ -4901,15 +5003,21 @@ def label_figures(e: dict, i: int) -> str:
     return f'{head}<div class="grid five">{figures}{histogram(label, y, p, cut)}</div></section>'
 
 
-def operating_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float, auc: str, ap: str) -> str:
-    """ROC and precision-recall through every distinct probability, with a dot at the threshold."""
+def operating_points(y: np.ndarray, p: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """The curves (1 - specificity, sensitivity) and (recall, precision) through every distinct probability."""
     cuts = np.unique(p)[::-1]
     tp, fp = (len(s) - np.searchsorted(np.sort(s), cuts) for s in (p[y], p[~y]))
     recall, false, precision = tp / y.sum(), fp / (~y).sum(), tp / (tp + fp)
-    here = [[(p[s] >= cut).mean()] for s in (y, ~y)] + [[y[p >= cut].mean() if (p >= cut).any() else math.nan]]
     gain = np.diff(recall, prepend=0) > 0  # as in the average: the precision where recall rises, held back to the last
     steps = np.append(0, recall[gain]).repeat(2)[1:-1], precision[gain].repeat(2)
-    roc = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", [0, *false], [0, *recall], "")]
+    return (np.append(0, false), np.append(0, recall)), steps
+
+
+def operating_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float, auc: str, ap: str) -> str:
+    """ROC and precision-recall, with a dot at the threshold."""
+    here = [[(p[s] >= cut).mean()] for s in (y, ~y)] + [[y[p >= cut].mean() if (p >= cut).any() else math.nan]]
+    curve, steps = operating_points(y, p)
+    roc = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", *curve, "")]
     roc.append(("dot", "c0", here[1], here[0], ""))
     pr = [("guide", "", [0, 1], [y.mean()] * 2, ""), ("line", "c0", *steps, ""), ("dot", "c0", here[0], here[2], "")]
     return chart(f"ROC of {label}", f"AUROC {auc}", ("1 − specificity", "sensitivity"), roc) + chart(
@@ -5022,6 +5130,62 @@ def facts(value: object) -> str:
     return f"<div class='wide' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
+def track_results(tracker: Tracker, folder: Path, splits: Iterable[str], best: dict[str, Any]) -> None:
+    """Give the tracker what the report says, but neither ids nor pictures of scans: those stay here."""
+    facts = {"epoch": best["epoch"], "macro_f1": best["metrics"]["macro_f1"]}
+    summary = {f"best_{name}": value for name, value in facts.items()}
+    curves = folder / "progress.png"
+    tracker.show(lambda wandb: {"progress": wandb.Image(str(curves))} if curves.exists() else {}, summary)
+    for evaluation in (folder / f"evaluation_{split}.json" for split in splits):
+        if evaluation.exists():
+            e = read_evaluation(evaluation)
+            tracker.show(partial(split_media, e), split_summary(e))
+    tracker.keep_model(folder / "best_model.pth", facts)
+
+
+def split_summary(e: dict) -> dict[str, float]:
+    """Headline figures with the ends of their intervals: `test/macro_f1`, `test/macro_f1_low`, `test/macro_f1_high`."""
+    named = {}
+    for key in REPORT_HEADLINES:
+        named |= dict(
+            zip((key, f"{key}_low", f"{key}_high"), with_ends(e["metrics"], e["intervals"], key), strict=True)
+        )
+    return flat_figures({e["split"]: named})
+
+
+def with_ends(figures: dict, intervals: dict, key: str) -> tuple[float | None, ...]:
+    """A figure and the two ends of its interval."""
+    return figures[key], *(intervals.get(key) or (None, None))
+
+
+def split_media(e: dict, wandb: Any, points: int = 200) -> dict[str, Any]:
+    """Table of all figures per label, ROC and precision-recall of all labels, each curve by so many points at most."""
+    metrics, intervals, ends = e["metrics"], e["intervals"], ("", "_low", "_high")
+    columns = ["label", "positive", "known", "threshold", *(k + end for k in REPORT_COLUMNS for end in ends)]
+    rows, curves = [], []
+    for i, (label, m) in enumerate(metrics["per_label"].items()):
+        low_high = intervals.get("per_label", {}).get(label, {})
+        cells = (x for k in REPORT_COLUMNS for x in with_ends(m, low_high, k))
+        rows.append([label, m["n_positive"], m["n_known"], float(e["cuts"][i]), *cells])
+        known = np.isfinite(e["targets"][:, i])
+        y, p = e["targets"][known, i] == 1, e["probabilities"][known, i]
+        if 0 < y.sum() < len(y):
+            curves.append((label, *operating_points(y, p)))
+    for kind in ("macro", "micro"):
+        cells = (x for k in REPORT_COLUMNS for x in with_ends(metrics, intervals, f"{kind}_{k}"))
+        rows.append([kind, None, None, None, *cells])
+
+    def plot(which: int, title: str, x: str) -> Any:
+        some = [np.linspace(0, len(c[which][0]) - 1, min(points, len(c[which][0]))).astype(int) for c in curves]
+        xs, ys = ([c[which][k][at].tolist() for c, at in zip(curves, some, strict=True)] for k in (0, 1))
+        return wandb.plot.line_series(xs, ys, keys=[c[0] for c in curves], title=f"{title}, {e['split']}", xname=x)
+
+    media = {"labels": wandb.Table(columns=columns, data=rows)}
+    if curves:
+        media |= {"roc": plot(1, "ROC", "1 - specificity"), "precision_recall": plot(2, "Precision", "recall")}
+    return {f"{e['split']}/{name}": value for name, value in media.items()}
+
+
 # ── 13 Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A run as a table of contents.
 
@@ -5044,7 +5208,7 @@ class Run:
     recipe: Recipe
     setup: dict[str, Any]
     identity: dict[str, Any]
-    tracker: Tracker
+    tracker: Tracker = field(default_factory=Tracker)
     saved_at: float = field(default_factory=time.monotonic)
     saved: tuple[int, ...] = ()  # the position that the last commit holds
 
@@ -5204,7 +5368,6 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     }
     identity = {**describe_run(args, table, model, preprocessing, runtime), "chunking": chunking}
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
-    tracker = start_wandb(args.wandb_project, args.wandb_mode, identity["arguments"], folder.path, runtime.is_main)
     effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
     log.info(
         "%d training and %d validation scans, %d steps of %d scans an epoch",
@@ -5215,7 +5378,6 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     )
     return Run(
         args, runtime, stop, folder, table, train, val, test, state, History(), loss_fn, recipe, setup, identity,
-        tracker,
     )  # fmt: skip
 
 
@@ -5234,6 +5396,7 @@ def describe_run(
         "preprocessing": preprocessing.to_dict(),
         "precision": str(runtime.amp_dtype),
         "number of processes": runtime.world_size,
+        "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
         "machine": {
             "python": sys.version.split()[0],
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "transformers")},
@@ -5376,7 +5539,7 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scan
     log.info("%s", format_metrics_table(line))
     for text in report_time(seconds, scans, run.runtime):
         log.info("%s", text)
-    run.tracker.record(line, line["epoch"])
+    run.tracker.record(run.history.lines)
 
 
 def finish_run(run: Run) -> None:
@@ -5402,10 +5565,10 @@ def finish_run(run: Run) -> None:
             last = publish_split(args, split, getattr(run, split), model, values, thresholds, tuned_here)
         list_skipped(args.output_dir, run.train, run.val, run.test)
         write_results(args, "training", run.table, *last, thresholds, run.runtime)
+        track_results(run.tracker, folder, logits, best)
         if args.export_hf:
             export_hf(best, args.export_hf)
             log.info("the tower for transformers: %s", args.export_hf)
-    run.tracker.finish()
 
 
 def publish_split(
@@ -5461,8 +5624,11 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
         run = prepare_run(args, runtime, stop, folder)
         start_or_resume(run)
         apply_memory_plan(unwrap(run.state.model), *run.identity["chunking"])
-        stop.patient = True
-        train_to_the_end(run)
+        known = run.identity["arguments"], folder.path, runtime.is_main, run.identity["tracker"]
+        with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
+            run.tracker.record(run.history.lines)
+            stop.patient = True
+            train_to_the_end(run)
     return 0
 
 
@@ -5536,7 +5702,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if after["epochs"] < before["epochs"]:
         found.append(f"--epochs was {before['epochs']}, now {after['epochs']}: it can only grow")
-    free = ("arguments", "machine", "chunking")
+    free = ("arguments", "machine", "chunking", "tracker")
     for name in [name for name in now if name not in free and then.get(name) != now[name]]:
         short = [str(identity.get(name))[:200] for identity in (then, now)]
         found.append(f"the {name} differ" if len(short[0]) == 64 else f"{name} was {short[0]}, now {short[1]}")
@@ -5554,6 +5720,7 @@ def resume(run: Run, source: RunFolder) -> None:
             if (before := then["machine"].get(name)) != value:
                 log.warning("%s was %s, now %s: the run goes on, but not to the same bits", name, before, value)
         now["chunking"] = then.get("chunking", now["chunking"])  # free memory may differ; results must not
+        now["tracker"] = then.get("tracker", now["tracker"])
         restore_state(content, run.state, history, run.runtime.rank)
     source.load_top(history)
     positions = agree(run.runtime, *run.position, *(-x for x in run.position))  # nobody removes what another reads

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.
+r"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.
 
     python finetune_siglip.py --csv scans.csv --pretrained google/siglip-base-patch16-224 \
         --label-columns "Lung nodule" "Pleural effusion" --output-dir outputs/first --amp --use-ema

@@ -1,5 +1,25 @@
 #!/usr/bin/env python3
-"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier."""
+r"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.
+
+    python finetune_siglip.py --csv scans.csv --pretrained google/siglip-base-patch16-224 \
+        --label-columns "Lung nodule" "Pleural effusion" --output-dir outputs/first --amp --use-ema
+    python finetune_siglip.py --csv scans.csv --test-only outputs/first/best_model.pth \
+        --label-columns "Lung nodule" "Pleural effusion" --test-output predictions.csv
+    python finetune_siglip.py --help
+
+The file is read from top to bottom, the way the data flows; a room calls only rooms above it:
+
+    0 Door      errors and constants           7 Loss    multilabel losses over known labels
+    1 Knobs     every argument                 8 Optim   optimiser, schedule, averaged weights
+    2 Machine   device, ranks, signals, log    9 Step    an epoch of training; prediction
+    3 Table     the CSV                       10 Scores  metrics, thresholds, intervals
+    4 Volume    from a file to int16 voxels   11 Keep    checkpoints, the state of a run
+    5 Backbone  pretrained image encoders     12 Papers  predictions, plots, report
+    6 Model     windows, slices, pooling      13 Main    a run as a table of contents
+
+Axis letters: N batch, C stored channels, K windows, D H W voxel axes, S slices given to the backbone, P patches,
+E feature width, L labels; n is any number of scans.
+"""
 
 from __future__ import annotations
 
@@ -3908,10 +3928,7 @@ def bootstrap_metrics(
         for i in range(0, 1 + resamples, step)
     ]
     figures = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    once, ece = (
-        figures["ece"][0],
-        figures["ece"][1:],
-    )  # a mean of absolute values: resampling adds noise, so it adds bias
+    once, ece = figures["ece"][0], figures["ece"][1:]  # a mean of absolute values: noise from resampling biases it
     figures["ece"][1:] = np.maximum(0, ece - (ece.mean(axis=0) - once))
     return _arrange({name: _intervals(values[1:]) for name, values in figures.items()}, label_columns)
 
@@ -3935,9 +3952,7 @@ def tune_thresholds(targets: np.ndarray, probabilities: np.ndarray, objective: s
     for i in np.flatnonzero((positives > 0) & (negatives > 0)):
         known = np.isfinite(targets[:, i])
         scores, place = np.unique(probabilities[known, i], return_inverse=True)
-        called = np.append(
-            np.bincount(place)[::-1].cumsum()[::-1], 0
-        )  # with the cut below scores[0], scores[1], …, none
+        called = np.append(np.bincount(place)[::-1].cumsum()[::-1], 0)  # with the cut below scores[0], [1], …, none
         tp = np.append(np.bincount(place, targets[known, i])[::-1].cumsum()[::-1], 0)
         a, b = (positives.sum(), negatives.sum()) if objective == "crg" else (positives[i], negatives[i])
         value = 2 * tp / (called + positives[i]) if objective == "f1" else tp / a - (called - tp) / b

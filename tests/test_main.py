@@ -10,6 +10,7 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
+import finetune_siglip
 import phantoms
 from finetune_siglip import MODEL_KIND, RUN_KIND, classifier_from, load_checked, main
 
@@ -251,33 +252,50 @@ def test_augmentation_is_on_by_default_and_changes_training_only(scans, tower, t
     assert light["val_loss"] == pytest.approx(none["val_loss"], rel=1e-6)
 
 
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
 @pytest.fixture
-def broken_scans(scans, tmp_path):
-    """The table, with a training and a validation scan whose voxels don't match their checksum."""
+def going_bad(scans, tmp_path, monkeypatch):
+    """The table, and the ids of a training and a validation scan that are damaged once the check has passed them."""
     folder = shutil.copytree(scans.parent, tmp_path / "broken")
-    rows, broken = read_rows(folder / scans.name), {}
-    for split in ("train", "val"):
-        row = [row for row in rows if row["split"] == split][2]
-        path = folder / row["img_path"]
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 255
-        path.write_bytes(data)
-        broken[split] = row["series_id"]
-    return folder / scans.name, broken
+    rows = read_rows(folder / scans.name)
+    broken = [[row for row in rows if row["split"] == split][2] for split in ("train", "val")]
+    check = finetune_siglip.show_data
 
+    def check_then_damage(*arguments):
+        check(*arguments)
+        for row in broken:
+            damage(folder / row["img_path"])
 
-def test_a_scan_that_goes_bad_stops_the_run_by_name(broken_scans, tower, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("finetune_siglip.show_data", check_then_damage)
     monkeypatch.setattr("finetune_siglip.READ_DELAYS", (0.0, 0.0))
-    table, broken = broken_scans
-    assert main(arguments(table, tower, tmp_path / "out", "--epochs", "1", "--intensity", "hu")) == 2
+    return folder / scans.name, {row["split"]: row["series_id"] for row in broken}
+
+
+def test_a_scan_that_goes_bad_stops_the_run_by_name_with_its_state_saved(going_bad, tower, tmp_path, capsys):
+    table, broken = going_bad
+    assert main(arguments(table, tower, tmp_path / "out", "--epochs", "1")) == 2
     assert any(name in capsys.readouterr().err for name in broken.values())
+    assert (tmp_path / "out" / "last.ckpt").exists()
 
 
-def test_bad_scans_are_left_out_and_listed_when_asked(broken_scans, tower, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune_siglip.READ_DELAYS", (0.0, 0.0))
-    table, broken = broken_scans
+def test_a_scan_that_is_bad_from_the_start_is_found_by_the_check(scans, tower, tmp_path, capsys):
+    folder = shutil.copytree(scans.parent, tmp_path / "broken")
+    row = read_rows(scans)[2]
+    damage(folder / row["img_path"])
     more = ("--epochs", "1", "--intensity", "hu", "--on-bad-volume", "skip")
-    assert main(arguments(table, tower, tmp_path / "out", *more)) == 0
+    assert main(arguments(folder / scans.name, tower, tmp_path / "out", *more)) == 2
+    assert row["series_id"] in capsys.readouterr().err
+    assert not (tmp_path / "out" / "last.ckpt").exists()
+
+
+def test_scans_that_go_bad_are_left_out_and_listed_when_asked(going_bad, tower, tmp_path):
+    table, broken = going_bad
+    assert main(arguments(table, tower, tmp_path / "out", "--epochs", "1", "--on-bad-volume", "skip")) == 0
     assert {row["series_id"] for row in read_rows(tmp_path / "out" / "skipped.csv")} == set(broken.values())
     (line,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert line["per_label"]["Lung nodule"]["n_known"] == 5

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -35,6 +36,10 @@ def test_predictions_round_trip_ids_numbers_and_decisions(tmp_path, dtype) -> No
     read = np.array([[float(row[1]), float(row[3])] for row in rows])
     assert np.array_equal(read, probabilities.astype(np.float64))
     assert [[row[2], row[4]] for row in rows] == [[str(int(c)) for c in row] for row in read >= thresholds]
+    exactly = {"dtype": {"id": str}, "keep_default_na": False, "float_precision": "round_trip"}  # as in the README
+    frame = pd.read_csv(tmp_path / "p.csv", **exactly)
+    assert frame["id"].tolist() == ids
+    assert np.array_equal(frame[["Lung nodule_prob", "Emphysema_prob"]].to_numpy(), read)
 
 
 def test_progress_picture_is_drawn_from_any_number_of_epochs(tmp_path) -> None:

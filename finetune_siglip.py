@@ -368,6 +368,7 @@ def init_runtime(amp: bool) -> Runtime:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see add_in_fixed_order; read by the first product
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     amp_dtype = None
@@ -3118,6 +3119,33 @@ def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> in
     return total
 
 
+def sample_volume(model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> Tensor:
+    """A part of a volume of `shape` (C, S, H, W) that is enough to measure by: (1, C, s, H, W)."""
+    slices = max(16, shape[1] // 8) if model.backbone.volumetric else 2
+    sample = torch.full((1, shape[0], slices, *shape[2:]), -1000, dtype=torch.int16, device=runtime.device)
+    sample[..., 1:-1, 1:-1] = 0  # a body, or --skip-air would leave nothing to measure
+    return sample
+
+
+def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime) -> bool:
+    """Have a GPU's kernels add their terms in one order, so that the same seed gives the same bits.
+
+    One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only of use in a hunt for bugs
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with runtime.autocast():
+            logits = model.eval()(sample)
+        torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
+    except RuntimeError as error:
+        log.warning("runs agree to rounding only, not to the bit: %s", first_line(error))
+        torch.use_deterministic_algorithms(False)
+        return False
+    return True
+
+
 def usual_chunk(runtime: Runtime) -> int:
     """Slices at once that keep the device busy; more would only take more memory."""
     return 64 if runtime.device.type == "cuda" else 8
@@ -3129,14 +3157,12 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
     `shape` is (C, S, H, W). Returns [slice_chunk, recompute]. A chunk is a power of two, so that two starts on one
     machine agree; no larger than helps, for memory grows with it.
     """
-    volumetric, trained = model.backbone.volumetric, [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     recompute, measure = args.grad_checkpointing == "on", not (args.slice_chunk and args.grad_checkpointing != "auto")
     measure &= any(p.requires_grad for p in model.backbone.parameters())
     if measure:
-        sample = (shape[0], max(16, shape[1] // 8) if volumetric else 2, *shape[2:])
-        air = torch.full((1, *sample), -1000, dtype=torch.int16, device=runtime.device)
-        air[..., 1:-1, 1:-1] = 0  # a body, or --skip-air would leave nothing to measure
-        per_slice = max(1, saved_bytes(model, air, runtime) // sample[1])
+        sample = sample_volume(model, shape, runtime)
+        per_slice = max(1, saved_bytes(model, sample, runtime) // sample.shape[2])
         states = 16 * sum(p.numel() for p in trained)  # gradients, two moments, averaged weights
         room = max(0.0, 0.7 * free_memory(runtime.device) - states)
         if args.grad_checkpointing == "auto":
@@ -5189,7 +5215,10 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     table = read_training_table(args)
     model, preprocessing = build_model(args, table)
     model.to(runtime.device)
-    chunking = plan_memory(args, model, (preprocessing.channels, *preprocessing.grid), runtime)
+    shape = (preprocessing.channels, *preprocessing.grid)
+    if runtime.device.type == "cuda":
+        add_in_fixed_order(model, sample_volume(model, shape, runtime), runtime)
+    chunking = plan_memory(args, model, shape, runtime)
     maybe_compile(model, args.compile, runtime)
     if runtime.is_main:
         show_data(table, preprocessing, folder.path)

@@ -49,14 +49,15 @@ def random_hu(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def small_scans(folder: Path, n: int, slices: int = 3, labels: int = 3, unknown: float = 0.2) -> CTVolumeDataset:
-    """n scans of 16 x 16 pixels as files in `folder`; some targets are unknown, never all of a label."""
+    """n scans of 16 x 16 pixels, files in `folder` unless there; some targets are unknown, never all of a label."""
     rng = np.random.default_rng(n)
     targets = rng.integers(0, 2, (n, labels)).astype(np.float32)
     targets[rng.random((n, labels)) < unknown] = np.nan
     targets[:2] = [[0.0], [1.0]][:n]
     paths = [folder / f"scan_{row:03d}.npz" for row in range(n)]
     for row, path in enumerate(paths):
-        np.savez(path, image=random_hu(1, slices, 16, 16, seed=row).numpy())
+        if not path.exists():
+            np.savez(path, image=random_hu(1, slices, 16, 16, seed=row).numpy())
     names, ids = tuple(f"label {i}" for i in range(labels)), [path.stem for path in paths]
     table = Table(names, ids, ids, ["train"] * n, paths, targets, list(range(2, n + 2)))
     return CTVolumeDataset(table, Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (slices, 16, 16)))

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from finetune_siglip import (
+    CTVolumeDataset,
     MultilabelBCELoss,
     Recipe,
     Runtime,
+    cache_features,
     compute_metrics,
     distribute,
     freeze_up_to,
@@ -33,18 +35,21 @@ SCENARIOS = {  # rows, and what is special about the training
     "fewer rows than ranks": (2, {}),
     "head only": (8, {"freeze": "all"}),
     "unfrozen late": (8, {"hold": True}),
+    "cached features": (7, {"freeze": "all", "cache": True, "balance": True}),
 }
 
 
 def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     """Two epochs of a scenario; what every rank must agree on, and how often each row was seen by this one."""
     folder.mkdir(parents=True, exist_ok=True)
-    dataset = small_scans(folder, rows)
     model = small_classifier(dropout=0.0)
     freeze_up_to(model.backbone, options.get("freeze", 5))
     state = small_state(model, ema=True)
     state.model = distribute(model, runtime)
     recipe = Recipe(GLOBAL_BATCH // runtime.world_size, options.get("accumulation", 1), balance="balance" in options)
+    dataset = scans_of_all(folder, rows, runtime)
+    if "cache" in options:
+        dataset = cache_features(folder / "features", model, dataset, recipe, runtime)
     losses, norms, synchronised = [], [], []
     untrained = predict(state.model, dataset, recipe, runtime)
     for epoch in range(2):
@@ -70,6 +75,16 @@ def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     }  # fmt: skip
 
 
+def scans_of_all(folder: Path, rows: int, runtime: Runtime) -> CTVolumeDataset:
+    """The same files for all ranks: the first writes them, the others find them there."""
+    if runtime.rank > 0:
+        torch.distributed.barrier()
+    dataset = small_scans(folder, rows)
+    if runtime.rank == 0 and runtime.world_size > 1:
+        torch.distributed.barrier()
+    return dataset
+
+
 def counted(metrics: dict) -> dict:
     """The scores that count or rank scans: the last bits of a probability do not show in them."""
     kinds = ("f1", "auc", "precision", "recall", "accuracy")
@@ -85,7 +100,7 @@ def results(folder: Path, runtime: Runtime) -> dict:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = init_runtime(amp=False)
-    mine = results(Path(sys.argv[1]) / f"rank{place.rank}", place)
+    mine = results(Path(sys.argv[1]), place)
     Path(f"{sys.argv[2]}.{place.rank}").write_text(json.dumps(mine))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

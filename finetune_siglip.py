@@ -3681,6 +3681,7 @@ def predict(
 ) -> np.ndarray:  # fmt: skip
     """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed exactly once."""
     model = unwrap(model).eval()
+    share_statistics(model, runtime)
     mine = list(range(len(dataset)))[runtime.rank :: runtime.world_size]
     plan = [mine[i : i + recipe.batch_size] for i in range(0, len(mine), recipe.batch_size)]
     rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
@@ -3697,6 +3698,14 @@ def predict(
     bar.close()
     share_skipped(dataset, runtime)
     return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
+
+
+def share_statistics(model: nn.Module, runtime: Runtime) -> None:
+    """Give all ranks the BatchNorm statistics of the first, which are the ones that are saved: each has its own."""
+    if runtime.world_size > 1:
+        for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            for buffer in norm.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
 
 def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:

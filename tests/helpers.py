@@ -31,6 +31,18 @@ SMALL_TOWER = {
 }  # fmt: skip
 
 
+SMALL_RESNET3D = {
+    "family": "resnet3d", "layers": [2, 1, 1, 1], "block_inplanes": [4, 8, 8, 16], "conv1_t_size": (3, 7, 7),
+    "bias_downsample": False, "num_channels": 3, "image_size": 32,
+}  # fmt: skip
+
+
+def small_resnet3d_classifier(labels: int = 2) -> SiglipClassifier:
+    """A 3D ResNet of five blocks with a head; HU in, chest windows."""
+    torch.manual_seed(0)
+    return SiglipClassifier(build_backbone(SMALL_RESNET3D), CHEST, "hu", labels, dropout=0.0)
+
+
 def small_backbone(seed: int = 0) -> Backbone:
     """A two-layer SigLIP tower for 16 x 16 images with random weights."""
     torch.manual_seed(seed)

@@ -26,8 +26,9 @@ from finetune_siglip import (
     train_backbone,
     train_one_epoch,
 )
-from helpers import small_classifier, small_scans, small_state
+from helpers import small_classifier, small_resnet3d_classifier, small_scans, small_state
 
+ALONE = Runtime(torch.device("cpu"))
 GLOBAL_BATCH = 6
 SCENARIOS = {  # rows, and what is special about the training
     "accumulation": (20, {"accumulation": 2}),  # 12 rows a step, then 8: a short window and an uneven split
@@ -41,7 +42,6 @@ SCENARIOS = {  # rows, and what is special about the training
 
 def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     """Two epochs of a scenario; what every rank must agree on, and how often each row was seen by this one."""
-    folder.mkdir(parents=True, exist_ok=True)
     model = small_classifier(dropout=0.0)
     freeze_up_to(model.backbone, options.get("freeze", 5))
     state = small_state(model, ema=True)
@@ -75,8 +75,20 @@ def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     }  # fmt: skip
 
 
+def train_with_batchnorm(folder: Path, runtime: Runtime) -> dict:
+    """What each rank scores after an epoch in which each saw other scans, and what its model gives by itself."""
+    dataset, model, recipe = scans_of_all(folder, 12, runtime), small_resnet3d_classifier(3), Recipe(2)
+    state = small_state(model)
+    state.model = distribute(model, runtime)
+    train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, runtime)
+    own = model.backbone.net.bn1.running_mean.tolist()
+    together = predict(state.model, dataset, recipe, runtime)
+    return {"own": own, "together": together.tolist(), "alone": predict(model, dataset, recipe, ALONE).tolist()}
+
+
 def scans_of_all(folder: Path, rows: int, runtime: Runtime) -> CTVolumeDataset:
     """The same files for all ranks: the first writes them, the others find them there."""
+    folder.mkdir(parents=True, exist_ok=True)
     if runtime.rank > 0:
         torch.distributed.barrier()
     dataset = small_scans(folder, rows)
@@ -94,7 +106,8 @@ def counted(metrics: dict) -> dict:
 
 
 def results(folder: Path, runtime: Runtime) -> dict:
-    return {name: train(folder / name, runtime, *scenario) for name, scenario in SCENARIOS.items()}
+    found = {name: train(folder / name, runtime, *scenario) for name, scenario in SCENARIOS.items()}
+    return found | {"batchnorm": train_with_batchnorm(folder / "batchnorm", runtime)}
 
 
 if __name__ == "__main__":

@@ -40,7 +40,15 @@ from finetune_siglip import (
     train_backbone,
     train_one_epoch,
 )
-from helpers import CHEST, random_hu, small_backbone, small_classifier, small_scans, small_state
+from helpers import (
+    CHEST,
+    random_hu,
+    small_backbone,
+    small_classifier,
+    small_resnet3d_classifier,
+    small_scans,
+    small_state,
+)
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -59,6 +67,13 @@ def test_saved_bytes_are_those_that_the_allocator_still_holds(monkeypatch):
     block = 4 * 32 * 4  # P x E x 4 bytes of one image
     assert four == pytest.approx(2 * two, rel=0.1)
     assert two > 2 * 2 * 8 * block  # two images, two layers, at least eight such tensors each
+
+
+def test_of_a_slice_that_is_computed_again_only_its_voxels_and_its_features_are_kept():
+    model = small_classifier()
+    model.recompute = True
+    few, many = (saved_bytes(model, random_hu(1, 1, n, 16, 16), CPU) for n in (16, 160))
+    assert many - few <= 144 * (16 * 16 * 2 + 2 * 32 * 4)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +101,6 @@ def test_free_memory_is_a_plausible_number():
     assert 2**20 < fs.free_memory(CPU.device) < 2**50
 
 
-SMALL_RESNET3D = {
-    "family": "resnet3d", "layers": [2, 1, 1, 1], "block_inplanes": [4, 8, 8, 16], "conv1_t_size": (3, 7, 7),
-    "bias_downsample": False, "num_channels": 3, "image_size": 32,
-}  # fmt: skip
-
-
-def small_resnet3d_classifier():
-    torch.manual_seed(0)
-    return fs.SiglipClassifier(fs.build_backbone(SMALL_RESNET3D), CHEST, "hu", 2, dropout=0.0).train()
-
-
 def two_passes(model):
     """Gradients of two forward passes and what the model holds after them: BatchNorm must have seen each input once."""
     for seed in (0, 1):
@@ -116,7 +120,7 @@ def assert_same_passes(one, other, tolerance):
 
 
 def test_recomputed_blocks_of_a_3d_backbone_give_the_same_gradients_and_statistics():
-    plain, again = small_resnet3d_classifier(), small_resnet3d_classifier()
+    plain, again = small_resnet3d_classifier().train(), small_resnet3d_classifier().train()
     fs.apply_memory_plan(again, 8, 1)
     kept = [saved_bytes(model, random_hu(1, 1, 32, 32, 32), CPU) for model in (plain, again)]
     assert kept[1] < 0.8 * kept[0]
@@ -173,7 +177,7 @@ def test_compiled_blocks_give_the_same_gradients_and_statistics(family, recomput
 
     def passes(compiled):
         if family == "resnet3d":
-            model = small_resnet3d_classifier()
+            model = small_resnet3d_classifier().train()
         else:
             model = small_classifier(dropout=0.0).train()
         if compiled:

@@ -389,6 +389,7 @@ def init_runtime(amp: bool) -> Runtime:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see add_in_fixed_order; read by the first product
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     amp_dtype = None
@@ -1858,14 +1859,18 @@ class CTVolumeDataset(torch.utils.data.Dataset):
             volume, cached = self.read(self.table.paths[row])
         except BadVolume as problem:
             error = f"series {self.table.series_ids[row]!r} (line {self.table.line_numbers[row]}): {problem}"
-            empty = 0 if self.prep.intensity == "windowed" else AIR
-            volume, cached = torch.full((self.prep.channels, *self.prep.grid), empty, dtype=torch.int16), False
+            volume, cached = self.blank(), False
         targets = torch.from_numpy(self.table.targets[row].copy())
         if error or item < 0:
             targets.fill_(math.nan)
         return {
             "volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error, "cached": cached,
         }  # fmt: skip
+
+    def blank(self) -> Tensor:
+        """What fills the place of a scan that cannot be read; its targets are unknown, so it counts for nothing."""
+        empty = 0 if self.prep.intensity == "windowed" else AIR
+        return torch.full((self.prep.channels, *self.prep.grid), empty, dtype=torch.int16)
 
     def read(self, path: Path) -> tuple[Tensor, bool]:
         """The volume and whether it is cached; the third failure raises BadVolume."""
@@ -1905,7 +1910,7 @@ class VolumeLoader(torch.utils.data.DataLoader):
                 raise BadVolume(*bad.values())
             for row in bad.keys() - self.dataset.skipped.keys():
                 log.warning("skipped: %s", bad[row])
-            self.dataset.skipped |= bad
+            self.dataset.skipped |= {row: bad[row] for row in bad.keys() - self.dataset.skipped.keys()}
             if isinstance(batch["volume"], CachedBatch):
                 batch["volume"] = batch["volume"].assemble()
             yield batch
@@ -2639,6 +2644,29 @@ def read_pretrained(source: str | Path, heads: int | None = None) -> Pretrained:
     return read_tensors(flatten(raw), str(path), config_beside(path), heads)
 
 
+def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
+    """`run`, but what it keeps for the backward pass is thrown away and computed again there."""
+
+    @contextmanager
+    def again() -> Iterator[None]:  # BatchNorm must not count the same input twice
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        before = [(m.momentum, m.num_batches_tracked) for m in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, (momentum, counted) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, counted
+
+    def wrapped(*inputs: Any) -> Tensor:
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
+            return run(*inputs)
+        return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+    return wrapped
+
+
 class Backbone(nn.Module):
     """Image encoder of one family: images in [0, 1] to one feature vector each.
 
@@ -2649,6 +2677,7 @@ class Backbone(nn.Module):
     family = ""
     orientation = "SPL"
     volumetric = False
+    recompute = False  # each block of a volumetric one is computed again in the backward pass
     net: Any  # the family's own module
 
     def __init__(self, config: dict[str, Any], net: nn.Module, width: int, slices: int):
@@ -2709,20 +2738,22 @@ class SiglipBackbone(Backbone):
     def pool(self, tokens: Tensor) -> Tensor:
         return self.attend(tokens.flatten(1, -2))
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None) -> Tensor:
         """(n, 3, H, W) in [0, 1] to (n, E), from the patches that `keep` (n, P) names, in row order, or from all.
 
-        An image that keeps none keeps its first.
+        An image that keeps none keeps its first. `counts` says how many each keeps, where the host knows.
         """
-        return self.attend(*self.encode(images, keep))
+        return self.attend(*self.encode(images, keep, counts))
 
-    def encode(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def encode(
+        self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Tokens after the last norm (n, M, E), and which of them are no padding (n, M); None means all."""
         embeddings = self.net.embeddings
         x = embeddings.patch_embedding(images * 2 - 1).flatten(2).transpose(1, 2)  # (n, P, E); SigLIP sees [-1, 1]
         if x.shape[1] != self.side**2:
             raise ValueError(f"images {tuple(images.shape)} make {x.shape[1]} patches, the tower has {self.side**2}")
-        x, real = pack_kept(x + embeddings.position_embedding.weight, keep)
+        x, real = pack_kept(x + embeddings.position_embedding.weight, keep, counts)
         for block in self.net.encoder.layers:
             x = block(x, None if real is None else real[:, None, None, :])
         return self.net.post_layernorm(x), real
@@ -2737,21 +2768,23 @@ class SiglipBackbone(Backbone):
         return x + head.mlp(head.layernorm(x))
 
 
-def pack_kept(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
     """Pack the tokens to keep to the front, padded to the longest row: (n, P, E) to (n, M, E), and which are real.
 
-    M is rounded up to a multiple of 16, so that few different shapes occur and attention kernels stay aligned.
+    M is rounded up to a multiple of 16, so that few different shapes occur and attention kernels stay aligned. Without
+    the `counts` of each row the host waits for the device here.
     """
     if keep is None:
         return x, None
     first = torch.arange(keep.shape[1], device=keep.device) == 0
     keep = keep | (first & ~keep.any(1, keepdim=True))
     lengths = keep.sum(1)
-    longest = min(-(-int(lengths.max()) // 16) * 16, keep.shape[1])
+    counts = lengths.tolist() if counts is None else counts
+    longest = min(-(-max(counts) // 16) * 16, keep.shape[1])
     order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
     real = torch.arange(longest, device=x.device) < lengths[:, None]
-    return x, None if bool(real.all()) else real
+    return x, None if min(counts) == longest else real
 
 
 class ConvBackbone(Backbone):
@@ -2786,9 +2819,12 @@ class ResNet3DBackbone(ConvBackbone):
         super().__init__(config, net, config["block_inplanes"][3] * 4, 160)
 
     def tokens(self, images: Tensor) -> Tensor:
+        if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Measured: bfloat16 convolutions are faster so, float32 ones are not. Weights stay as they are stored.
+            images = images.contiguous(memory_format=torch.channels_last_3d)
         x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(images))))
-        for block in self.blocks():
-            x = block(x)
+        for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
+            x = recomputed(block, block)(x) if self.recompute else block(x)
         return x.movedim(1, -1)
 
 
@@ -2930,7 +2966,7 @@ def freeze_up_to(backbone: Backbone, n: int | str) -> int:
 
 
 def add_lora(backbone: Backbone, rank: int) -> None:
-    """Freeze a SigLIP tower and add trainable low-rank updates to its attention projections, in place.
+    """Freeze a SigLIP tower and add low-rank updates to those attention projections that were trainable, in place.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaled by 2, starting at no change.
     """
@@ -2938,8 +2974,13 @@ def add_lora(backbone: Backbone, rank: int) -> None:
 
     if backbone.family != "siglip":
         raise BadInput(f"--lora-rank is for SigLIP towers; this backbone is {backbone.family}: leave it out")
-    projections = r".*encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj"
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections), backbone)
+    projection = re.compile(r"net\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj")
+    chosen = [k for k, m in backbone_layers(backbone) if projection.fullmatch(k) and m.weight.requires_grad]
+    if not chosen:
+        raise BadInput("--lora-rank finds nothing to adapt, all is frozen: lower --freeze-up-to")
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen), backbone)
+    trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+    log.info("backbone: adapters of rank %d in %d projections, %d numbers to train", rank, len(chosen), trained)
 
 
 @torch.no_grad()
@@ -3082,29 +3123,6 @@ def patches_in_body(hu: Tensor, patch: int) -> Tensor:
     return F.max_pool2d(enclosed(tissue) * grow(enclosed(opened)), patch // cell).flatten(1) > 0
 
 
-def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
-    """`run`, but what it keeps for the backward pass is thrown away and computed again there."""
-
-    @contextmanager
-    def again() -> Iterator[None]:  # BatchNorm must not count the same input twice
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        before = [(m.momentum, m.num_batches_tracked) for m in norms]
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
-        try:
-            yield
-        finally:
-            for norm, (momentum, counted) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, counted
-
-    def wrapped(*inputs: Any) -> Tensor:
-        if not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
-            return run(*inputs)
-        return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
-
-    return wrapped
-
-
 class SiglipClassifier(nn.Module):
     """A CT volume (N, C, S, H, W) in SPL, or its slice features (N, S, E), -> logits (N, L).
 
@@ -3140,15 +3158,15 @@ class SiglipClassifier(nn.Module):
         self.head[-1].weight.mul_(0.1)
         self.head[-1].bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
 
-    def encode(self, voxels: Tensor, keep: Tensor | None = None) -> Tensor:
+    def encode(self, voxels: Tensor, *kept: Any) -> Tensor:
         """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E).
 
-        `keep` (n, P) names the patches that a ViT sees.
+        `kept` names the patches that a ViT sees, (n, P), and how many that are of each slice.
         """
         images = self.windows(voxels)
         if self.backbone.orientation == "SRA":
             images = images.flip(3, 4).transpose(3, 4)  # SPL -> SLP -> SRA
-        return self.backbone(images) if keep is None else self.backbone(images, keep)
+        return self.backbone(images, *kept)
 
     def slice_features(self, volume: Tensor) -> Tensor:
         """(N, C, S, H, W) -> (N, S, E); a 3D backbone gives S = 1."""
@@ -3160,14 +3178,11 @@ class SiglipClassifier(nn.Module):
             return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (len(volume), -1))
         patch = self.backbone.config["patch_size"]
         keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(16)])
-        order = keep.sum(1).argsort(stable=True)  # a chunk is padded to its longest slice, so like goes with like
-        chunks = zip(slices[order].split(self.slice_chunk), keep[order].split(self.slice_chunk), strict=True)
-        return torch.cat([run(*chunk) for chunk in chunks])[order.argsort()].unflatten(0, (len(volume), -1))
-
-    def recompute_blocks(self) -> None:
-        """For a 3D backbone, which has no chunks: each repeated block is computed again in the backward pass."""
-        for block in self.backbone.blocks():
-            block.forward = recomputed(block.forward, block)
+        counts, order = keep.sum(1).clamp(min=1).sort(stable=True)  # a chunk is padded to its longest: like with like
+        sizes, n = counts.tolist(), self.slice_chunk  # the host waits for the device here, once for all chunks
+        chunks = [(order[i : i + n], sizes[i : i + n]) for i in range(0, len(sizes), n)]
+        features = torch.cat([run(slices[rows], keep[rows], counted) for rows, counted in chunks])
+        return features[order.argsort()].unflatten(0, (len(volume), -1))
 
     def classify(self, features: Tensor) -> Tensor:
         """Slice features (N, S, E) -> logits (N, L), in float32: it costs nothing and softmax and loss stay exact."""
@@ -3226,6 +3241,33 @@ def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> in
     return total
 
 
+def sample_volume(model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> Tensor:
+    """A part of a volume of `shape` (C, S, H, W) that is enough to measure by: (1, C, s, H, W)."""
+    slices = max(16, shape[1] // 8) if model.backbone.volumetric else 2
+    sample = torch.full((1, shape[0], slices, *shape[2:]), -1000, dtype=torch.int16, device=runtime.device)
+    sample[..., 1:-1, 1:-1] = 0  # a body, or --skip-air would leave nothing to measure
+    return sample
+
+
+def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime) -> bool:
+    """Have a GPU's kernels add their terms in one order, so that the same seed gives the same bits.
+
+    One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only of use in a hunt for bugs
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with runtime.autocast():
+            logits = model.eval()(sample)
+        torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
+    except RuntimeError as error:
+        log.warning("runs agree to rounding only, not to the bit: %s", first_line(error))
+        torch.use_deterministic_algorithms(False)
+        return False
+    return True
+
+
 def usual_chunk(runtime: Runtime) -> int:
     """Slices at once that keep the device busy; more would only take more memory."""
     return 64 if runtime.device.type == "cuda" else 8
@@ -3237,14 +3279,12 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
     `shape` is (C, S, H, W). Returns [slice_chunk, recompute]. A chunk is a power of two, so that two starts on one
     machine agree; no larger than helps, for memory grows with it.
     """
-    volumetric, trained = model.backbone.volumetric, [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     recompute, measure = args.grad_checkpointing == "on", not (args.slice_chunk and args.grad_checkpointing != "auto")
     measure &= any(p.requires_grad for p in model.backbone.parameters())
     if measure:
-        sample = (shape[0], max(16, shape[1] // 8) if volumetric else 2, *shape[2:])
-        air = torch.full((1, *sample), -1000, dtype=torch.int16, device=runtime.device)
-        air[..., 1:-1, 1:-1] = 0  # a body, or --skip-air would leave nothing to measure
-        per_slice = max(1, saved_bytes(model, air, runtime) // sample[1])
+        sample = sample_volume(model, shape, runtime)
+        per_slice = max(1, saved_bytes(model, sample, runtime) // sample.shape[2])
         states = 16 * sum(p.numel() for p in trained)  # gradients, two moments, averaged weights
         room = max(0.0, 0.7 * free_memory(runtime.device) - states)
         if args.grad_checkpointing == "auto":
@@ -3259,9 +3299,7 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
 def apply_memory_plan(model: SiglipClassifier, chunk: int, recompute: int) -> None:
     """Set what `plan_memory` decided, or what a resumed run had decided when it began."""
     model.slice_chunk = chunk
-    if model.backbone.volumetric and recompute and not model.recompute:
-        model.recompute_blocks()
-    model.recompute = bool(recompute)
+    model.recompute = model.backbone.recompute = bool(recompute)
     what = "kept" if not recompute else "computed again in the backward pass"
     unit = "volumes whole" if model.backbone.volumetric else f"{chunk} slices at a time"
     log.info("backbone: %s, activations %s", unit, what)
@@ -3765,6 +3803,7 @@ def predict(
 ) -> np.ndarray:  # fmt: skip
     """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed exactly once."""
     model = unwrap(model).eval()
+    share_statistics(model, runtime)
     mine = list(range(len(dataset)))[runtime.rank :: runtime.world_size]
     plan = [mine[i : i + recipe.batch_size] for i in range(0, len(mine), recipe.batch_size)]
     rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
@@ -3779,12 +3818,25 @@ def predict(
         bar.update(len(output))
         after_batch()
     bar.close()
+    share_skipped(dataset, runtime)
+    return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
+
+
+def share_statistics(model: nn.Module, runtime: Runtime) -> None:
+    """Give all ranks the BatchNorm statistics of the first, which are the ones that are saved: each has its own."""
+    if runtime.world_size > 1:
+        for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            for buffer in norm.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+
+def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
+    """Let every rank know of the scans that others could not read."""
     if runtime.world_size > 1 and getattr(dataset, "on_bad_volume", "stop") == "skip":
         found: list[Any] = [None] * runtime.world_size
         torch.distributed.all_gather_object(found, dataset.skipped)
         for skipped in found:
             dataset.skipped |= skipped
-    return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
 
 
 # ── 10 Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5351,7 +5403,10 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     table = read_training_table(args)
     model, preprocessing = build_model(args, table)
     model.to(runtime.device)
-    chunking = plan_memory(args, model, (preprocessing.channels, *preprocessing.grid), runtime)
+    shape = (preprocessing.channels, *preprocessing.grid)
+    if runtime.device.type == "cuda":
+        add_in_fixed_order(model, sample_volume(model, shape, runtime), runtime)
+    chunking = plan_memory(args, model, shape, runtime)
     maybe_compile(model, args.compile, runtime)
     if runtime.is_main:
         show_data(table, preprocessing, folder.path)
@@ -5385,12 +5440,10 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
     effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
     log.info(
-        "%d training and %d validation scans, %d steps of %d scans an epoch",
-        len(train),
-        len(val),
-        steps_per_epoch,
-        effective,
-    )
+        "%d training, %d validation scans; %d steps an epoch; effective batch %d = %d x %d processes x %d accumulated",
+        len(train), len(val), steps_per_epoch, effective, args.batch_size, runtime.world_size,
+        args.gradient_accumulation_steps,
+    )  # fmt: skip
     return Run(
         args, runtime, stop, folder, table, train, val, test, state, History(), loss_fn, recipe, setup, identity,
     )  # fmt: skip
@@ -5410,6 +5463,7 @@ def describe_run(
         "pretrained weights": digest_of(cpu_weights(model.backbone)),
         "preprocessing": preprocessing.to_dict(),
         "precision": str(runtime.amp_dtype),
+        "use of cached features": bool(args.cache_features),
         "number of processes": runtime.world_size,
         "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
         "machine": {
@@ -5423,11 +5477,18 @@ def describe_run(
 
 
 def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
-    """Compile the repeated block of the backbone in place; `auto` does so on a GPU that Triton supports."""
+    """Compile the repeated block of the backbone in place; `auto` does so on a GPU that Triton supports.
+
+    Where that fails, for want of a compiler or for a block's own reasons, the run goes on without.
+    """
     capable = runtime.device.type == "cuda" and torch.cuda.get_device_capability(runtime.device) >= (7, 0)
     if mode == "off" or (mode == "auto" and not (capable and find_spec("triton"))):
         return
-    torch._dynamo.config.suppress_errors = mode == "auto"  # a block that can't be compiled then runs as it is
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=runtime.device))
+    except Exception as error:  # each layer of a compiler has its own
+        return log.warning("nothing is compiled, torch.compile fails here: %s", first_line(error))
+    torch._dynamo.config.suppress_errors = True  # a block that can't be compiled runs as it is
     for block in model.backbone.blocks():
         block.compile()
 
@@ -5435,21 +5496,42 @@ def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
 class FeatureDataset(CTVolumeDataset):
     """Scans whose `volume` is what a frozen backbone makes of them: (S, E) float16 from a file of its own each."""
 
-    def __init__(self, source: CTVolumeDataset, files: Sequence[Path]):
-        super().__init__(source.table, source.prep)
-        self.source = source
+    def __init__(self, source: CTVolumeDataset, files: Sequence[Path], shape: tuple[int, int]):
+        super().__init__(source.table, source.prep, on_bad_volume=source.on_bad_volume)
+        self.skipped, self.shape = source.skipped, shape
         self.files = dict(zip(source.table.paths, files, strict=True))
+        self.without = {source.table.paths[row] for row in source.skipped}
+
+    def blank(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=torch.float16)
+
+    def read(self, path: Path) -> tuple[Tensor, bool]:
+        return self.load(path) if path in self.without else super().read(path)  # waiting brings no features
 
     def load(self, path: Path) -> tuple[Tensor, bool]:
-        return torch.from_numpy(np.array(np.load(self.files[path], mmap_mode="r"))), False
+        features = read_features(self.files[path], self.shape)
+        if features is None:
+            raise BadVolume(f"{path}: its features, {self.files[path]}, are gone or damaged; a new start computes them")
+        return torch.from_numpy(features), False
 
 
-def readable_features(file: Path) -> bool:
-    """Whether a feature file is there and whole, going by its header and size."""
+def write_features(file: BinaryIO, features: np.ndarray) -> None:
+    """(S, E) float16, then the checksum of these bytes."""
+    file.write(features.tobytes())
+    file.write(hashlib.blake2b(features.tobytes(), digest_size=16).digest())
+
+
+def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Features (S, E), mapped and not copied, or None where there is no such file or its checksum does not fit."""
     try:
-        return np.load(file, mmap_mode="r").dtype == np.float16
-    except (OSError, ValueError, EOFError):
-        return False
+        with open(file, "rb") as stream:
+            mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    except (OSError, ValueError):
+        return None
+    content, checksum = mapped[:-16], mapped[-16:]
+    if len(content) != 2 * math.prod(shape) or hashlib.blake2b(content, digest_size=16).digest() != checksum.tobytes():
+        return None
+    return content.view(np.float16).reshape(shape)
 
 
 @torch.no_grad()
@@ -5458,34 +5540,44 @@ def cache_features(
 ) -> FeatureDataset:
     """Compute the slice features that `folder` does not hold yet, one file a scan, and read them from there.
 
-    A file's name is a digest of the backbone's weights, preprocessing, precision and the scan's path, size and time.
-    Raises BadInput where the backbone is not frozen or its features do not fit float16.
+    A file's name is a digest of the backbone's weights, preprocessing, precision and what the scan's file is known by.
+    Raises BadInput where the backbone is not frozen or its features do not fit float16, BadEnvironment without room.
     """
     if any(p.requires_grad for p in model.backbone.parameters()):
         raise BadInput("--cache-features needs a backbone that stays as it is: --freeze-up-to all")
     how = [dataset.prep.to_dict(), model.backbone.config, model.skip_air, str(runtime.amp_dtype)]
-    key = digest_of([how, model.backbone.state_dict()])
-    stats = [(path.resolve(), os.stat(path)) for path in dataset.table.paths]
-    names = [digest_of([key, str(path), found.st_size, found.st_mtime_ns])[:32] for path, found in stats]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.npy" for name in names]
-    missing = [row for row, file in enumerate(files) if not readable_features(file)]
-    log.info("features: %d of %d scans are in %s; no augmentation", len(files) - len(missing), len(files), folder)
+    key, paths = digest_of([how, model.backbone.state_dict()]), dataset.table.paths
+    shape = (1 if model.backbone.volumetric else dataset.prep.grid[0], model.backbone.width)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadEnvironment(f"--cache-features {folder}: {error.strerror}") from None
+    files = [folder / f"{digest_of([key, file_identity(path)])[:32]}.features" for path in paths]
+    missing = [row for row, file in enumerate(files) if read_features(file, shape) is None]
+    there = len(files) - len(missing)
+    log.info("features: %d of %d scans are in %s; no augmentation", there, len(files), folder)
+    require_space(folder, len(missing) * (2 * math.prod(shape) + 16))
     agree(runtime, 0)  # all ranks have looked before any writes
     model.eval()
-    mine = missing[runtime.rank :: runtime.world_size]
+    mine = [row for row in missing if row % runtime.world_size == runtime.rank]  # whatever the others have found
     bar = progress_bar("features", len(mine), runtime)
     for batch in build_loader(dataset, [[row] for row in mine], recipe.num_workers, runtime.device):
+        bar.update()
+        if batch["bad"].item():  # skipped: nothing stands in for it
+            continue
         with runtime.autocast():
             features = model.slice_features(batch["volume"].to(runtime.device))[0].half().cpu().numpy()
-        file = files[int(batch["row"])]
+        row = int(batch["row"])
         if not np.isfinite(features).all():
-            raise BadInput(f"{dataset.table.paths[int(batch['row'])]}: its features do not fit float16; no cache then")
-        save_atomic(file, partial(np.save, arr=features))
-        bar.update()
+            raise BadInput(f"{paths[row]}: its features do not fit float16; leave out --cache-features")
+        save_atomic(files[row], partial(write_features, features=features))
     bar.close()
+    share_skipped(dataset, runtime)
     agree(runtime, 0)  # and all files are there before any rank reads
-    return FeatureDataset(dataset, files)
+    lacking = [file for row, file in enumerate(files) if not (row in dataset.skipped or file.exists())]
+    if lacking:
+        raise BadEnvironment(f"{lacking[0]} is not here: all processes must see the same --cache-features folder")
+    return FeatureDataset(dataset, files, shape)
 
 
 def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[str, Any]:
@@ -5552,7 +5644,7 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scan
         "  ← best so far" if run.history.top.is_best(line["epoch"]) else "",
     )  # fmt: skip
     log.info("%s", format_metrics_table(line))
-    for text in report_time(seconds, scans, run.runtime):
+    for text in report_time(seconds, scans, run.runtime)[: 1 if run.args.cache_features else 2]:  # no advice then
         log.info("%s", text)
     run.tracker.record(run.history.lines)
 
@@ -5563,6 +5655,7 @@ def finish_run(run: Run) -> None:
     if best is None:
         raise BadInput("no epoch had a defined macro F1: no scan of split val with a positive label could be read")
     model = unwrap(run.state.model)
+    drop_lora(model)  # what was saved is merged
     model.load_state_dict(best["model"])
     log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
     logits = {"val": predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll)}
@@ -5671,7 +5764,7 @@ RESUME_MAY_CHANGE = {
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
     "check_data", "prepare",
     # compared by what they lead to, in the other entries of the identity
-    "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices",
+    "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "cache_features",
 }  # fmt: skip
 
 
@@ -5778,6 +5871,7 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
     (dataset,) = build_datasets(args, [rows], decide_preprocessing_like(content["preprocessing"], rows, args))
     model = classifier_from(content, args.test_only).to(runtime.device)
+    model.slice_chunk = args.slice_chunk or usual_chunk(runtime)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
     recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity)
     logits = predict(model, dataset, recipe, runtime)

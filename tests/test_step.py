@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import finetune_siglip as fs
 from finetune_siglip import (
     Diverged,
     MultilabelBCELoss,
@@ -211,6 +212,64 @@ def test_predict_returns_each_row_once_in_order_whatever_the_batches(tmp_path, b
     with torch.no_grad():
         for row in range(7):
             assert np.array_equal(logits[row], model(dataset[row]["volume"][None])[0].numpy())
+
+
+@pytest.fixture
+def free_order():
+    """What add_in_fixed_order sets is of the whole process."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def test_kernels_add_in_a_fixed_order_or_the_log_says_that_they_do_not(free_order, caplog, monkeypatch):
+    monkeypatch.setattr(fs.log, "propagate", True)
+    model = small_classifier(skip_air=True)
+    sample = fs.sample_volume(model, (1, 64, 16, 16), CPU)
+    assert fs.add_in_fixed_order(model, sample, CPU)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not caplog.records
+    assert all(p.grad is None for p in model.parameters())
+    model.pool.forward = lambda features: (features.new_zeros(1, 32).put_(torch.arange(32), features[0, 0]), None)
+    assert not fs.add_in_fixed_order(model, sample, CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "to rounding only" in caplog.text
+
+
+class Bar:
+    """A progress bar that keeps what it shows."""
+
+    disable = False
+
+    def __init__(self, title, total, runtime):
+        self.total, self.done, self.shown = total, 0, []
+
+    def update(self, n=1):
+        self.done += n
+
+    def set_postfix(self, **shown):
+        self.shown.append((self.done, shown))
+
+    def close(self):
+        assert self.done == self.total
+
+
+def test_the_bar_shows_the_running_loss_over_known_labels_and_the_rate(tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(fs, "progress_bar", lambda *told: bars.append(Bar(*told)) or bars[-1])
+    dataset, state = small_scans(tmp_path, 7, unknown=0.4), small_state(small_classifier(dropout=0.0), lr=1e-30)
+    recipe = Recipe(1, 2, log_interval=3)
+    figures = train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, CPU)
+    shown = dict(bars[0].shown)
+    assert list(shown) == [4, 6, 7]  # the first step that ends after every third pass, and the epoch's last
+    windows = plan_epoch(dataset.table.targets, recipe, CPU, 0)
+    logits = predict(state.model, dataset, Recipe(4), CPU)
+    rows = [row for window in windows[:2] for batch in window.batches for row in batch]
+    loss = MultilabelBCELoss()(torch.from_numpy(logits[rows]), torch.from_numpy(dataset.table.targets[rows]))
+    assert float(shown[4]["loss"]) == pytest.approx(loss.item(), abs=1e-4)
+    assert float(shown[7]["loss"]) == pytest.approx(figures["train_loss"], abs=1e-4)
+    assert float(shown[4]["lr"]) == 1e-30
 
 
 def test_training_gives_the_same_weights_twice(tmp_path):

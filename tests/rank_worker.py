@@ -46,7 +46,7 @@ def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     state.model = distribute(model, runtime)
     recipe = Recipe(GLOBAL_BATCH // runtime.world_size, options.get("accumulation", 1), balance="balance" in options)
     losses, norms, synchronised = [], [], []
-    untrained = predict(state.model, dataset, recipe, runtime)
+    untrained = predict(state.model, dataset, recipe, runtime, tta=1)
     for epoch in range(2):
         train_backbone(state, epoch > 0 or "hold" not in options, runtime)
         figures = train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, runtime)

@@ -311,6 +311,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threshold-objective", choices=("f1", "youden", "crg"), default="f1", help="what auto maximises [f1]")
     add("--aggregate", choices=("none", "series", "patient"), default="none",
         help="average the logits of a scan's reconstructions, or of all scans of a patient [none]")
+    add("--tta", type=whole_number, default=0, metavar="N",
+        help="average the logits of a scan and of N lightly augmented copies, in final predictions; 0: off [0]")
+    add("--explain", type=whole_number, default=0, metavar="N",
+        help="draw where a finding was seen, for each label in the N most probable scans called positive; 0: off [0]")
+    add("--explain-ids", nargs="+", metavar="ID", help="draw it for every finding called in these scans too")
     add("--bootstrap", type=whole_number, default=1000, metavar="N",
         help="resamples of the patients for 95 %% intervals; 0 switches them off [1000]")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.html anew from the files there and stop")
@@ -343,6 +348,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--dropout-rate must be below 1")
     if args.cache_features and (args.freeze_up_to == 0 or args.lora_rank or args.unfreeze_epoch):
         parser.error("--cache-features needs a backbone that stays as it is: no LoRA, --freeze-up-to all")
+    if args.cache_features and args.tta:
+        parser.error("--tta alters volumes and --cache-features keeps what is computed from them: leave out one")
     repeated = sorted({name for name in args.label_columns if args.label_columns.count(name) > 1})
     if repeated:
         parser.error(f"--label-columns names {', '.join(repeated)} twice")
@@ -2133,17 +2140,18 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
     return lines
 
 
+def window_names(prep: Preprocessing) -> list[str]:
+    """What each of the K images of a slice shows."""
+    if prep.intensity == "windowed":
+        return [f"channel {c}" for c in range(prep.channels)]
+    return [f"{lo:g} to {hi:g} HU" for lo, hi in prep.windows]
+
+
 def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessing, path: Path) -> None:
     """A row for each scan; for each window an axial, a coronal and a sagittal slice through the middle."""
     from matplotlib.figure import Figure
 
-    windowed = prep.intensity == "windowed"
-    names = (
-        [f"channel {c}" for c in range(prep.channels)]
-        if windowed
-        else [f"{lo:g} to {hi:g} HU" for lo, hi in prep.windows]
-    )
-    names = names[:3]
+    windowed, names = prep.intensity == "windowed", window_names(prep)[:3]
     figure = Figure((3 * 1.7 * len(names), 1.9 * len(samples)), layout="constrained")
     axes = figure.subplots(len(samples), 3 * len(names), squeeze=False)
     for row, (line, (series, sample)) in enumerate(zip(axes, samples, strict=True)):
@@ -3163,10 +3171,16 @@ class SiglipClassifier(nn.Module):
 
         `kept` names the patches that a ViT sees, (n, P), and how many that are of each slice.
         """
+        return self.backbone(self.images(voxels), *kept)
+
+    def images(self, voxels: Tensor) -> Tensor:
+        """What the backbone is given: the windows, a volume's axes turned from SPL to its own."""
         images = self.windows(voxels)
-        if self.backbone.orientation == "SRA":
-            images = images.flip(3, 4).transpose(3, 4)  # SPL -> SLP -> SRA
-        return self.backbone(images, *kept)
+        return images.flip(3, 4).transpose(3, 4) if self.backbone.orientation == "SRA" else images
+
+    def to_spl(self, grid: Tensor) -> Tensor:
+        """The inverse turn, for a grid (D, h, w, …) over the axes of `images`."""
+        return grid.transpose(1, 2).flip(1, 2) if self.backbone.orientation == "SRA" else grid
 
     def slice_features(self, volume: Tensor) -> Tensor:
         """(N, C, S, H, W) -> (N, S, E); a 3D backbone gives S = 1."""
@@ -3799,9 +3813,13 @@ def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
 @torch.no_grad()
 def predict(
     model: nn.Module, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime, title: str = "predict",
-    after_batch: Callable[[], None] = lambda: None,
+    after_batch: Callable[[], None] = lambda: None, tta: int = 0,
 ) -> np.ndarray:  # fmt: skip
-    """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed exactly once."""
+    """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed by one of them.
+
+    With `tta` they are the mean over the scan itself and that many copies of it, lightly augmented by a pure function
+    of (seed, copy, row). The copies have negative numbers, so that they are none of those an epoch of training made.
+    """
     model = unwrap(model).eval()
     share_statistics(model, runtime)
     mine = list(range(len(dataset)))[runtime.rank :: runtime.world_size]
@@ -3810,11 +3828,15 @@ def predict(
     logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1], device=runtime.device)]
     bar = progress_bar(title, len(mine), runtime)
     for batch in build_loader(dataset, plan, recipe.num_workers, runtime.device):
-        with runtime.autocast():  # one by one: what a scan scores is then the same whatever it is batched with
-            volumes = batch["volume"].to(runtime.device, non_blocking=True)
-            output = torch.cat([model(volume[None]) for volume in volumes])
+        volumes = batch["volume"].to(runtime.device, non_blocking=True)
+        output = torch.zeros(len(volumes), logits[0].shape[1], device=runtime.device)
+        for copy in range(tta + 1):
+            kind = "light" if copy else "none"
+            altered = augment(volumes, batch["row"].tolist(), kind, recipe.seed, -copy, recipe.intensity)
+            with runtime.autocast():  # one by one: what a scan scores is then the same whatever it is batched with
+                output += torch.cat([model(volume[None]) for volume in altered]).float()
         rows.append(batch["row"])
-        logits.append(output.float())
+        logits.append(output / (tta + 1))
         bar.update(len(output))
         after_batch()
     bar.close()
@@ -3837,6 +3859,107 @@ def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
         torch.distributed.all_gather_object(found, dataset.skipped)
         for skipped in found:
             dataset.skipped |= skipped
+
+
+EXPLAINED_SLICES = 3  # shown of each finding
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The slices that raised a label's logit most in one scan, the strongest first, and where in them that came from.
+
+    `gains` is gradient x feature of each slice: to first order what it adds to the logit, its attention weight
+    included. Attention itself is shared by all labels and does not say why this one was called.
+    """
+
+    slices: list[int]  # of the grid, feet to head
+    gains: list[float]
+    attention: list[float] | None  # weights of these slices, where the pooling has any
+    maps: np.ndarray  # (n, H, W) at least 0, in SPL: gradient x activation of the last tokens
+
+
+@torch.no_grad()
+def find_evidence(model: SiglipClassifier, volume: Tensor, labels: Sequence[int]) -> list[Evidence]:
+    """Why each of these labels has the logit it has in a scan (1, C, S, H, W), in full precision.
+
+    The gradient goes through head and pooling only, by the chain rule: first to the features of all slices, then, for
+    the slices chosen, to their tokens. So no graph of the backbone is ever built. Where tokens are averaged (the
+    convolutional families) this is Grad-CAM: Selvaraju et al., ICCV 2017.
+    """
+    model.eval()
+    if model.backbone.volumetric:  # the mean over a 3D map is the mean over its layers, so these are its slices
+        tokens = model.to_spl(model.backbone.tokens(model.images(volume))[0].float())  # (D', h, w, E)
+        features = tokens.mean((1, 2))[None]
+    else:
+        features = model.slice_features(volume).float()  # (1, S, E)
+    features.requires_grad_()
+    with torch.enable_grad():
+        pooled, weights = model.pool(features)
+        logits = model.head(pooled)[0].unbind()
+    found = []
+    for label in labels:
+        gradient = torch.autograd.grad(logits[label], features, retain_graph=True)[0][0]  # (S, E)
+        gains = (gradient * features[0]).sum(-1)
+        best = gains.argsort(descending=True, stable=True)[:EXPLAINED_SLICES]
+        worth = gains[best] > 0.01 * gains[best[0]].clamp(min=0)  # what adds nothing, or less, is no reason
+        best = best[: max(1, int(worth.sum()))]
+        if model.backbone.volumetric:
+            maps = token_relevance(tokens[best], lambda x: x.mean((1, 2)), gradient[best])
+        else:
+            maps = slice_relevance(model, volume[0, :, best].transpose(0, 1), gradient[best])
+        depth = volume.shape[2] / len(gains)  # slices of the grid in each of a 3D map's layers, else 1
+        slices = [int((s + 0.5) * depth) for s in best.tolist()]
+        attention = weights[0, best].tolist() if model.pool.mode == "attention" else None
+        maps = fit_to_image(maps, volume.shape[-2:], model.backbone.config.get("patch_size", 1))
+        found.append(Evidence(slices, gains[best].tolist(), attention, maps.cpu().numpy()))
+    return found
+
+
+def slice_relevance(model: SiglipClassifier, slices: Tensor, gradients: Tensor) -> Tensor:
+    """Relevance (n, h, w) of the tokens of slices (n, C, H, W) whose features have these gradients (n, E).
+
+    Patches that `skip_air` leaves out had no say: theirs is 0.
+    """
+    backbone: Any = model.backbone  # of the SigLIP family, where patches are left out
+    images = model.images(slices)
+    if not model.skip_air:
+        return token_relevance(backbone.tokens(images).float(), backbone.pool, gradients)
+    keep = patches_in_body(slices[:, 0], backbone.config["patch_size"])
+    tokens, real = backbone.encode(images, keep)
+    relevance = token_relevance(tokens.float(), partial(backbone.attend, real=real), gradients)
+    places, _ = pack_kept(torch.arange(keep.shape[1], device=keep.device).expand_as(keep)[..., None], keep, None)
+    relevance = relevance if real is None else relevance * real
+    full = torch.zeros(keep.shape, device=keep.device).scatter(1, places[..., 0], relevance)
+    return full.unflatten(1, (backbone.side, backbone.side))
+
+
+def token_relevance(tokens: Tensor, pool: Callable[[Tensor], Tensor], gradients: Tensor) -> Tensor:
+    """Gradient x activation (n, …) of tokens (n, …, E) that `pool` makes features with these gradients (n, E) of."""
+    tokens = tokens.detach().requires_grad_()
+    with torch.enable_grad():
+        gain = (pool(tokens) * gradients).sum()
+    return (torch.autograd.grad(gain, tokens)[0] * tokens).sum(-1)
+
+
+def fit_to_image(maps: Tensor, size: Sequence[int], patch: int) -> Tensor:
+    """The positive part of maps (n, h, w) over the pixels that patches cover; the last rows and columns may be left."""
+    covered = [n - n % patch for n in size]
+    maps = F.interpolate(maps.clamp(min=0)[:, None], covered, mode="bilinear", align_corners=False)[:, 0]
+    return F.pad(maps, (0, size[1] - covered[1], 0, size[0] - covered[0]))
+
+
+def findings_to_explain(
+    ids: Sequence[str], probabilities: np.ndarray, thresholds: np.ndarray, n: int, wanted: Sequence[str]
+) -> dict[int, list[int]]:
+    """Row -> labels: the n most probable scans that each label is called in, ties to the earlier row, and every label
+    called in the wanted scans (the most probable one where none is)."""
+    called = probabilities >= thresholds
+    order = np.argsort(-np.where(called, probabilities, -1.0), axis=0, kind="stable")
+    chosen = called & (np.argsort(order, axis=0) < n)
+    for row in [row for row, name in enumerate(ids) if name in set(wanted)]:
+        chosen[row] |= called[row]
+        chosen[row, probabilities[row].argmax()] |= not called[row].any()
+    return {row: np.flatnonzero(chosen[row]).tolist() for row in np.flatnonzero(chosen.any(axis=1)).tolist()}
 
 
 # ── 10 Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4554,6 +4677,7 @@ class RunFolder:
 CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
 DERIVED = (
     r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html", r"evaluation_\w+\.json", r"run\.json",
+    r"explanations_\w+\.json",
 )  # fmt: skip
 TEMPORARY = r"last\.fresh\.ckpt|\.(" + "|".join((*DERIVED, CHECKPOINT, r"last(\.\w+)?\.ckpt")) + r")\.\d+\.tmp"
 
@@ -4695,9 +4819,11 @@ def most_wrong(
     return [(r, [c for c in ranked[r] if wrong[r, c]]) for r in rows.tolist() if wrong[r].any()]
 
 
-def picture_path(folder: Path, series_id: str) -> Path:
-    """Where a scan's picture lies: ids may hold characters that no file name can."""
-    return folder / "pictures" / f"{hashlib.sha256(series_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.png"
+def picture_path(folder: Path, series_id: str, label: str | None = None) -> Path:
+    """Where a scan's picture lies, or the one of a finding in it: ids may hold characters that no file name can."""
+    key = series_id if label is None else f"{series_id}\0{label}"
+    name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return folder / ("pictures" if label is None else "explanations") / f"{name}.png"
 
 
 def save_pictures(
@@ -4712,11 +4838,16 @@ def save_pictures(
         save_atomic(picture_path(folder, dataset.table.series_ids[row]), lambda file, image=image: file.write(image))
 
 
+def different_windows(windows: np.ndarray) -> list[int]:
+    """Of windows (K, …): the first of each that are equal (Merlin's checkpoints see one three times)."""
+    return [k for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
+
+
 def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
     """PNG of axial slices, feet to head, one line per different window, from windows (K, S, H, W) in [0, 1]."""
     from PIL import Image  # matplotlib brings it
 
-    different = [w for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
+    different = windows[different_windows(windows)]
     depth, height, width = windows.shape[1:]
     scale = size / max(height, width)
     at = [(np.arange(max(1, round(n * scale))) / scale).astype(int).clip(0, n - 1) for n in (height, width)]
@@ -4724,6 +4855,63 @@ def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
     lines = [np.hstack([np.pad(w[s][np.ix_(*at)], 1) for s in slices]) for w in different]
     buffer = io.BytesIO()
     Image.fromarray((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def explain_split(
+    folder: Path, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, probabilities: np.ndarray,
+    thresholds: np.ndarray, n: int, wanted: Sequence[str], num_workers: int,
+) -> None:  # fmt: skip
+    """explanations/*.png of the findings chosen by `findings_to_explain`, and explanations_{split}.json on them."""
+    table, names, device = dataset.table, window_names(dataset.prep), next(model.parameters()).device
+    chosen = findings_to_explain(table.series_ids, probabilities, thresholds, n, wanted)
+    (folder / "explanations").mkdir(exist_ok=True)
+    findings = []
+    for batch in build_loader(dataset, [[row] for row in chosen], num_workers, device):
+        row, volume = int(batch["row"]), batch["volume"].to(device)
+        if row in dataset.skipped:
+            continue
+        series, windows = table.series_ids[row], model.windows(volume)[0].cpu().numpy()
+        for i, found in zip(chosen[row], find_evidence(model, volume, chosen[row]), strict=True):
+            label, p, truth = table.labels[i], float(probabilities[row, i]), table.targets[row, i]
+            image = draw_evidence(found, windows, names, f"{label[:60]}: probability {p:.3f}, scan {series[:60]}")
+            save_atomic(picture_path(folder, series, label), lambda file, image=image: file.write(image))
+            findings.append({
+                "id": series, "label": label, "probability": p, "target": None if np.isnan(truth) else int(truth),
+                "slices": found.slices, "gains": found.gains, "attention": found.attention,
+            })  # fmt: skip
+    content = {"split": split, "depth": dataset.prep.grid[0], "labels": list(table.labels), "findings": findings}
+    path = folder / f"explanations_{split}.json"
+    save_atomic(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode()))
+    log.info("%s: %d explanations in %s", split, len(findings), folder / "explanations")
+
+
+def draw_evidence(found: Evidence, windows: np.ndarray, names: Sequence[str], title: str) -> bytes:
+    """PNG: a row for each slice, with its windows of (K, S, H, W) in [0, 1] and the relevance over their mean."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    kept, top = different_windows(windows), float(found.maps.max()) or 1.0
+    figure = Figure((1.6 * (len(kept) + 1) + 1, 1.65 * len(found.slices) + 0.8), layout="constrained")
+    axes = figure.subplots(len(found.slices), len(kept) + 1, squeeze=False)
+    for row, (line, s) in enumerate(zip(axes, found.slices, strict=True)):
+        share, images = found.maps[row] / top, [*windows[kept, s], windows[kept, s].mean(0)]
+        for axis, image, name in zip(line, images, [*(names[k] for k in kept), "relevance"], strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[], title=f"{name}\nR   front   L" if row == 0 else "")
+            axis.title.set_fontsize(7)
+            if axis is not line[-1] and share.max() > 0.5:
+                axis.contour(share, levels=[0.5], colors="tab:orange", linewidths=0.8)
+        line[-1].imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * np.sqrt(share))
+        weight = f", attention {found.attention[row]:.0%}" if found.attention else ""
+        line[0].set_ylabel(f"slice {s + 1} of {windows.shape[1]}\nlogit {found.gains[row]:+.2f}{weight}", fontsize=7)
+    bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes[:, -1], ticks=[0, 0.5, 1])
+    bar.set_label("share of the strongest relevance", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=8, parse_math=False)
+    figure.supxlabel("line: half of the strongest relevance   ·   not for diagnosis", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 
@@ -4791,7 +4979,7 @@ dd{margin:0;min-width:0;overflow-wrap:anywhere}@media(max-width:40rem){dl{displa
 min-width:0;overflow-wrap:anywhere}
 .card b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
 b small{display:block;font-weight:400}
-.wide{overflow-x:auto;margin-top:.5rem}
+.wide{overflow-x:auto;margin-top:.5rem}.wide img{max-width:none;width:100%;min-width:36rem}
 table{border-collapse:separate;border-spacing:0;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .5rem;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);white-space:normal;
@@ -4815,7 +5003,7 @@ svg text{fill:var(--soft);font-size:11.5px}.wide text{font-size:10px}
 figcaption span{white-space:nowrap}.k0{color:var(--c0)}.k1{color:var(--c1)}.k2{color:var(--c2)}
 section.label{margin:1.2rem 0}@page{size:A4 landscape;margin:10mm}
 @media print{body{font-size:9pt;max-width:none;padding:0}nav,.skip{display:none}.wide{overflow:visible}
-table{font-size:6.5pt}tfoot{display:table-row-group}
+.wide img{min-width:0}table{font-size:6.5pt}tfoot{display:table-row-group}
 th,td{padding:1pt 2pt}figure,.card,tr{break-inside:avoid}h2,h3,h4{break-after:avoid}}
 """
 REPORT_SCRIPT = """
@@ -4862,12 +5050,26 @@ the VLM3D challenge. 1/3 for a model that calls nothing.</dd></dl>
 """
 
 
+REPORT_EXPLAINED = """
+<p><b>Not for diagnosis.</b> For each finding the slices that raised its logit most, the strongest first, in every
+window that the model sees, and the relevance map over the mean of the windows. Beside a slice: what it adds to the
+logit, to first order (gradient × feature, attention weight included). The map is gradient × activation of the last
+tokens where that is positive. It shows what this model's answer depended on, in the coarse grid of its tokens; it
+outlines no finding and proves none.</p>
+"""
+
+
 def write_report(folder: Path) -> Path:
-    """report.html from the files in a run's folder alone: evaluation_*.json, run.json, results.jsonl and pictures/."""
-    paths = sorted(folder.glob("evaluation_*.json"), key=lambda path: (path.stem != "evaluation_test", path.stem))
-    if not paths:
+    """report.html from the files in a run's folder alone: evaluation_*.json, explanations_*.json, run.json,
+    results.jsonl and the pictures."""
+    paths, explained = (
+        sorted(folder.glob(f"{kind}_*.json"), key=lambda path: (not path.stem.endswith("_test"), path.stem))
+        for kind in ("evaluation", "explanations")
+    )
+    if not paths and not explained:
         raise BadInput(f"{folder} holds no evaluation_*.json: train, or use --test-only on scans with labels, first")
     chapters = [split_chapter(folder, read_evaluation(path)) for path in paths]
+    chapters += [explanation_chapter(folder, path) for path in explained]
     if results := read_results(folder / "results.jsonl"):
         chapters.append(("Training", training_curves(results)))
     if (folder / "run.json").exists():
@@ -5163,11 +5365,40 @@ def wrong_scans(folder: Path, e: dict) -> str:
             kind = "missed" if e["targets"][row, i] == 1 else "called, not there"
             items += f"<li>{html.escape(e['labels'][i])}: {kind}, probability {e['probabilities'][row, i]:.3f}</li>"
         if picture.exists():
-            data = base64.b64encode(picture.read_bytes()).decode()
-            alt = f"Axial slices of scan {name}, feet to head from left to right, one line per intensity window"
-            image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
+            alt = "feet to head from left to right, one line per intensity window"
+            image = embedded(picture, f"Axial slices of scan {e['ids'][row]}, {alt}")
         cards += f'<li class="card"><h4>{name}</h4>{image}<ul>{items}</ul></li>'
     return f'<ul class="grid" style="--w:18rem">{cards}</ul>' if cards else "<p>No decision was wrong.</p>"
+
+
+def embedded(path: Path, text: str) -> str:
+    """A PNG inside the page, and its text for those who can't see it."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
+
+
+def explanation_chapter(folder: Path, path: Path) -> tuple[str, str]:
+    """What `explain_split` drew of one split, label by label, the most probable scan first."""
+    content, body = read_json(path), ""
+    try:
+        depth = int(content["depth"])
+        for label in content["labels"]:
+            cards = ""
+            found = [f for f in content["findings"] if f["label"] == label]
+            for f in sorted(found, key=lambda f: -f["probability"]):
+                slices = ", ".join(str(s + 1) for s in f["slices"])
+                truth = {0: "labelled as absent", 1: "labelled as present", None: "label unknown"}[f["target"]]
+                note = f"Scan {f['id']}: probability {f['probability']:.3f}, {truth}; slices {slices} of {depth}"
+                picture = picture_path(folder, f["id"], label)
+                image = embedded(picture, f"{label}. {note}, with the relevance in each.") if picture.exists() else ""
+                note = f"<figcaption>{html.escape(note)}</figcaption>"
+                cards += f'<figure class="card wide" tabindex="0">{image}{note}</figure>'
+            body += f'<h3>{html.escape(label)}</h3><div class="grid" style="--w:34rem">{cards}</div>' if cards else ""
+        title = f"Why the model said so, {content['split']} split"
+    except (KeyError, ValueError, TypeError) as error:
+        why = f"{path} holds no explanations of ours ({error!r})"
+        raise BadInput(f"{why}; delete it or run again what wrote it") from error
+    return title, REPORT_EXPLAINED + (body or "<p>No finding was called.</p>")
 
 
 def training_curves(results: list[dict]) -> str:
@@ -5401,6 +5632,7 @@ def read_training_table(args: argparse.Namespace) -> Table:
 def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, folder: RunFolder) -> Run:
     """Read everything, check everything, build everything: after this only time can go wrong."""
     table = read_training_table(args)
+    require_scans(args.explain_ids, table.split("val"), table.split("test"))
     model, preprocessing = build_model(args, table)
     model.to(runtime.device)
     shape = (preprocessing.channels, *preprocessing.grid)
@@ -5658,9 +5890,9 @@ def finish_run(run: Run) -> None:
     drop_lora(model)  # what was saved is merged
     model.load_state_dict(best["model"])
     log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
-    logits = {"val": predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll)}
+    logits = {"val": predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll, args.tta)}
     if len(run.test):
-        logits["test"] = predict(model, run.test, run.recipe, run.runtime, "test", run.poll)
+        logits["test"] = predict(model, run.test, run.recipe, run.runtime, "test", run.poll, args.tta)
     auto = tune_thresholds(run.val.targets, sigmoid(logits["val"]), args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
     objective = args.threshold_objective if args.threshold == "auto" else None
@@ -5685,15 +5917,29 @@ def publish_split(
 ) -> tuple[Table, np.ndarray]:  # fmt: skip
     """Score the scans that could be read, keep what the report tells of them, and return them with probabilities."""
     kept = [row for row in range(len(dataset)) if row not in dataset.skipped]
-    volumes = CTVolumeDataset(dataset.table.subset(kept), dataset.prep)
+    volumes = CTVolumeDataset(dataset.table.subset(kept), dataset.prep, None, args.on_bad_volume)
     table, probabilities = volumes.table, sigmoid(logits[kept])
     if not np.isnan(table.targets).all():
-        to_windows = model.windows.cpu()
+        to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
         publish(
             args.output_dir, split, volumes, to_windows, probabilities, thresholds, tuned_here, args.bootstrap,
             args.seed,
         )  # fmt: skip
+    if args.explain or args.explain_ids:
+        wanted = args.explain_ids or ()
+        explain_split(
+            args.output_dir, split, volumes, model, probabilities, thresholds, args.explain, wanted, args.num_workers
+        )
+    else:  # those of an earlier model must not stand beside these figures
+        (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
     return table, probabilities
+
+
+def require_scans(wanted: Sequence[str] | None, *tables: Table) -> None:
+    """Raises BadInput where --explain-ids names a scan that will not be predicted."""
+    known = {series for table in tables for series in table.series_ids}
+    if unknown := [series for series in wanted or () if series not in known]:
+        raise BadInput(f"--explain-ids: no scan to be predicted has the series_id {', '.join(map(repr, unknown))}")
 
 
 def list_skipped(folder: Path, *datasets: CTVolumeDataset) -> None:
@@ -5719,7 +5965,7 @@ def write_results(
     log.info("predictions of %d scans: %s", len(predicted), output)
     arguments = {name: value for name, value in sorted(vars(args).items()) if value is not None}
     save_run(args.output_dir, title, arguments, table, str(runtime.device))
-    if list(args.output_dir.glob("evaluation_*.json")):
+    if any(list(args.output_dir.glob(f"{kind}_*.json")) for kind in ("evaluation", "explanations")):
         log.info("report: %s", write_report(args.output_dir))
 
 
@@ -5762,7 +6008,7 @@ RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
-    "check_data", "prepare",
+    "check_data", "prepare", "tta", "explain", "explain_ids",
     # compared by what they lead to, in the other entries of the identity
     "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "cache_features",
 }  # fmt: skip
@@ -5869,12 +6115,13 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     rows = table.split(split)
     if len(rows) == 0:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
+    require_scans(args.explain_ids, rows)
     (dataset,) = build_datasets(args, [rows], decide_preprocessing_like(content["preprocessing"], rows, args))
     model = classifier_from(content, args.test_only).to(runtime.device)
     model.slice_chunk = args.slice_chunk or usual_chunk(runtime)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
-    recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity)
-    logits = predict(model, dataset, recipe, runtime)
+    recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity, seed=args.seed)
+    logits = predict(model, dataset, recipe, runtime, tta=args.tta)
     logits = aggregate_logits(logits, rows.series_ids, rows.patient_ids, args.aggregate)
     thresholds = resolve_thresholds(args.threshold, rows.labels, np.array(content["thresholds"]))
     if runtime.is_main:

@@ -51,7 +51,7 @@ def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     if "cache" in options:
         dataset = cache_features(folder / "features", model, dataset, recipe, runtime)
     losses, norms, synchronised = [], [], []
-    untrained = predict(state.model, dataset, recipe, runtime)
+    untrained = predict(state.model, dataset, recipe, runtime, tta=1)
     for epoch in range(2):
         train_backbone(state, epoch > 0 or "hold" not in options, runtime)
         figures = train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, runtime)

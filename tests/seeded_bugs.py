@@ -19,6 +19,7 @@ import transformers.models.siglip.modeling_siglip  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 KEEP, CRASH, FUZZ = "tests/test_keep.py", "tests/test_crash.py", "tests/test_fuzz.py"
+EXPLAIN = "tests/test_explain.py"
 SAME = f"{KEEP} -k comes_back_whole"
 
 # name: text in the script, what takes its place, the tests that must notice
@@ -85,6 +86,20 @@ BUGS = {
     ),
     "workers die of the signal": ("        signal.signal(number, signal.SIG_IGN)\n", "        pass\n",
                                   f"{CRASH} -k a_signal_saves"),
+    "map not turned back from SRA": (
+        'grid.transpose(1, 2).flip(1, 2) if self.backbone.orientation == "SRA" else grid', "grid",
+        f"{EXPLAIN} -k convolutional",
+    ),
+    "slices ranked by attention alone": (
+        "        gains = (gradient * features[0]).sum(-1)\n", "        gains = weights[0].detach()\n",
+        f"{EXPLAIN} -k plain_graph",
+    ),
+    "relevance of packed patches not put back": (
+        ".scatter(1, places[..., 0], relevance)", ".scatter(1, torch.arange(places.shape[1]).expand_as(relevance), relevance)",
+        f"{EXPLAIN} -k plain_graph",
+    ),
+    "copies without the scan itself": ("            kind = \"light\" if copy else \"none\"\n", "            kind = \"light\"\n",
+                                       "tests/test_step.py -k tta"),
     "changed argument accepted": ("        if name not in RESUME_MAY_CHANGE and", "        if False and",
                                   f"{CRASH} -k changed_arguments"),
     "overwritten before the check": ("    check_folder(args, folder)\n    with folder",

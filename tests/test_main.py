@@ -258,6 +258,22 @@ def damage(path):
     path.write_bytes(data)
 
 
+def test_tta_changes_final_predictions_alone_and_gives_the_same_ones_again(scans, tower, finished, tmp_path):
+    for name, more in (("plain", ()), ("tta", ("--tta", "2"))):
+        assert main(arguments(scans, tower, tmp_path / name, "--epochs", "1", *more)) == 0
+    assert (tmp_path / "plain" / "results.jsonl").read_bytes() == (tmp_path / "tta" / "results.jsonl").read_bytes()
+    written = [(tmp_path / name / "test_predictions.csv").read_bytes() for name in ("plain", "tta")]
+    more = ("--tta", "2", "--batch-size", "3")
+    assert main(prediction_arguments(scans, tmp_path / "tta" / "best_model.pth", tmp_path / "again", *more)) == 0
+    written.append((tmp_path / "again" / "test_predictions.csv").read_bytes())
+    assert written[0] != written[1] == written[2]
+    out = shutil.copytree(finished, tmp_path / "resumed")
+    more = ("--use-ema", "--gradient-accumulation-steps", "2", "--scheduler", "cosine", "--warmup", "2", "--tta", "1")
+    assert main(arguments(scans, tower, out, "--epochs", "3", "--resume", "auto", "--explain", "1", *more)) == 0
+    assert (out / "explanations_test.json").exists()
+    assert (out / "test_predictions.csv").read_bytes() != (finished / "test_predictions.csv").read_bytes()
+
+
 @pytest.fixture
 def going_bad(scans, tmp_path, monkeypatch):
     """The table, and the ids of a training and a validation scan that are damaged once the check has passed them."""

@@ -12,6 +12,7 @@ from finetune_siglip import (
     MultilabelBCELoss,
     Recipe,
     Runtime,
+    augment,
     optimizer_step,
     plan_epoch,
     predict,
@@ -270,6 +271,20 @@ def test_the_bar_shows_the_running_loss_over_known_labels_and_the_rate(tmp_path,
     assert float(shown[4]["loss"]) == pytest.approx(loss.item(), abs=1e-4)
     assert float(shown[7]["loss"]) == pytest.approx(figures["train_loss"], abs=1e-4)
     assert float(shown[4]["lr"]) == 1e-30
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 0), (2, 2)])
+def test_tta_is_the_mean_over_a_scan_and_its_light_copies_whatever_batches_and_workers(tmp_path, batch_size, workers):
+    dataset, model = small_scans(tmp_path, 5), small_classifier().eval()
+    logits = predict(model, dataset, Recipe(batch_size, num_workers=workers, augment="strong", seed=7), CPU, tta=2)
+    with torch.no_grad():
+        for row in range(5):
+            volume = dataset[row]["volume"][None]
+            copies = [augment(volume, [row], "light", 7, -number, "hu") for number in (1, 2)]
+            assert not torch.equal(copies[0], copies[1])
+            expected = (model(volume) + model(copies[0]) + model(copies[1])) / 3
+            assert np.array_equal(logits[row], expected[0].numpy())
+    assert not np.array_equal(logits, predict(model, dataset, Recipe(seed=8, batch_size=1), CPU, tta=2))
 
 
 def test_training_gives_the_same_weights_twice(tmp_path):

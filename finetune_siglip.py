@@ -4202,7 +4202,7 @@ def aggregate_logits(
     """
     if over == "none":
         return logits
-    scans = [re.sub(r"(_\d+_[a-z]+)_\d+$", r"\1", name) for name in series_ids]
+    scans = [re.sub(r"(_\d+_[a-z]+)_\d+(\.\w+)*$", r"\1", name) for name in series_ids]
     _, group = np.unique(np.array(scans if over == "series" else patient_ids, dtype=object), return_inverse=True)
     sums = np.zeros((group.max(initial=-1) + 1, logits.shape[1]))
     np.add.at(sums, group, logits)
@@ -4761,7 +4761,11 @@ def best_epoch(results: list[dict]) -> int | None:
     return -max(ranked)[1] if ranked else None
 
 
-PROGRESS_PANELS = {"loss": ["train_loss", "val_loss"], "validation": ["macro_f1", "macro_auc"], "learning rate": ["lr"]}
+PROGRESS_PANELS = {
+    "loss": {"train_loss": "training", "val_loss": "validation"},
+    "validation": {"macro_f1": "macro F1", "macro_auc": "macro AUROC"},
+    "learning rate": {"lr": "rate"},
+}
 
 
 def plot_progress(folder: Path, results: list[dict]) -> None:
@@ -4772,15 +4776,14 @@ def plot_progress(folder: Path, results: list[dict]) -> None:
     axes = figure.subplots(1, 3)
     epochs = [r["epoch"] for r in results]
     for axis, (title, keys) in zip(axes, PROGRESS_PANELS.items(), strict=True):
-        for key in keys:
+        for key, name in keys.items():
             values = [math.nan if r.get(key) is None else r[key] for r in results]
-            axis.plot(epochs, values, marker="o", markersize=3, label=key.replace("_", " "))
+            axis.plot(epochs, values, marker="o", markersize=3, label=name)
+        if (best := best_epoch(results)) is not None:
+            axis.axvline(best, color="gray", linestyle=":", label=f"best: epoch {best}")
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    if (best := best_epoch(results)) is not None:
-        axes[1].axvline(best, color="gray", linestyle=":", label=f"best: epoch {best}")
-    for axis in axes[:2]:
         axis.legend()
     save_atomic(folder / "progress.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
@@ -4973,21 +4976,24 @@ h3{font-size:1.1rem;margin:1.6rem 0 .4rem}h4{margin:.2rem 0}p{max-width:75ch;mar
 small,.soft{color:var(--soft);font-size:.8rem}nav a{display:inline-block;padding:.25rem .6rem .25rem 0}
 :focus-visible{outline:3px solid var(--c0);outline-offset:2px}
 dl{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr;gap:.3rem 1rem}dt{font-weight:600}
-dd{margin:0;min-width:0;overflow-wrap:anywhere}@media(max-width:40rem){dl{display:block}}
+dd{margin:0;min-width:0;max-width:75ch;overflow-wrap:anywhere}@media(max-width:40rem){dl{display:block}}
 .grid{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--w,13rem)),1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem;margin:0;
 min-width:0;overflow-wrap:anywhere}
 .card b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
 b small{display:block;font-weight:400}
 .wide{overflow-x:auto;margin-top:.5rem}.wide img{max-width:none;width:100%;min-width:36rem}
-table{border-collapse:separate;border-spacing:0;font-size:.85rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .5rem;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
-th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);white-space:normal;
-min-width:min(10rem,34vw);max-width:40vw;overflow-wrap:anywhere}
-td small{display:block;font-size:.9em}tfoot{font-weight:600}thead th{vertical-align:bottom;white-space:normal}
-caption{text-align:left}
+table{border-collapse:separate;border-spacing:0;font-size:.8rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .3rem;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th:first-child{text-align:left;position:sticky;left:0;background:var(--paper);white-space:normal;font-weight:inherit;
+min-width:min(7.5rem,33vw);max-width:40vw;overflow-wrap:break-word}
+td small{display:block;font-size:.87em;font-weight:400}tfoot{font-weight:600}
+thead th{vertical-align:bottom;white-space:normal}
+caption{text-align:left}.wide+figure{margin-top:.7rem}
 .heads{--n:4;grid-template-columns:repeat(var(--n),1fr)}@media(max-width:40rem){.heads{--n:2}}
 @media(min-width:60rem){.five{grid-template-columns:repeat(5,1fr)}}
+@media screen and (max-width:40rem){.five{grid:auto/auto-flow 80%;overflow-x:auto;scroll-snap-type:x proximity}
+.five>*{scroll-snap-align:center}}
 th button{all:unset;cursor:pointer;font-weight:600;text-decoration:underline dotted}
 th button:focus-visible{outline:3px solid var(--c0)}th[aria-sort=ascending] button::after{content:" ▲"}
 th[aria-sort=descending] button::after{content:" ▼"}figure{margin:0;min-width:0}
@@ -5002,9 +5008,11 @@ svg text{fill:var(--soft);font-size:11.5px}.wide text{font-size:10px}
 .card ul{margin:.3rem 0;padding-left:1.1rem;font-size:.85rem}ul.grid{list-style:none;padding:0}
 figcaption span{white-space:nowrap}.k0{color:var(--c0)}.k1{color:var(--c1)}.k2{color:var(--c2)}
 section.label{margin:1.2rem 0}@page{size:A4 landscape;margin:10mm}
-@media print{body{font-size:9pt;max-width:none;padding:0}nav,.skip{display:none}.wide{overflow:visible}
-.wide img{min-width:0}table{font-size:6.5pt}tfoot{display:table-row-group}
-th,td{padding:1pt 2pt}figure,.card,tr{break-inside:avoid}h2,h3,h4{break-after:avoid}}
+@media print{body{font-size:9pt;max-width:none;padding:0}nav,.skip,caption{display:none}.wide{overflow:visible}
+.wide img{min-width:0}table{font-size:6.5pt}tfoot{display:table-row-group}th button{display:contents}th:first-child{position:static}
+th,td{padding:1pt 2pt}figure,.card,tr,section.label{break-inside:avoid}h2,h3,h4,h3+p{break-after:avoid}
+h2{margin-top:1rem}section.label{margin:.5rem 0}.five{grid-template-columns:repeat(5,1fr)}
+ul.grid{grid-template-columns:repeat(4,1fr)}.card ul{font-size:7pt}svg{max-height:150mm}}
 """
 REPORT_SCRIPT = """
 document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll('th button').forEach((button, i) => {
@@ -5136,7 +5144,7 @@ def split_chapter(folder: Path, e: dict) -> tuple[str, str]:
         for key, title in REPORT_HEADLINES.items()
     )
     note = f"<p>{len(e['ids'])} scans of {len(set(e['patients']))} patients, {len(e['labels'])} labels. "
-    note += f"Small: 95 % intervals from {e['resamples']} resamples of the patients. " if intervals else ""
+    note += f"In small print: 95 % intervals from {e['resamples']} resamples of the patients. " if intervals else ""
     if e["tuned_here"] is not None:
         note += (
             f"The thresholds were tuned for {OBJECTIVES[e['tuned_here']]} on this split. So that they do not flatter, "
@@ -5163,11 +5171,11 @@ def label_table(e: dict) -> str:
         link = f'<a href="#{anchor(e, i)}">{html.escape(label)}</a>'
         counts = f'<td data-v="{row["n_positive"]}">{row["n_positive"]} / {row["n_known"]}</td>'
         cells = "".join(cell(row[k], spread.get(k)) for k in REPORT_COLUMNS) + cell(float(e["cuts"][i]), None)
-        rows += f'<tr><td data-v="{html.escape(label)}">{link}</td>{counts}{cells}</tr>'
+        rows += f'<tr><th scope="row" data-v="{html.escape(label)}">{link}</th>{counts}{cells}</tr>'
     foot = ""
     for kind in ("macro", "micro"):
         cells = "".join(cell(metrics[f"{kind}_{k}"], intervals.get(f"{kind}_{k}")) for k in REPORT_COLUMNS)
-        foot += f"<tr><td>{kind}</td><td></td>{cells}<td></td></tr>"
+        foot += f'<tr><th scope="row">{kind}</th><td></td>{cells}<td></td></tr>'
     counts = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
     fewer = [f"{title} {n}" for title, n in counts.items() if n < len(labels)]
     note = f"<p class='soft'>Labels in the macro average, where not all {len(labels)}: {', '.join(fewer)}.</p>"
@@ -5184,15 +5192,15 @@ def path_data(xs: np.ndarray, ys: np.ndarray) -> str:
     return " ".join(p for i, p in enumerate(points) if i == 0 or p != points[i - 1])
 
 
-def picture(text: str, shapes: str, size: tuple[int, int], caption: str, scroll: bool = False) -> str:
-    """A figure with an inline SVG and its text for those who can't see it; a large one may scroll."""
-    text, limits = (
-        html.escape(text),
-        f"min-width:{0.8 * size[0]:.0f}px;max-width:{1.2 * size[0]:.0f}px" if scroll else "",
-    )
-    attributes = f'viewBox="0 0 {size[0]} {size[1]}" style="{limits}" role="img" aria-label="{text}"'
+def picture(text: str, shapes: str, size: tuple[int, int], caption: str, kind: str = "") -> str:
+    """A figure with an inline SVG and its text for those who can't see it; kind "scroll": large, "fixed": no wider."""
+    text, limits, widest = html.escape(text), "", f' style="max-width:{1.2 * size[0] + 28:.0f}px"' if kind else ""
+    if kind == "scroll":
+        limits = f' style="min-width:{0.8 * size[0]:.0f}px"'
+    attributes = f'viewBox="0 0 {size[0]} {size[1]}"{limits} role="img" aria-label="{text}"'
+    scroll = ' class="card wide" tabindex="0"' if kind == "scroll" else ' class="card"'
     return (
-        f'<figure class="card{" wide" * scroll}"{" tabindex=0" * scroll}><svg {attributes}><title>{text}</title>'
+        f"<figure{scroll}{widest}><svg {attributes}><title>{text}</title>"
         f"{shapes}</svg><figcaption>{caption}</figcaption></figure>"
     )
 
@@ -5234,7 +5242,9 @@ def chart(
 
 def tick(value: float) -> str:
     """An axis number of at most six characters."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}".replace("e-0", "e-")
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
 def forest(e: dict) -> str:
@@ -5244,18 +5254,19 @@ def forest(e: dict) -> str:
     rows = sorted((row for row in rows if row[0] is not None), key=lambda row: -row[0])
     lowest = min([0.5, *(x for value, _, interval in rows for x in (value, *(interval or ())))])
     low = math.floor(10 * lowest) / 10
-    scale, bottom, out = 380 / (1 - low), 20 * len(rows), ""
+    scale, bottom, out = 336 / (1 - low), 30 * len(rows), ""
     for k in np.linspace(low, 1, 1 + round((1 - low) * 10)):
-        x = 230 + (k - low) * scale
-        out += f'<path class="guide" d="M{x:.1f} 4V{bottom + 8}"/>'
-        out += f'<text x="{x:.1f}" y="{bottom + 22}" text-anchor="middle">{k:.1f}</text>'
+        x = 12 + (k - low) * scale
+        marks = "".join(f"M{x:.1f} {30 * i + 17}v10" for i in range(len(rows)))
+        out += f'<path class="axis" opacity=".5" d="{marks}"/>'
+        out += f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{k:.1f}</text>'
     for i, (value, label, interval) in enumerate(rows):
-        x, a, b = (230 + (v - low) * scale for v in (value, *(interval or (value, value))))
-        y = 20 * i + 16
-        out += f'<text x="222" y="{y + 4}" text-anchor="end">{shorten(label, 38)}</text>'
+        x, a, b = (12 + (v - low) * scale for v in (value, *(interval or (value, value))))
+        y = 30 * i + 22
+        out += f'<text x="12" y="{y - 9}">{shorten(label, 50)}</text>'
         out += f'<path class="line c0" d="M{a:.1f} {y}H{b:.1f}"/><circle class="dot c0" cx="{x:.1f}" cy="{y}" r="4"/>'
     text = "AUROC of each label with its 95 % interval; the numbers are in the table above"
-    return picture(text, out, (630, bottom + 28), "AUROC with 95 % interval", scroll=True)
+    return picture(text, out, (360, bottom + 18), "AUROC with 95 % interval", "fixed")
 
 
 def label_figures(e: dict, i: int) -> str:
@@ -5353,7 +5364,7 @@ def heatmap(title: str, has: np.ndarray, known: np.ndarray, labels: Sequence[str
             out += f'fill-opacity="{0.5 * share:.2f}"/><text x="{x + 12}" y="{y + 16}" text-anchor="middle">'
             out += f"{100 * share:.0f}</text></g>"
     extent = left + size * len(labels) + 80, top + size * len(labels) + 2
-    return picture(f"{title}: how often findings come together, in percent", out, extent, title, scroll=True)
+    return picture(f"{title}: how often findings come together, in percent", out, extent, title, "scroll")
 
 
 def wrong_scans(folder: Path, e: dict) -> str:
@@ -5408,8 +5419,10 @@ def training_curves(results: list[dict]) -> str:
         lines = [[math.nan if r.get(k) is None else r[k] for r in results] for k in keys]
         finite = [v for line in lines for v in line if math.isfinite(v)]
         limits = (0.0, 1.0) if title == "validation" else (min(0.0, *finite), max(1e-12, *finite))
-        marks = [("line", f"c{i}", epochs, lines[i], k.replace("_", " ")) for i, k in enumerate(keys)]
-        marks += [("mark", "", [best, best], limits, "")] if best is not None else []
+        marks = [("line", f"c{i}", epochs, lines[i], name) for i, name in enumerate(keys.values())]
+        if best is not None:
+            marks.append(("mark", "", [best, best], limits, ""))
+            marks += [("dot", f"c{i}", [best], [line[epochs.index(best)]], "") for i, line in enumerate(lines)]
         note = title.capitalize() + ("" if best is None else f", best epoch {best}")
         figures += chart(f"{title} by epoch", note, ("epoch", ""), marks, (epochs[0], epochs[-1]), limits)
     return f'<div class="grid" style="--w:16rem">{figures}</div>'
@@ -5424,7 +5437,7 @@ def facts(value: object) -> str:
         return f"<dl>{''.join(f'<dt>{n}</dt><dd>{facts(row)}</dd>' for n, row in zip(names, rows, strict=True))}</dl>"
     head = "".join(f"<th scope='col'>{html.escape(str(column))}</th>" for column in ["", *rows[0]])
     cells = ["".join(f"<td>{facts(x)}</td>" for x in row.values()) for row in rows]
-    body = "".join(f"<tr><td>{n}</td>{c}</tr>" for n, c in zip(names, cells, strict=True))
+    body = "".join(f"<tr><th scope='row'>{n}</th>{c}</tr>" for n, c in zip(names, cells, strict=True))
     return f"<div class='wide' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -5893,6 +5906,7 @@ def finish_run(run: Run) -> None:
     logits = {"val": predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll, args.tta)}
     if len(run.test):
         logits["test"] = predict(model, run.test, run.recipe, run.runtime, "test", run.poll, args.tta)
+    logits = {split: aggregate_readable(getattr(run, split), x, args.aggregate) for split, x in logits.items()}
     auto = tune_thresholds(run.val.targets, sigmoid(logits["val"]), args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
     objective = args.threshold_objective if args.threshold == "auto" else None
@@ -5909,6 +5923,15 @@ def finish_run(run: Run) -> None:
         if args.export_hf:
             export_hf(best, args.export_hf)
             log.info("the tower for transformers: %s", args.export_hf)
+
+
+def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> np.ndarray:
+    """`aggregate_logits` of the scans that could be read: for the others air was predicted, which says nothing."""
+    kept, table = [row for row in range(len(dataset)) if row not in dataset.skipped], dataset.table
+    names = [[ids[row] for row in kept] for ids in (table.series_ids, table.patient_ids)]
+    logits = logits.astype(np.float64)
+    logits[kept] = aggregate_logits(logits[kept], *names, over)
+    return logits
 
 
 def publish_split(
@@ -5957,11 +5980,7 @@ def write_results(
     """Predictions as CSV or challenge JSON, the run's facts, and the report where there is something to report."""
     output = args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".json":
-        moved = move_thresholds_to_half(probabilities, thresholds)
-        write_challenge_json(output, predicted.series_ids, moved, predicted.labels)
-    else:
-        write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
+    write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
     log.info("predictions of %d scans: %s", len(predicted), output)
     arguments = {name: value for name, value in sorted(vars(args).items()) if value is not None}
     save_run(args.output_dir, title, arguments, table, str(runtime.device))
@@ -6122,7 +6141,7 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
     recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity, seed=args.seed)
     logits = predict(model, dataset, recipe, runtime, tta=args.tta)
-    logits = aggregate_logits(logits, rows.series_ids, rows.patient_ids, args.aggregate)
+    logits = aggregate_readable(dataset, logits, args.aggregate)
     thresholds = resolve_thresholds(args.threshold, rows.labels, np.array(content["thresholds"]))
     if runtime.is_main:
         args.output_dir.mkdir(parents=True, exist_ok=True)

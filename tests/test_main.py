@@ -12,7 +12,17 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 import finetune_siglip
 import phantoms
-from finetune_siglip import MODEL_KIND, RUN_KIND, classifier_from, load_checked, main
+from finetune_siglip import (
+    MODEL_KIND,
+    RUN_KIND,
+    classifier_from,
+    compute_metrics,
+    crossfit_thresholds,
+    load_checked,
+    main,
+    read_evaluation,
+    tune_thresholds,
+)
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "ct"
 LABELS = ["Cardiomegaly", "Pleural effusion", "Lung nodule"]
@@ -77,6 +87,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_validation_figures_are_those_of_scikit_learn_on_the_saved_model(finished, scans, tmp_path):
     """The saved model, run through prediction, gives the very scores that ranked it: averaged weights included."""
     assert main(prediction_arguments(scans, finished / "best_model.pth", tmp_path, "--test-split", "val")) == 0
+    assert "val split" in (tmp_path / "report.html").read_text()
     predicted = read_rows(tmp_path / "test_predictions.csv")
     truth = [row for row in read_rows(scans) if row["split"] == "val"]
     assert [row["id"] for row in predicted] == [row["series_id"] for row in truth]
@@ -323,11 +334,40 @@ def test_tuned_thresholds_are_stored_and_used(scans, tower, tmp_path):
     assert main(arguments(scans, tower, tmp_path, "--epochs", "1", "--threshold", "auto")) == 0
     content = load_checked(tmp_path / "best_model.pth", MODEL_KIND)
     assert len(set(content["thresholds"])) > 1
+    trained = read_evaluation(tmp_path / "evaluation_val.json")
+    for out in (None, tmp_path / "val"):  # after training, and predicted anew
+        if out:
+            more = ("--threshold", "auto", "--test-split", "val")
+            assert main(prediction_arguments(scans, tmp_path / "best_model.pth", out, *more)) == 0
+        e = read_evaluation((out or tmp_path) / "evaluation_val.json")
+        known = e["targets"], e["probabilities"]
+        assert e["cuts"].tolist() == tune_thresholds(*known).tolist() == content["thresholds"]
+        honest = crossfit_thresholds(*known, e["patients"])
+        assert e["metrics"] == compute_metrics(*known, LABELS, honest) == trained["metrics"]
+        assert e["apparent"] == compute_metrics(*known, LABELS, e["cuts"])
+    assert read_evaluation(tmp_path / "evaluation_test.json")["tuned_here"] is None
     more = ("--threshold", "auto", "--test-output", "again.csv")
     assert main(prediction_arguments(scans, tmp_path / "best_model.pth", tmp_path, *more)) == 0
     for row in read_rows(tmp_path / "again.csv"):
         for label, threshold in zip(LABELS, content["thresholds"], strict=True):
             assert int(row[f"{label}_pred"]) == (float(row[f"{label}_prob"]) >= threshold)
+
+
+def test_the_scans_of_a_patient_are_averaged_after_training_as_in_prediction(scans, tower, tmp_path):
+    table = scans.parent / "pairs.csv"
+    lines = scans.read_text().splitlines()
+    pairs = [f"{line},pair {i // 2 if ',val,' in line else f'of {i}'}" for i, line in enumerate(lines[1:])]
+    table.write_text("\n".join([f"{lines[0]},patient_id", *pairs]) + "\n")
+    more = ("--epochs", "1", "--aggregate", "patient", "--threshold", "auto", "--threshold-objective", "youden")
+    assert main(arguments(table, tower, tmp_path, *more)) == 0
+    e = read_evaluation(tmp_path / "evaluation_val.json")
+    by_patient = {}
+    for patient, row in zip(e["patients"], e["probabilities"].tolist(), strict=True):
+        by_patient.setdefault(patient, []).append(row)
+    assert max(map(len, by_patient.values())) == 2
+    assert all(rows[0] == row for rows in by_patient.values() for row in rows)
+    assert e["tuned_here"] == "youden"
+    assert e["cuts"].tolist() == tune_thresholds(e["targets"], e["probabilities"], "youden").tolist()
 
 
 def test_the_challenge_format_is_written_for_json(finished, scans, tmp_path):

@@ -140,9 +140,9 @@ def test_no_scan_leaves_the_house(offline_run, scans) -> None:
     assert b"Cardiomegaly" in sent
     assert not [row["series_id"] for row in read_rows(scans) if row["series_id"].encode() in sent]
     assert sent.count(b"\x89PNG\r\n") == 1  # the curves
-    kinds = {record.WhichOneof("record_type") for record in offline_records(offline_run)}
-    assert "use_artifact" not in kinds
-    assert not list(offline_run.glob("wandb/**/*.pth"))
+    kept = [r.artifact.type for r in offline_records(offline_run) if r.WhichOneof("record_type") == "artifact"]
+    assert set(kept) == {"run_table"}  # no model: it would have to lie there until the run is synced
+    assert "Weights & Biases stopped" not in (offline_run / "training.log").read_text()
 
 
 def test_an_offline_run_is_synced_later_under_its_id(offline_run, house, tmp_path) -> None:
@@ -164,6 +164,7 @@ def test_an_online_run_keeps_its_id_when_resumed_and_ends_with_its_best_model(
     (run_id,) = house.runs
     assert run_id == tracker_id(tmp_path) != tracker_id(offline_run)
     assert epochs(house.history(run_id)) == [1]
+    house.runs[run_id].update({"wandb-history.jsonl": [], "wandb-summary.json": []})  # as if killed before it was sent
     assert fs.main(arguments(scans, tower, tmp_path, "--epochs", "3", "--resume", "auto", *more)) == 0
     assert list(house.runs) == [run_id]
     rows = house.history(run_id)
@@ -179,6 +180,7 @@ def test_an_online_run_keeps_its_id_when_resumed_and_ends_with_its_best_model(
     assert f"{run_id}/{house.summary(run_id)['progress']['path']}" in house.files
     config = json.loads(house.RunResumeStatus({"name": run_id})["model"]["bucket"]["config"])
     assert config["epochs"]["value"] == 3
+    assert "Weights & Biases stopped" not in (tmp_path / "training.log").read_text()
 
 
 # resuming

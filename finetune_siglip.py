@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -1230,12 +1231,14 @@ def to_spl(volume: np.ndarray, orientation: str) -> np.ndarray:
 
 # Resampling has the meaning of torch's interpolate(antialias=True, align_corners=False), one axis after the other: a
 # triangle as wide as the output's spacing where the axis shrinks, linear interpolation where it grows. Its matrix is a
-# narrow band, so a few outputs at a time are one small dense product, which is what BLAS does best.
+# narrow band, so a few outputs at a time are one small dense product. Below a million multiplications, and with nothing
+# transposed, OpenBLAS works on the operands as they lie; larger ones it copies first, which takes longer than these do.
 
 
 @lru_cache(maxsize=64)
-def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """The (n_out, n_in) matrix of resampling as blocks of `rows` outputs: (outputs, inputs, float32 weights)."""
+def resample_bands(n_in: int, n_out: int, rows: int, turned: bool = False) -> list[tuple[slice, slice, np.ndarray]]:
+    """The (n_out, n_in) matrix of resampling as blocks of `rows` outputs: (outputs, inputs, float32 weights, `turned`
+    to (inputs, outputs))."""
     scale = n_in / n_out
     centres = (np.arange(n_out)[:, None] + 0.5) * scale
     weights = np.clip(1 - np.abs(np.arange(n_in) + 0.5 - centres) / max(1.0, scale), 0, None)
@@ -1245,7 +1248,8 @@ def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice,
         block = weights[start : start + rows]
         used = np.flatnonzero(block.any(0))
         inputs = slice(int(used[0]), int(used[-1]) + 1)
-        blocks.append((slice(start, start + len(block)), inputs, np.ascontiguousarray(block[:, inputs], np.float32)))
+        block = block[:, inputs].T if turned else block[:, inputs]
+        blocks.append((slice(start, start + rows), inputs, np.ascontiguousarray(block, np.float32)))
     return blocks
 
 
@@ -1258,27 +1262,32 @@ def resample_channel(
     blocks whose buffers stay in the processor's cache.
     """
     (depth, rows_in, columns_in), (_, n_rows, n_columns) = channel.shape, out.shape
-    bands = resample_bands(depth, len(out), 4)  # 4 and 16 were the fastest of the sizes from 4 to 32
+    bands = resample_bands(depth, len(out), 4)  # 4, 8 and 16 were the fastest of the sizes from 2 to 32
     planes = np.empty((max(weights.shape[1] for _, _, weights in bands), rows_in, columns_in), np.float32)
-    block, rows = np.empty((4, rows_in, columns_in), np.float32), np.empty((4, n_rows, columns_in), np.float32)
-    final, low, high, first, last = np.empty((4, n_rows, n_columns), np.float32), math.inf, -math.inf, 0, 0
+    block, rows, final = (
+        np.zeros((4, *size), np.float32) for size in (channel.shape[1:], (n_rows, columns_in), out.shape[1:])
+    )
+    by_rows = [(matrix, block[:, take], rows[:, to]) for to, take, matrix in resample_bands(rows_in, n_rows, 8)]
+    by_columns = [
+        (rows[:, :, take], matrix, final[:, :, to])
+        for to, take, matrix in resample_bands(columns_in, n_columns, 16, turned=True)
+    ]
+    low, high, first, last = math.inf, -math.inf, 0, 0
     for outputs, inputs, weights in bands:
         kept, (n, m) = last - inputs.start, weights.shape
-        planes[:kept] = planes[inputs.start - first : last - first].copy()
+        planes[:kept] = planes[inputs.start - first : last - first]
         copy_float32(channel[last : inputs.stop], planes[kept:m])
         first, last = inputs.start, inputs.stop
-        np.matmul(weights, planes[:m].reshape(m, -1), out=block[:n].reshape(n, -1))
-        for to, take, matrix in resample_bands(rows_in, n_rows, 16):
-            np.matmul(matrix, block[:n, take], out=rows[:n, to])
-        flat, result = rows[:n].reshape(-1, columns_in), final[:n].reshape(-1, n_columns)
-        for to, take, matrix in resample_bands(columns_in, n_columns, 16):
-            np.matmul(flat[:, take], matrix.T, out=result[:, to])
+        np.matmul(weights, planes[:m].transpose(1, 0, 2), out=block[:n].transpose(1, 0, 2))  # a product for each row
+        for one, other, product in (*by_rows, *by_columns):
+            np.matmul(one, other, out=product)
+        result = final[:n]
         if (scale, offset) != (1.0, 0.0):
             result[:] = result * np.float32(scale) + np.float32(offset)
         low, high = min(low, float(result.min())), max(high, float(result.max()))
         if not math.isfinite(low + high):  # NaN would get lost in min and max
             return math.nan, math.nan
-        np.copyto(out[outputs], np.rint(final[:n], out=final[:n]), casting="unsafe")
+        np.copyto(out[outputs], np.rint(result, out=result), casting="unsafe")
     return low, high
 
 
@@ -1690,8 +1699,8 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     return prep
 
 
-# From the second read on, a volume comes from `--cache-dir`: one file each, mapped rather than read. A worker hands it
-# to the training process by name: 16 MB take ten times as long through new shared memory as from a map.
+# From the second read on, a volume comes from `--cache-dir`: one file each, which the system keeps in memory if it can.
+# A worker hands it to the training process by name: 16 MB take several times as long through new shared memory.
 
 CACHE_HEADER = struct.Struct("<8sQ16s32s")  # magic, bytes of voxels, their checksum, key
 CACHE_MAGIC = b"CTCACHE1"
@@ -1732,11 +1741,10 @@ class CacheFiles:
         text = json.dumps([settings, file_identity(source)], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.ct"
 
-    def header(self, entry: Path, voxels: np.ndarray) -> bytes:
-        """Of an entry with these padded voxels; sums of 64 stretches, hashed, are checked as fast as memory is read."""
-        sums = voxels.view(np.uint64).reshape(64, -1).sum(1)
+    def header(self, entry: Path, sums: np.ndarray) -> bytes:
+        """Of an entry whose 64 stretches, padded, as uint64, have these sums: checked as fast as memory is read."""
         checksum = hashlib.blake2b(sums.tobytes(), digest_size=16).digest()
-        return CACHE_HEADER.pack(CACHE_MAGIC, len(voxels), checksum, bytes.fromhex(entry.stem))
+        return CACHE_HEADER.pack(CACHE_MAGIC, self.nbytes - CACHE_HEADER.size, checksum, bytes.fromhex(entry.stem))
 
     def map(self, entry: Path) -> Tensor | None:
         """The volume, mapped and not copied, or None where there is no entry that is whole."""
@@ -1748,9 +1756,41 @@ class CacheFiles:
         except (OSError, ValueError):
             return None
         voxels = mapped[CACHE_HEADER.size :]
-        if mapped[: CACHE_HEADER.size].tobytes() != self.header(entry, voxels):
+        sums = voxels.view(np.uint64).reshape(64, -1).sum(1)
+        if mapped[: CACHE_HEADER.size].tobytes() != self.header(entry, sums):
             return None
         return torch.from_numpy(voxels.view(np.int16)[: math.prod(self.shape)].reshape(self.shape))
+
+    def expect(self, entry: Path) -> bool:
+        """Whether there is an entry of the right length; the system is asked to read it, so that `fill` won't wait."""
+        try:
+            with open(entry, "rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                return os.fstat(stream.fileno()).st_size == self.nbytes
+        except OSError:
+            return False
+
+    def fill(self, entry: Path, out: Tensor) -> bool:
+        """Copy an entry to `out` (C, S, H, W); False where there is none that is whole.
+
+        Each stretch is summed while the processor still has it, which makes this faster than a map.
+        """
+        voxels, size = out.numpy().reshape(-1).view(np.uint8), (self.nbytes - CACHE_HEADER.size) // 64
+        sums, padded = np.empty(64, np.uint64), np.empty(size, np.uint8)
+        try:
+            with open(entry, "rb", buffering=0) as stream:
+                header = stream.read(CACHE_HEADER.size)
+                for i in range(64):
+                    part = voxels[i * size : (i + 1) * size]
+                    stretch = part if len(part) == size else padded
+                    if stream.readinto(stretch) != size:
+                        return False
+                    sums[i] = stretch.view(np.uint64).sum()
+                    if stretch is padded:
+                        part[:] = padded[: len(part)]
+                return header == self.header(entry, sums) and not stream.read(1)
+        except OSError:
+            return False
 
     def write(self, entry: Path, volume: Tensor) -> None:
         """Make an entry, visible when whole. Not flushed: what a crash of the machine tears, the checksum finds."""
@@ -1759,7 +1799,7 @@ class CacheFiles:
         part = entry.with_name(f"{entry.stem}.{os.getpid()}.part")
         try:
             with open(part, "wb") as stream:
-                stream.write(self.header(entry, voxels))
+                stream.write(self.header(entry, voxels.view(np.uint64).reshape(64, -1).sum(1)))
                 stream.write(voxels)
             os.replace(part, entry)
         except OSError:
@@ -1806,6 +1846,12 @@ class VolumeCache:
         )  # fmt: skip
         return sorted(own)[kept - 1] if kept else ""
 
+    def holds(self, source: Path) -> bool:
+        """Whether there seems to be an entry of this source as it is now."""
+        with suppress(BadVolume):
+            return self.files.expect(self.files.entry(source))
+        return False
+
     def load(self, source: Path) -> tuple[Tensor, bool]:
         """The volume, and whether there is an entry of it. Raises BadVolume."""
         entry = self.files.entry(source)
@@ -1824,6 +1870,19 @@ class VolumeCache:
         return volume, True
 
 
+def stack_shared(volumes: Sequence[Tensor]) -> Tensor:
+    """As `torch.stack`, in shared memory, written to like a file: half of the time that `default_collate` takes in a
+    worker, for in a map of new memory each page is zeroed and faulted in first."""
+    storage, at = torch.UntypedStorage._new_using_fd_cpu(sum(volume.nbytes for volume in volumes)), 0
+    file, _ = storage._share_fd_cpu_()
+    for volume in volumes:
+        data = memoryview(volume.contiguous().numpy()).cast("B")
+        while data:
+            written = os.pwrite(file, data, at)
+            data, at = data[written:], at + written
+    return volumes[0].new_empty(0).set_(storage, 0, (len(volumes), *volumes[0].shape))
+
+
 @dataclass
 class CachedBatch:
     """The volumes of a batch on their way to the training process: in shared memory, or named if the cache has them."""
@@ -1833,10 +1892,17 @@ class CachedBatch:
 
     def assemble(self, pin: bool = False) -> Tensor:
         """(N, C, S, H, W) int16."""
-        batch = torch.empty((len(self.parts), *self.files.shape), dtype=torch.int16, pin_memory=pin)
+        shape = (len(self.parts), *self.files.shape)  # NumPy's memory has large pages, which are filled twice as fast
+        batch = (
+            torch.empty(shape, dtype=torch.int16, pin_memory=True) if pin else torch.from_numpy(np.empty(shape, "i2"))
+        )
         for part, out in zip(self.parts, batch, strict=True):
-            volume = part if isinstance(part, Tensor) else self.files.map(self.files.entry(part))
-            out.copy_(load_sample(part, self.files.prep) if volume is None else volume)
+            if isinstance(part, Tensor):
+                out.copy_(part)
+            elif not self.files.fill(entry := self.files.entry(part), out):
+                with suppress(OSError):
+                    entry.unlink(missing_ok=True)  # torn: the next epoch makes it again
+                out.copy_(load_sample(part, self.files.prep))
         return batch
 
     def pin_memory(self) -> Tensor:
@@ -1861,12 +1927,21 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         return len(self.table)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        row, error = item if item >= 0 else ~item, ""
+        row, error = max(item, ~item), ""
         try:
             volume, cached = self.read(self.table.paths[row])
         except BadVolume as problem:
             error = f"series {self.table.series_ids[row]!r} (line {self.table.line_numbers[row]}): {problem}"
             volume, cached = self.blank(), False
+        return self.describe(item, volume, cached, error)
+
+    def __getitems__(self, items: list[int]) -> list[dict[str, Any]]:
+        """The items of a batch, for the loader; the voxels of what the cache holds are not touched, only named."""
+        found = [bool(self.cache and self.cache.holds(self.table.paths[max(item, ~item)])) for item in items]
+        return [self.describe(i, None, True, "") if there else self[i] for i, there in zip(items, found, strict=True)]
+
+    def describe(self, item: int, volume: Tensor | None, cached: bool, error: str) -> dict[str, Any]:
+        row = max(item, ~item)
         targets = torch.from_numpy(self.table.targets[row].copy())
         if error or item < 0:
             targets.fill_(math.nan)
@@ -1891,13 +1966,13 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         return self.cache.load(path) if self.cache else (load_sample(path, self.prep), False)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of items; volumes that the cache has are only named."""
-        cached = [item.pop("cached") for item in items]
-        if not any(cached):
-            return torch.utils.data.default_collate(items)
-        volumes = [item.pop("volume") for item in items]
-        parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
-        return torch.utils.data.default_collate(items) | {"volume": CachedBatch(self.cache.files, parts)}
+        """A batch of items, in a worker in shared memory; volumes that the cache has are only named."""
+        cached, volumes = ([item.pop(name) for item in items] for name in ("cached", "volume"))
+        batch = torch.utils.data.default_collate(items)
+        if any(cached):
+            parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
+            return batch | {"volume": CachedBatch(self.cache.files, parts)}
+        return batch | {"volume": (stack_shared if torch.utils.data.get_worker_info() else torch.stack)(volumes)}
 
     @property
     def targets(self) -> np.ndarray:
@@ -1984,6 +2059,8 @@ def one_thread_per_worker(_: int) -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: M_MMAP_MAX and M_TRIM_THRESHOLD. What one scan
+        mallopt(-4, 0), mallopt(-1, 1 << 30)  # frees serves the next: new pages take a tenth of the time of reading it
     for number in STOP_SIGNALS:  # a stop is sent to every process of a job, but the main one saves and needs its data
         signal.signal(number, signal.SIG_IGN)
 
@@ -5009,7 +5086,8 @@ svg text{fill:var(--soft);font-size:11.5px}.wide text{font-size:10px}
 figcaption span{white-space:nowrap}.k0{color:var(--c0)}.k1{color:var(--c1)}.k2{color:var(--c2)}
 section.label{margin:1.2rem 0}@page{size:A4 landscape;margin:10mm}
 @media print{body{font-size:9pt;max-width:none;padding:0}nav,.skip,caption{display:none}.wide{overflow:visible}
-.wide img{min-width:0}table{font-size:6.5pt}tfoot{display:table-row-group}th button{display:contents}th:first-child{position:static}
+.wide img{min-width:0}table{font-size:6.5pt}tfoot{display:table-row-group}th button{display:contents}
+th:first-child{position:static}
 th,td{padding:1pt 2pt}figure,.card,tr,section.label{break-inside:avoid}h2,h3,h4,h3+p{break-after:avoid}
 h2{margin-top:1rem}section.label{margin:.5rem 0}.five{grid-template-columns:repeat(5,1fr)}
 ul.grid{grid-template-columns:repeat(4,1fr)}.card ul{font-size:7pt}svg{max-height:150mm}}
@@ -6191,7 +6269,8 @@ def explain(error: BaseException) -> int:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         advice = "lower --batch-size, --image-size or --num-slices, or add --amp"
         log.error("out of memory (%s); %s", text.split(". ")[0] or "in main memory", advice)
-    elif "DataLoader worker" in text and isinstance(error, RuntimeError) and "Caught" not in text:
+    elif "DataLoader worker" in text and ("Caught" not in text or isinstance(error, OSError)):
+        text = "no space left in it" if isinstance(error, OSError) else text
         log.error("a process that reads volumes has died (%s); lower --num-workers or --batch-size, see /dev/shm", text)
     elif isinstance(error, OSError):
         log.error("%s: %s", error.filename or "the system", error.strerror or text)

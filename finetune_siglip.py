@@ -1009,11 +1009,11 @@ class Preprocessing:
 
     orientation: str  # towards which side of the patient each stored axis rises, e.g. "SPL", "RAS"
     intensity: str  # "hu" | "unit" | "windowed"
-    hu_range: tuple[float, float]  # what 0 and 1 stand for with "unit"
+    hu_range: tuple[float, ...]  # (lo, hi), what 0 and 1 stand for with "unit"
     windows: tuple[tuple[float, float], ...]  # K (lo, hi) pairs in HU
-    grid: tuple[int, int, int]  # (S, H, W)
+    grid: tuple[int, ...]  # (S, H, W)
     channels: int = 1  # channels that leave the loader: 1, or C with "windowed"
-    spacing: tuple[float, float, float] | None = None  # mm per voxel (D, H, W) that raw scans are brought to
+    spacing: tuple[float, ...] | None = None  # mm per voxel (D, H, W) that raw scans are brought to
     trusted: bool = False  # the intensity was named on purpose: a file's range is not held against it
 
     def to_dict(self) -> dict[str, object]:
@@ -1120,8 +1120,8 @@ def inflate(packed: bytes, size: int, path: Path) -> tuple[bytes | bytearray, in
     try:
         import deflate
     except ImportError:
-        data = inflate_with_zlib(packed, size + 1, path)
-        return data, zlib.crc32(data)
+        plain = inflate_with_zlib(packed, size + 1, path)
+        return plain, zlib.crc32(plain)
     try:
         data = deflate.deflate_decompress(packed, size)
     except deflate.DeflateError:  # also where there is more than `size`
@@ -1129,7 +1129,7 @@ def inflate(packed: bytes, size: int, path: Path) -> tuple[bytes | bytearray, in
     return data, deflate.crc32(data)
 
 
-def parse_npy(head: bytes, size: int, path: Path) -> Header:
+def parse_npy(head: bytes | bytearray, size: int, path: Path) -> Header:
     """The header of an array file of `size` bytes in NumPy's format."""
     stream = io.BytesIO(head)
     try:
@@ -1187,10 +1187,10 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
         raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_stored(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and, if asked for, voxels (C, three stored axes) of an NPZ or NPY file, in the stored dtype."""
     with open_regular(path) as (file, size):
-        magic = os.pread(file, 6, 0)
+        magic, image = os.pread(file, 6, 0), None
         if magic[:4] == b"PK\3\4":
             members = zip_members(file, size, path)
             if (image := members.get("image.npy")) is None:
@@ -1210,7 +1210,7 @@ def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | N
             header = dataclasses.replace(header, shape=(1, *header.shape))
         if not voxels:
             return header, None
-        data = read_member(file, image, path) if magic[:2] == b"PK" else read_exactly(file, size, 0, path)
+        data = read_member(file, image, path) if image else read_exactly(file, size, 0, path)
     flat = np.frombuffer(data, header.dtype, offset=header.start)
     return header, flat.reshape(header.shape, order="F" if header.fortran else "C")
 
@@ -1414,7 +1414,7 @@ def require_whole_nifti(path: Path, reader: Any) -> None:
         raise BadVolume(f"{path}: is cut short: copy it again")
 
 
-def read_raw(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and voxels (1, D, H, W), in SPL and HU, of a raw scan at its own spacing."""
     sitk = simple_itk()
     try:
@@ -1468,7 +1468,10 @@ def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
 def prepare_volume(path: Path, spacing: Sequence[float]) -> np.ndarray:
     """int16 HU (1, D, H, W) of a raw scan: SPL, at `spacing` mm (D, H, W), FIELD_OF_VIEW around the body."""
     header, volume = read_raw(path)
-    size = [max(1, round(n * old / new)) for n, old, new in zip(volume.shape[1:], header.spacing, spacing, strict=True)]
+    size = [
+        max(1, round(n * old / new))
+        for n, old, new in zip(volume.shape[1:], header.spacing or (), spacing, strict=True)
+    ]
     resampled = np.empty(size, np.int16)
     low, high = resample_channel(np.maximum(volume[0], AIR), resampled)
     if not (low >= -32768 and high <= 32767):
@@ -1485,7 +1488,7 @@ def prepare_volume(path: Path, spacing: Sequence[float]) -> np.ndarray:
     return result
 
 
-def read_volume(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_volume(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and voxels (C, three stored axes) of a scan in any format."""
     return read_raw(path, voxels) if is_raw(path) else read_stored(path, voxels)
 
@@ -1504,7 +1507,7 @@ def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
 def checked_orientation(header: Header, expected: str, spacing: Sequence[float] | None, path: Path) -> str:
     """The orientation of the stored axes; what a file says of itself must agree with it, and with `spacing` (SPL)."""
     if header.raw:
-        return header.orientation
+        return "SPL"
     if header.orientation not in (None, expected):
         raise BadVolume(f"{path}: says it is stored {header.orientation}, not {expected}: see --orientation")
     if header.spacing and spacing:
@@ -1585,7 +1588,7 @@ def spread(rows: Sequence[int], n: int) -> list[int]:
 
 def decide_orientation(table: Table, headers: Sequence[Header], asked: str | None, usual: str = "SPL") -> str:
     """`asked`, else what the files say of themselves, else `usual` where their shapes do not speak against it."""
-    told = {header.orientation for header in headers if not header.raw} - {None}
+    told = {header.orientation for header in headers if header.orientation and not header.raw}
     if len(told) > 1:
         raise BadInput(
             f"the volumes name several orientations of themselves ({', '.join(sorted(told))}): prepare them alike"
@@ -1880,7 +1883,7 @@ def stack_shared(volumes: Sequence[Tensor]) -> Tensor:
         while data:
             written = os.pwrite(file, data, at)
             data, at = data[written:], at + written
-    return volumes[0].new_empty(0).set_(storage, 0, (len(volumes), *volumes[0].shape))
+    return volumes[0].new_empty(0).set_(storage).view(len(volumes), *volumes[0].shape)
 
 
 @dataclass
@@ -1969,7 +1972,7 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         """A batch of items, in a worker in shared memory; volumes that the cache has are only named."""
         cached, volumes = ([item.pop(name) for item in items] for name in ("cached", "volume"))
         batch = torch.utils.data.default_collate(items)
-        if any(cached):
+        if self.cache and any(cached):
             parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
             return batch | {"volume": CachedBatch(self.cache.files, parts)}
         return batch | {"volume": (stack_shared if torch.utils.data.get_worker_info() else torch.stack)(volumes)}
@@ -1985,7 +1988,9 @@ class CTVolumeDataset(torch.utils.data.Dataset):
 class VolumeLoader(torch.utils.data.DataLoader):
     """Batches of a CTVolumeDataset. A bad scan raises BadVolume here, or is added to the dataset's `skipped`."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    dataset: CTVolumeDataset
+
+    def __iter__(self) -> Any:
         for batch in super().__iter__():
             bad = {row: error for row, error in zip(batch["row"].tolist(), batch["error"], strict=True) if error}
             if bad and self.dataset.on_bad_volume == "stop":
@@ -2028,7 +2033,7 @@ def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[in
 
 def build_loader(
     dataset: CTVolumeDataset,
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[list[int]],
     num_workers: int,
     device: torch.device,
 ) -> VolumeLoader:
@@ -2202,7 +2207,8 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
 
     lines = []
     for row, sample in samples.items() if prep.intensity != "windowed" else ():
-        volume = sample[(0, *(slice(None, None, max(1, n // 96)) for n in sample.shape[1:]))].numpy()
+        steps = [max(1, n // 96) for n in sample.shape[1:]]
+        volume = sample[0, :: steps[0], :: steps[1], :: steps[2]].numpy()
         filled = np.stack([ndimage.binary_fill_holes(plane > -400) for plane in volume])
         air = float((filled & (volume < -400)).sum() / max(1, filled.sum()))
         reason = ""
@@ -2271,7 +2277,8 @@ class PrepareScans(torch.utils.data.Dataset):
             settings = json.dumps([file_identity(path), self.spacing, FIELD_OF_VIEW]).encode()
             source = np.frombuffer(hashlib.sha256(settings).digest(), np.uint8)
             with suppress(BadVolume), open_regular(target) as (file, size):
-                if np.array_equal(small_array(file, zip_members(file, size, target).get("source.npy"), target), source):
+                made_from = small_array(file, zip_members(file, size, target).get("source.npy"), target)
+                if made_from is not None and np.array_equal(made_from, source):
                     return None
             members = {"image": prepare_volume(path, self.spacing), "source": source}
             members |= {"spacing": np.array(self.spacing, np.float32), "orientation": np.array("SPL")}
@@ -3147,6 +3154,9 @@ class CTWindows(nn.Module):
     Windowed volumes arrive as round(32767 * value) in C channels and are only scaled back.
     """
 
+    low: Tensor
+    width: Tensor
+
     def __init__(self, windows: Sequence[tuple[float, float]], intensity: str = "hu"):
         super().__init__()
         self.intensity = intensity
@@ -3240,8 +3250,9 @@ class SiglipClassifier(nn.Module):
     @torch.no_grad()
     def set_prevalence(self, prevalence: Tensor) -> None:
         """Start each label (L,) at its share of positives, so that training doesn't spend its first steps on that."""
-        self.head[-1].weight.mul_(0.1)
-        self.head[-1].bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
+        last: Any = self.head[-1]
+        last.weight.mul_(0.1)
+        last.bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
 
     def encode(self, voxels: Tensor, *kept: Any) -> Tensor:
         """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E).
@@ -3303,8 +3314,9 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = 4 * 2**30  # where neither is told
-    with suppress(OSError, TypeError):
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    with suppress(OSError, KeyError):
+        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(told["MemAvailable"].split()[0]) * 1024
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         free = min(free, int(limit) - int(used)) if limit != "max" else free
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -3346,7 +3358,7 @@ def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime
     One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned.
     """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # only of use in a hunt for bugs
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, only of use in a hunt for bugs
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         with runtime.autocast():
@@ -3437,6 +3449,8 @@ class FocalLoss(MultilabelBCELoss):
 class BalancedBCELoss(MultilabelBCELoss):
     """BCE whose positives are weighted by `pos_weight` (L,)."""
 
+    pos_weight: Tensor
+
     def __init__(self, pos_weight: Tensor):
         super().__init__()
         self.register_buffer("pos_weight", torch.as_tensor(pos_weight, dtype=torch.float32))
@@ -3464,7 +3478,7 @@ def build_loss(args: argparse.Namespace, train_targets: np.ndarray) -> Multilabe
 # Optimiser, learning-rate schedule and averaged weights.
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The module itself, without DistributedDataParallel or torch.compile around it."""
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
         model = model.module if hasattr(model, "module") else model._orig_mod
@@ -3623,8 +3637,8 @@ class Recipe:
 class TrainState:
     """Everything that changes while training; `micro` is the next forward pass of the epoch in progress."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: Any  # the classifier, or DistributedDataParallel around it
+    optimizer: Any
     schedule: Schedule
     scaler: torch.amp.GradScaler
     ema: Ema | None = None
@@ -4129,7 +4143,7 @@ def _weighted_figures(
     return out
 
 
-def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> tuple:
+def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Sequence[np.ndarray]:
     """(AUROC, average precision), each (B,), of entries that belong to the given rows of weights (n, B); ties exact.
 
     Only the distinct scores of positives matter: at each, the negatives strictly above and those at or above it.
@@ -4137,7 +4151,7 @@ def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: n
     positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
     positive, negative = positive[np.argsort(-scores[positive])], negative[np.argsort(-scores[negative])]
     if not len(positive):
-        return np.full((2, weights.shape[1]), np.nan)
+        return [np.full(weights.shape[1], np.nan)] * 2
     cuts, starts = np.unique(-scores[positive], return_index=True)  # ascending in -score: the highest score first
     hits = weights[rows[positive]]
     if len(cuts) < len(positive):  # ties: (positives, B) -> (cuts, B)
@@ -4333,6 +4347,11 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) 
             temporary.unlink()
 
 
+def save_bytes(path: Path, data: bytes) -> None:
+    """`save_atomic` of what is in memory."""
+    save_atomic(path, lambda file: file.write(data))
+
+
 def temporary_name(path: Path) -> Path:
     """Where a file is written before it gets its name; TEMPORARY knows these names again."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -4410,7 +4429,7 @@ def save_checked(path: Path, content: dict[str, Any]) -> str:
     return digest
 
 
-FIELDS = {
+FIELDS: dict[str, dict[str, type]] = {
     MODEL_KIND: {"model": dict, "labels": list, "preprocessing": dict, "backbone": dict, "head": dict, "epoch": int},
     RUN_KIND: {"identity": dict, "model": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "progress": dict,
                "parameters": list, "losses": list, "history": dict},
@@ -4712,7 +4731,7 @@ class RunFolder:
     def derive(self, history: History) -> None:
         """Bring every other file in line with what was committed; what no longer counts goes last."""
         lines = "".join(line + "\n" for line in history.lines).encode()
-        save_atomic(self.path / "results.jsonl", lambda file: file.write(lines))
+        save_bytes(self.path / "results.jsonl", lines)
         if history.top.entries:
             best = self.path / history.top.names[0]
             if history.top.best and not best.exists():  # someone removed it; its content is in memory
@@ -4794,7 +4813,7 @@ def write_predictions(
     writer.writerow(["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))])
     for series_id, row, calls in zip(series_ids, probabilities.tolist(), decided.tolist(), strict=True):
         writer.writerow([series_id, *(cell for pair in zip(row, calls, strict=True) for cell in pair)])
-    save_atomic(path, lambda file: file.write(buffer.getvalue().encode("utf-8", "surrogateescape")))
+    save_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def write_challenge_json(
@@ -4808,9 +4827,11 @@ def write_challenge_json(
         }
         for series_id, row in zip(series_ids, probabilities.tolist(), strict=True)
     ]
-    content = {"name": "Generated probabilities", "type": "Abnormality Classification"}
-    content |= {"version": {"major": 1, "minor": 0}, "predictions": entries}
-    save_atomic(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
+    content = {
+        "name": "Generated probabilities", "type": "Abnormality Classification",
+        "version": {"major": 1, "minor": 0}, "predictions": entries,
+    }  # fmt: skip
+    save_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
@@ -4884,7 +4905,7 @@ def save_evaluation(
         "probabilities": np.asarray(probabilities, np.float64).tolist(),
     }
     path = folder / f"evaluation_{split}.json"
-    save_atomic(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode()))
+    save_bytes(path, json.dumps(content, allow_nan=False).encode())
     return path
 
 
@@ -4915,7 +4936,7 @@ def save_pictures(
         with torch.no_grad():
             windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
         image = draw_scan(windows)
-        save_atomic(picture_path(folder, dataset.table.series_ids[row]), lambda file, image=image: file.write(image))
+        save_bytes(picture_path(folder, dataset.table.series_ids[row]), image)
 
 
 def different_windows(windows: np.ndarray) -> list[int]:
@@ -4955,14 +4976,14 @@ def explain_split(
         for i, found in zip(chosen[row], find_evidence(model, volume, chosen[row]), strict=True):
             label, p, truth = table.labels[i], float(probabilities[row, i]), table.targets[row, i]
             image = draw_evidence(found, windows, names, f"{label[:60]}: probability {p:.3f}, scan {series[:60]}")
-            save_atomic(picture_path(folder, series, label), lambda file, image=image: file.write(image))
+            save_bytes(picture_path(folder, series, label), image)
             findings.append({
                 "id": series, "label": label, "probability": p, "target": None if np.isnan(truth) else int(truth),
                 "slices": found.slices, "gains": found.gains, "attention": found.attention,
             })  # fmt: skip
     content = {"split": split, "depth": dataset.prep.grid[0], "labels": list(table.labels), "findings": findings}
     path = folder / f"explanations_{split}.json"
-    save_atomic(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode()))
+    save_bytes(path, json.dumps(content, allow_nan=False).encode())
     log.info("%s: %d explanations in %s", split, len(findings), folder / "explanations")
 
 
@@ -5020,7 +5041,7 @@ def save_run(folder: Path, title: str, arguments: dict, table: Table, device: st
     path = folder / "run.json"
     sections = {"Settings": arguments, "Data": summarise_table(table), "Environment": describe_environment(device)}
     content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
-    save_atomic(path, lambda file: file.write(json.dumps(content, default=str, indent=1).encode()))
+    save_bytes(path, json.dumps(content, default=str, indent=1).encode())
 
 
 def summarise_table(table: Table) -> dict[str, dict]:
@@ -5175,7 +5196,7 @@ def write_report(folder: Path) -> Path:
 <nav aria-label="Sections">{links}</nav><main id="main">{parts}</main>
 <script>{REPORT_SCRIPT}</script></body></html>
 """
-    save_atomic(folder / "report.html", lambda file: file.write(page.encode("utf-8", "replace")))
+    save_bytes(folder / "report.html", page.encode("utf-8", "replace"))
     return folder / "report.html"
 
 
@@ -5254,8 +5275,8 @@ def label_table(e: dict) -> str:
     for kind in ("macro", "micro"):
         cells = "".join(cell(metrics[f"{kind}_{k}"], intervals.get(f"{kind}_{k}")) for k in REPORT_COLUMNS)
         foot += f'<tr><th scope="row">{kind}</th><td></td>{cells}<td></td></tr>'
-    counts = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
-    fewer = [f"{title} {n}" for title, n in counts.items() if n < len(labels)]
+    averaged = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
+    fewer = [f"{title} {n}" for title, n in averaged.items() if n < len(labels)]
     note = f"<p class='soft'>Labels in the macro average, where not all {len(labels)}: {', '.join(fewer)}.</p>"
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="Figures per label"><table class="sort"><caption '
@@ -5389,7 +5410,7 @@ def threshold_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float) -> st
     hit, false = (1 - np.searchsorted(np.sort(s), grid) / len(s) for s in (p[y], p[~y]))
     f1 = 2 * hit * y.sum() / (hit * y.sum() + false * (~y).sum() + y.sum())
     lines = (("F1", f1), ("sensitivity", hit), ("specificity", 1 - false))
-    marks = [("mark", "", [cut, cut], [0, 1], "")]
+    marks: list[tuple] = [("mark", "", [cut, cut], [0, 1], "")]
     marks += [("line", f"c{k}", grid, values, name) for k, (name, values) in enumerate(lines)]
     return chart(f"{label} by threshold", f"Threshold {cut:.3f}", ("threshold", ""), marks)
 
@@ -5497,7 +5518,7 @@ def training_curves(results: list[dict]) -> str:
         lines = [[math.nan if r.get(k) is None else r[k] for r in results] for k in keys]
         finite = [v for line in lines for v in line if math.isfinite(v)]
         limits = (0.0, 1.0) if title == "validation" else (min(0.0, *finite), max(1e-12, *finite))
-        marks = [("line", f"c{i}", epochs, lines[i], name) for i, name in enumerate(keys.values())]
+        marks: list[tuple] = [("line", f"c{i}", epochs, lines[i], name) for i, name in enumerate(keys.values())]
         if best is not None:
             marks.append(("mark", "", [best, best], limits, ""))
             marks += [("dot", f"c{i}", [best], [line[epochs.index(best)]], "") for i, line in enumerate(lines)]
@@ -5534,11 +5555,9 @@ def track_results(tracker: Tracker, folder: Path, splits: Iterable[str], best: d
 
 def split_summary(e: dict) -> dict[str, float]:
     """Headline figures with the ends of their intervals: `test/macro_f1`, `test/macro_f1_low`, `test/macro_f1_high`."""
-    named = {}
+    named: dict[str, float | None] = {}
     for key in REPORT_HEADLINES:
-        named |= dict(
-            zip((key, f"{key}_low", f"{key}_high"), with_ends(e["metrics"], e["intervals"], key), strict=True)
-        )
+        named[key], named[f"{key}_low"], named[f"{key}_high"] = with_ends(e["metrics"], e["intervals"], key)
     return flat_figures({e["split"]: named})
 
 
@@ -6005,10 +6024,9 @@ def finish_run(run: Run) -> None:
 
 def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> np.ndarray:
     """`aggregate_logits` of the scans that could be read: for the others air was predicted, which says nothing."""
-    kept, table = [row for row in range(len(dataset)) if row not in dataset.skipped], dataset.table
-    names = [[ids[row] for row in kept] for ids in (table.series_ids, table.patient_ids)]
-    logits = logits.astype(np.float64)
-    logits[kept] = aggregate_logits(logits[kept], *names, over)
+    kept, logits = [row for row in range(len(dataset)) if row not in dataset.skipped], logits.astype(np.float64)
+    table = dataset.table.subset(kept)
+    logits[kept] = aggregate_logits(logits[kept], table.series_ids, table.patient_ids, over)
     return logits
 
 

@@ -1201,7 +1201,9 @@ def read_stored(path: Path, voxels: bool = True) -> tuple[Header, Any]:
         elif magic == b"\x93NUMPY":
             header = parse_npy(os.pread(file, 4096, 0), size, path)
         else:
-            raise BadVolume(f"{path}: is neither an NPZ nor an NPY file")
+            raise BadVolume(
+                f"{path}: is no NPZ, NPY, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices"
+            )
         if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
             raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
         if len(header.shape) not in (3, 4):
@@ -1300,22 +1302,27 @@ def copy_float32(planes: np.ndarray, into: np.ndarray) -> None:
 
 
 def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> tuple[str, str]:
-    """What the values of a scan within [low, high] stand for: ("hu" | "unit" | "windowed", "") or ("", why not)."""
+    """What the values of a scan within [low, high] stand for: ("hu" | "unit" | "windowed", "") or ("", why not and what
+    settles it: with `unit` a value v stands for LO + v * (HI - LO), so that flag undoes any scaling)."""
+    values = f"has values from {low:g} to {high:g}"
     if not math.isfinite(low + high):
-        return "", "holds voxels that are not finite"
+        return "", "holds voxels that are not finite: leave it out or convert it again"
     if low == high:
-        return "", f"has the value {low:g} in every voxel"
+        return "", f"has the value {low:g} in every voxel: it holds no scan"
     if low < -HU_LIMIT or high > HU_LIMIT:
-        return "", f"has values from {low:g} to {high:g}, beyond ±{HU_LIMIT} HU"
+        return "", f"{values}: beyond ±{HU_LIMIT} HU: convert it again, or name --intensity hu if that is meant"
     fits_unit = dtype.kind == "f" and low >= -1e-3 and high <= 1 + 1e-3
     if fits_unit:
         return ("unit", "") if channels == 1 else ("windowed", "")
     if dtype.kind == "f" and low >= -1 - 1e-3 and high <= 1 + 1e-3:
-        return "", f"has values from {low:g} to {high:g}: [-1, 1] is neither HU nor 0-1"
+        means = "if -1 and 1 stand for -1000 and 1500 HU, --intensity unit --hu-range 250 1500"
+        return "", f"{values}: [-1, 1] is neither HU nor 0-1: {means if channels == 1 else 'store (v + 1) / 2'}"
     if low >= 0 and high <= 255:
-        return "", f"has values from {low:g} to {high:g}: an 8-bit picture, not HU"
+        means = "if 0 and 255 stand for -1000 and 1500 HU, --intensity unit --hu-range -1000 -990.196"
+        return "", f"{values}: an 8-bit picture, not HU: convert the original, or, {means}"
     if low >= 0:
-        return "", f"has values from {low:g} to {high:g}: air is near -1000 HU, so the rescale intercept is missing"
+        means = "so the rescale intercept is missing: --intensity unit --hu-range -1024 -1023 adds it"
+        return "", f"{values}: air is near -1000 HU, {means}"
     return "hu", ""
 
 
@@ -1347,7 +1354,9 @@ def dicom_slices(folder: Path) -> list[Path]:
     files = sorted(item for item in folder.iterdir() if item.name != "DICOMDIR" and not item.name.startswith("."))
     for item in files:
         if not item.is_file() or folder.resolve() not in item.resolve().parents:
-            raise BadVolume(f"{item}: is no file of this folder: keep one series of slices in it")
+            raise BadVolume(
+                f"{item}: is no file of this folder: img_path names a folder of one series, nothing else in it"
+            )
     if not files:
         raise BadVolume(f"{folder}: is an empty folder")
     return files
@@ -1362,7 +1371,7 @@ def read_slice(path: Path, voxels: bool = True) -> tuple[dict[str, str], Any]:
     try:
         reader.ReadImageInformation()
         tags = {name: reader.GetMetaData(tag) if reader.HasMetaDataKey(tag) else "" for name, tag in DICOM_TAGS.items()}
-        tags["grid"] = f"{reader.GetSize()[:2]} {reader.GetSpacing()[:2]}"
+        tags["grid"] = f"{reader.GetSize()} {reader.GetSpacing()[:2]}"
         return tags, reader.Execute() if voxels else None
     except RuntimeError:
         raise BadVolume(f"{path}: is no readable DICOM file: remove it, or copy it again") from None
@@ -1384,15 +1393,18 @@ def read_dicom(folder: Path) -> Any:
     if len(slices) == 1 and image.GetDepth() > 1:  # one file with all slices
         return image
     rows = np.array(image.GetDirection()).reshape(3, 3)  # columns: along a row, along a column, through the slices
-    heights = [np.dot(rows[:, 2], other.GetOrigin()) for _, other in slices]
+    places = np.array([other.GetOrigin() for _, other in slices]) - image.GetOrigin()
+    heights = places @ rows[:, 2]
+    if np.abs(places - heights[:, None] * rows[:, 2]).max() > 1:  # mm
+        raise BadVolume(f"{folder}: its slices are shifted against each other (a tilted gantry): resample it first")
     order = np.argsort(heights)
-    steps = np.diff(np.array(heights)[order])
+    steps = np.diff(heights[order])
     step = float(np.median(steps)) if len(steps) else 0.0
     if step < 0.01 or np.abs(steps - step).max() > 0.1 * step:
-        at = heights[order[int(np.abs(steps - step).argmax())]] if len(steps) else heights[0]
+        at = slices[order[int(np.abs(steps - step).argmax())] if len(steps) else 0][1].GetOrigin()[2]
         raise BadVolume(
             f"{folder}: {len(slices)} slices {step:.2f} mm apart, but not at position {at:.1f} mm: slices are missing, "
-            "double or of several series"
+            "double or of several series: copy the series again, into a folder of its own"
         )
     arrays = [sitk.GetArrayViewFromImage(slices[i][1])[0] for i in order]
     whole = sitk.GetImageFromArray(np.stack(arrays).astype(np.result_type(*arrays)))
@@ -1405,7 +1417,7 @@ def read_dicom(folder: Path) -> Any:
 def require_whole_nifti(path: Path, reader: Any) -> None:
     """BadVolume for a NIfTI that is cut short or damaged: the library would fill up what is missing."""
     try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
             length = sum(map(len, iter(partial(stream.read, 1 << 22), b"")))
     except (OSError, EOFError, zlib.error) as error:
         raise BadVolume(f"{path}: is damaged ({error}): copy it again") from None
@@ -1421,8 +1433,9 @@ def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
         if path.is_dir():
             if not voxels:
                 files = dicom_slices(path)
-                read_slice(files[0], voxels=False)
-                return Header((1, len(files), 512, 512), np.dtype(np.int16), orientation="SPL", raw=True), None
+                columns, rows, slices = map(int, re.findall(r"\d+", read_slice(files[0], voxels=False)[0]["grid"])[:3])
+                shape = (1, slices if len(files) == 1 else len(files), rows, columns)
+                return Header(shape, np.dtype(np.int16), orientation="SPL", raw=True), None
             image = read_dicom(path)
         else:
             with open_regular(path) as (file, _):
@@ -1434,6 +1447,11 @@ def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
             reader.ReadImageInformation()
             if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
                 raise BadVolume(f"{path}: has {reader.GetDimension()} dimensions of vectors, not one scan")
+            codes = [reader.GetMetaData(k) for k in ("qform_code", "sform_code") if reader.HasMetaDataKey(k)]
+            if codes and not any(int(code[0]) for code in codes):
+                raise BadVolume(
+                    f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform"
+                )
             if not voxels:
                 size = reader.GetSize()[::-1]
                 return Header((1, *size), np.dtype(np.int16), orientation="SPL", raw=True), None
@@ -1556,8 +1574,8 @@ def check_range(
         raise BadVolume(f"{path}: has the same value in every voxel: it holds no scan")
     seen, reason = guess_intensity(header.dtype, header.shape[0], (low - offset) / scale, (high - offset) / scale)
     if not prep.trusted and seen != prep.intensity:
-        reason = reason or f"looks like {seen!r}, not {prep.intensity!r} as the others"
-        raise BadVolume(f"{path}: {reason}: convert it, or say what is meant with --intensity")
+        advice = f"looks like {seen!r}, not {prep.intensity!r} as the others: convert it, or name --intensity for all"
+        raise BadVolume(f"{path}: {reason or advice}")
 
 
 def read_headers(table: Table) -> list[Header]:
@@ -1618,18 +1636,25 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) 
         kinds.setdefault((header.dtype.kind, header.shape[0]), []).append(row)
     rows = [row for group in kinds.values() for row in spread(group, max(2, sample // len(kinds)))]
     seen: dict[str, list[str]] = {}
-    messages = []
+    doubts: dict[str, list[tuple[Path, str]]] = {}
     for row in rows:
         header, stored = read_volume(table.paths[row])
         low, high = float(stored.min()), float(stored.max())
         verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
         if verdict == "hu" and soft_tissue(stored) < 0.01:
-            verdict, reason = "", "has hardly a voxel of soft tissue (-200 to 300 HU): was its intercept applied twice?"
+            verdict, reason = (
+                "",
+                "has hardly a voxel of soft tissue (-200 to 300 HU): --intensity hu if that is right, ",
+            )
+            reason += "--intensity unit --hu-range 1024 1025 if its intercept was applied twice"
         if not verdict:
-            messages.append(f"{table.paths[row]} {reason}: convert it, or say what is meant with --intensity")
+            doubts.setdefault(reason.partition(": ")[2], []).append((table.paths[row], reason))
         seen.setdefault(verdict, []).append(f"{table.paths[row]} ({header.dtype}, {low:g} to {high:g})")
-    if messages:
-        raise BadInput(*messages)
+    if doubts:
+        raise BadInput(*(
+            f"{path} {reason}" + (f"; likewise {', '.join(str(other) for other, _ in others[:3])}" if others else "")
+            + f" ({len(others) + 1} of {len(rows)} files looked at)" for (path, reason), *others in doubts.values()
+        ))  # fmt: skip
     if len(seen) > 1:
         examples = "; ".join(f"{verdict}: {files[0]}" for verdict, files in seen.items())
         raise BadInput(
@@ -1799,7 +1824,7 @@ class CacheFiles:
         """Make an entry, visible when whole. Not flushed: what a crash of the machine tears, the checksum finds."""
         voxels = np.zeros(self.nbytes - CACHE_HEADER.size, np.uint8)
         voxels[: volume.nbytes] = volume.contiguous().numpy().reshape(-1).view(np.uint8)
-        part = entry.with_name(f"{entry.stem}.{os.getpid()}.part")
+        part = entry.with_name(f"{entry.stem}.{os.getpid()}.{os.urandom(4).hex()}.part")  # containers share process ids
         try:
             with open(part, "wb") as stream:
                 stream.write(self.header(entry, voxels.view(np.uint64).reshape(64, -1).sum(1)))
@@ -2218,6 +2243,10 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
             reason = f"has {100 * air:.0f} % air inside the body, a chest 15 to 60 %: another body part, or wrong axes?"
         elif volume.max() < 150:
             reason = f"has no voxel above {volume.max()} HU, so no bone: is --hu-range right?"
+        elif spine_ahead(volume) > 0.05:
+            code = prep.orientation.translate(str.maketrans("AP", "PA"))
+            both = code.translate(str.maketrans("LR", "RL"))
+            reason = f"has its spine in front: is it --orientation {code}, {both} or depth last?"
         if reason:
             lines.append(f"line {table.line_numbers[row]}: series {table.series_ids[row]!r} {reason} See the picture")
     return lines
@@ -2230,26 +2259,42 @@ def window_names(prep: Preprocessing) -> list[str]:
     return [f"{lo:g} to {hi:g} HU" for lo, hi in prep.windows]
 
 
+def spine_ahead(volume: np.ndarray) -> float:
+    """How far the bones of an SPL volume in HU lie before the middle of its tissue, in heights of the body."""
+    tissue, bone = ((volume > limit).sum((0, 2)) for limit in (-400, 300))
+    rows = np.arange(len(tissue))
+    middles = [(rows * part).sum() / max(1, part.sum()) for part in (tissue, bone)]
+    return float((middles[0] - middles[1]) / max(1, np.ptp(np.flatnonzero(tissue)))) if bone.any() else 0.0
+
+
 def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessing, path: Path) -> None:
     """A row for each scan; for each window an axial, a coronal and a sagittal slice through the middle."""
     from matplotlib.figure import Figure
 
     windowed, names = prep.intensity == "windowed", window_names(prep)[:3]
-    figure = Figure((3 * 1.7 * len(names), 1.9 * len(samples)), layout="constrained")
+    figure = Figure((3 * 1.7 * len(names), 1.8 * len(samples) + 0.7), layout="constrained")
+    how = f"read as --orientation {prep.orientation} --intensity {prep.intensity}"
+    right = "right where the spine is at P, the head at S, the liver at R; otherwise see --orientation"
+    figure.suptitle(f"{how}: {right}", fontsize=8)
     axes = figure.subplots(len(samples), 3 * len(names), squeeze=False)
+    places = ((0.04, 0.5), (0.96, 0.5), (0.5, 0.94), (0.5, 0.06))
+    box = {"facecolor": "black", "pad": 0.8, "linewidth": 0}
     for row, (line, (series, sample)) in enumerate(zip(axes, samples, strict=True)):
         _, s, h, w = sample.shape
         for column, name in enumerate(names):
             volume = sample[column if windowed else 0].float().numpy()
             lo, hi = (0, WINDOWED_SCALE) if windowed else prep.windows[column]
-            views = (("axial", volume[s // 2], "R   front   L"), ("coronal", volume[::-1, h // 2], "R   head   L"),
-                     ("sagittal", volume[::-1, :, w // 2], "front   head   back"))  # fmt: skip
+            views = (("axial", volume[s // 2], "RLAP"), ("coronal", volume[::-1, h // 2], "RLSI"),
+                     ("sagittal", volume[::-1, :, w // 2], "APSI"))  # fmt: skip
             for axis, (view, picture, sides) in zip(line[3 * column :], views, strict=False):
                 axis.imshow(picture, cmap="gray", vmin=lo, vmax=hi, aspect="auto")
-                axis.set_xticks([])
-                axis.set_yticks([])
-                axis.set_title(f"{view}, {name}\n{sides}" if row == 0 else sides, fontsize=6)
-        line[0].set_ylabel(series[:24], fontsize=6)
+                axis.set(xticks=[], yticks=[])
+                for side, place in zip(sides, places, strict=True):
+                    centre = {"ha": "center", "va": "center", "transform": axis.transAxes}
+                    axis.text(*place, side, color="yellow", fontsize=7, bbox=box, **centre)
+                if row == 0:
+                    axis.set_title(f"{view}\n{name}", fontsize=7)
+        line[0].set_ylabel(series[:24], fontsize=7)
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -2329,13 +2374,19 @@ def prepare_table(
         scans, batch_size=None, num_workers=num_workers, worker_init_fn=one_thread_per_worker
     )
     bad: dict[int, str] = {}
+    for row in sorted({*range(len(table))} - {*raw}):  # what is prepared already is only looked at
+        if isinstance(problem := header_or_error(table.paths[row]), BadVolume):
+            bad[row] = f"series {table.series_ids[row]!r} (line {table.line_numbers[row]}): {problem}"
     for row, problem in zip(raw, tqdm(loader, desc="prepare", unit="scan", disable=None), strict=True):
         if isinstance(problem, BadEnvironment):
             raise problem
         if problem:
             bad[row] = str(problem)
     if bad and not skip:
-        raise BadInput(*bad.values(), "the other scans are converted: mend these and repeat, or --on-bad-volume skip")
+        raise BadInput(
+            *(bad[row] for row in sorted(bad)),
+            "the other scans are converted: mend these and repeat, or --on-bad-volume skip",
+        )
     header, rows = read_rows(csv_path, Complaints(csv_path))
     column, place_of = header.index("img_path"), {row: i for i, row in enumerate(raw)}
     for row, (_, cells) in enumerate(rows):
@@ -2345,7 +2396,7 @@ def prepare_table(
     write_rows(out, [header, *(cells for row, (_, cells) in enumerate(rows) if row not in bad)])
     if bad:
         write_skipped(folder / "skipped.csv", (table, bad))
-    log.info("%d scans prepared, %d skipped: %s", len(raw) - len(bad), len(bad), out)
+    log.info("%d scans prepared, %d skipped: %s", len({*raw} - {*bad}), len(bad), out)
     return out
 
 
@@ -2367,17 +2418,23 @@ FOREIGN_FILES = (  # first bytes, what the file then is
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
 )
 LOOKS = (  # pattern of a tensor's name, what the file then seems to be
-    (r"(^|\.)(rpn|roi_heads|bbox_embed|box_head|class_head|box_predictor|retina\w*)\.", "a detection model"),
+    (
+        r"(^|\.)(rpn|roi_heads|bbox_embed|(box|class|classification|regression)_head|box_predictor|dfl)\.",
+        "a detection model",
+    ),
     (r"lora_[AB]\.", "a LoRA adapter: merge it into its base model first"),
     (r"class_embedding$|\.resblocks\.", "a CLIP model, not SigLIP"),
-    (r"(^|\.)cls_token$", "a plain ViT (ImageNet, MAE, DINO), not SigLIP"),
+    (r"(^|\.)(cls|class)_token$", "a plain ViT (ImageNet, MAE, DINO), not SigLIP"),
     (r"patch_embed(dings)?\.|patch_embedding\.", "a vision transformer without SigLIP's attention pooling"),
     (r"word_embeddings|token_embedding|embed_tokens|(^|\.)wte\.|text_model", "a text model without an image tower"),
     (r"decode_head|up_?blocks?\.|upconv|decoder\d*\.|swinViT", "a segmentation or generation model"),
     (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight$", "a ResNet other than the 3D ResNet-152 and BioViL's"),
     (r"exp_avg", "the state of an optimiser"),
 )
-SUPPORTED = "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), the 3D ResNet-152 and BioViL(-T)"
+SUPPORTED = (
+    "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, the 3D "
+    "ResNet-152 and BioViL(-T)"
+)
 
 
 def locate_weights(source: str) -> Path:
@@ -2446,6 +2503,8 @@ def open_weights(path: Path) -> dict[str, Any]:
             head = file.read(512)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    if not head:
+        raise BadInput(f"{path}: is empty: the download or copy failed; get it again")
     safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
     for start, what in () if safetensors else FOREIGN_FILES:  # a safetensors header may start with any byte
         if head.lstrip().startswith(start):
@@ -2473,7 +2532,7 @@ def open_weights(path: Path) -> dict[str, Any]:
                 f"{path}: reading it would run code that it names ({needs[1]}), which this script does not do: "
                 "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
             ) from None
-        reason = (str(error) or "it is empty").splitlines()[0][:120]
+        reason = str(error).splitlines()[0][:120] if " " in str(error) else type(error).__name__  # not a bare KeyError
         raise BadInput(f"{path}: not readable as weights, damaged or incomplete ({reason}): get it again") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: holds a {type(found).__name__}, not named tensors. {SUPPORTED}")
@@ -3022,9 +3081,10 @@ def load_backbone(
     }
     for what, names in wrong.items():
         if names:
+            listed = ", ".join(name.removeprefix("net.") for name in names[:10])
             raise BadInput(
                 f"{found.source}: seems to be a {found.family} encoder of {len(expected)} tensors, but {len(names)} "
-                f"are {what}: {', '.join(names[:10])}. It is incomplete, or of a variant that this script does not know"
+                f"are {what}: {listed}. It is incomplete, or of a variant that this script does not know"
             )
     backbone.load_state_dict(tensors, assign=True)
     millions, unused = sum(p.numel() for p in backbone.parameters()) / 1e6, ", ".join(found.unused[:10])

@@ -1868,11 +1868,15 @@ class VolumeCache:
                 others -= length
         free = shutil.disk_usage(folder).free + there - CACHE_SPARE
         kept = max(0, min(len(own), int(min(limit - others, free) // size)))
+        last = sorted(own)[kept - 1] if kept else ""
+        for _, name, _ in found:
+            if name in own and name > last:  # of a run with more room
+                (folder / name).unlink(missing_ok=True)
         log.info(
             "cache %s: %.1f GB for %d volumes of %.1f MB, of which %.1f GB are there%s", folder, len(own) * size / 1e9,
             len(own), size / 1e6, there / 1e9, f"; there is room for {kept} of them" if kept < len(own) else "",
         )  # fmt: skip
-        return sorted(own)[kept - 1] if kept else ""
+        return last
 
     def holds(self, source: Path) -> bool:
         """Whether there seems to be an entry of this source as it is now."""

@@ -251,7 +251,8 @@ def test_biovil_gives_health_multimodals_features(tmp_path, kind):
     backbone = fs.load_backbone(saved(tmp_path / "image_model.pt", prefixed(model.state_dict(), "module.")))
     assert backbone.width == reference.shape[1]
     assert difference(backbone, images, reference) <= 1e-6
-    adapted = fs.load_backbone(tmp_path / "image_model.pt", channels=4).eval()
+    adapted = fs.load_backbone(tmp_path / "image_model.pt", image_size=320, channels=4).eval()
+    assert adapted.default_grid == (64, 320, 320)
     with torch.no_grad():
         grey = images[:, :1]
         same = backbone(grey.expand(-1, 3, -1, -1)), adapted(grey.expand(-1, 4, -1, -1))
@@ -374,6 +375,13 @@ def test_position_embeddings_are_interpolated_only_where_the_grid_differs(tower,
         assert fs.load_backbone(path, 48, heads=2).eval()(torch.rand(1, 3, 48, 48)).shape == theirs.shape
     with pytest.raises(fs.BadInput, match="image-size"):
         fs.load_backbone(path, 4, heads=2)
+
+
+def test_convolutional_encoders_take_another_image_size_as_they_are(narrow_resnet, tmp_path):
+    model, volume, reference = narrow_resnet
+    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), image_size=192)
+    assert backbone.default_grid == (160, 192, 192)
+    assert difference(backbone, volume, reference) == 0
 
 
 @pytest.mark.parametrize("channels", [1, 2, 4, 6, 7])

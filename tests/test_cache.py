@@ -216,6 +216,8 @@ def test_the_limit_is_kept_by_the_same_volumes_in_every_process(scans: Table, tm
         assert sum(kept) == 3
         assert len(list((tmp_path / "cache").iterdir())) == 3
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 3.5 * size
+    cache_of(scans, tmp_path, limit=2 * size)  # less than an earlier run had
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_entries_of_other_settings_give_way_to_the_limit(scans: Table, tmp_path: Path) -> None:

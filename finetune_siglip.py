@@ -1009,11 +1009,11 @@ class Preprocessing:
 
     orientation: str  # towards which side of the patient each stored axis rises, e.g. "SPL", "RAS"
     intensity: str  # "hu" | "unit" | "windowed"
-    hu_range: tuple[float, float]  # what 0 and 1 stand for with "unit"
+    hu_range: tuple[float, ...]  # (lo, hi), what 0 and 1 stand for with "unit"
     windows: tuple[tuple[float, float], ...]  # K (lo, hi) pairs in HU
-    grid: tuple[int, int, int]  # (S, H, W)
+    grid: tuple[int, ...]  # (S, H, W)
     channels: int = 1  # channels that leave the loader: 1, or C with "windowed"
-    spacing: tuple[float, float, float] | None = None  # mm per voxel (D, H, W) that raw scans are brought to
+    spacing: tuple[float, ...] | None = None  # mm per voxel (D, H, W) that raw scans are brought to
     trusted: bool = False  # the intensity was named on purpose: a file's range is not held against it
 
     def to_dict(self) -> dict[str, object]:
@@ -1120,8 +1120,8 @@ def inflate(packed: bytes, size: int, path: Path) -> tuple[bytes | bytearray, in
     try:
         import deflate
     except ImportError:
-        data = inflate_with_zlib(packed, size + 1, path)
-        return data, zlib.crc32(data)
+        plain = inflate_with_zlib(packed, size + 1, path)
+        return plain, zlib.crc32(plain)
     try:
         data = deflate.deflate_decompress(packed, size)
     except deflate.DeflateError:  # also where there is more than `size`
@@ -1129,7 +1129,7 @@ def inflate(packed: bytes, size: int, path: Path) -> tuple[bytes | bytearray, in
     return data, deflate.crc32(data)
 
 
-def parse_npy(head: bytes, size: int, path: Path) -> Header:
+def parse_npy(head: bytes | bytearray, size: int, path: Path) -> Header:
     """The header of an array file of `size` bytes in NumPy's format."""
     stream = io.BytesIO(head)
     try:
@@ -1187,10 +1187,10 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
         raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_stored(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and, if asked for, voxels (C, three stored axes) of an NPZ or NPY file, in the stored dtype."""
     with open_regular(path) as (file, size):
-        magic = os.pread(file, 6, 0)
+        magic, image = os.pread(file, 6, 0), None
         if magic[:4] == b"PK\3\4":
             members = zip_members(file, size, path)
             if (image := members.get("image.npy")) is None:
@@ -1201,7 +1201,9 @@ def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | N
         elif magic == b"\x93NUMPY":
             header = parse_npy(os.pread(file, 4096, 0), size, path)
         else:
-            raise BadVolume(f"{path}: is neither an NPZ nor an NPY file")
+            raise BadVolume(
+                f"{path}: is no NPZ, NPY, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices"
+            )
         if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
             raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
         if len(header.shape) not in (3, 4):
@@ -1210,7 +1212,7 @@ def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | N
             header = dataclasses.replace(header, shape=(1, *header.shape))
         if not voxels:
             return header, None
-        data = read_member(file, image, path) if magic[:2] == b"PK" else read_exactly(file, size, 0, path)
+        data = read_member(file, image, path) if image else read_exactly(file, size, 0, path)
     flat = np.frombuffer(data, header.dtype, offset=header.start)
     return header, flat.reshape(header.shape, order="F" if header.fortran else "C")
 
@@ -1300,22 +1302,27 @@ def copy_float32(planes: np.ndarray, into: np.ndarray) -> None:
 
 
 def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> tuple[str, str]:
-    """What the values of a scan within [low, high] stand for: ("hu" | "unit" | "windowed", "") or ("", why not)."""
+    """What the values of a scan within [low, high] stand for: ("hu" | "unit" | "windowed", "") or ("", why not and what
+    settles it: with `unit` a value v stands for LO + v * (HI - LO), so that flag undoes any scaling)."""
+    values = f"has values from {low:g} to {high:g}"
     if not math.isfinite(low + high):
-        return "", "holds voxels that are not finite"
+        return "", "holds voxels that are not finite: leave it out or convert it again"
     if low == high:
-        return "", f"has the value {low:g} in every voxel"
+        return "", f"has the value {low:g} in every voxel: it holds no scan"
     if low < -HU_LIMIT or high > HU_LIMIT:
-        return "", f"has values from {low:g} to {high:g}, beyond ±{HU_LIMIT} HU"
+        return "", f"{values}: beyond ±{HU_LIMIT} HU: convert it again, or name --intensity hu if that is meant"
     fits_unit = dtype.kind == "f" and low >= -1e-3 and high <= 1 + 1e-3
     if fits_unit:
         return ("unit", "") if channels == 1 else ("windowed", "")
     if dtype.kind == "f" and low >= -1 - 1e-3 and high <= 1 + 1e-3:
-        return "", f"has values from {low:g} to {high:g}: [-1, 1] is neither HU nor 0-1"
+        means = "if -1 and 1 stand for -1000 and 1500 HU, --intensity unit --hu-range 250 1500"
+        return "", f"{values}: [-1, 1] is neither HU nor 0-1: {means if channels == 1 else 'store (v + 1) / 2'}"
     if low >= 0 and high <= 255:
-        return "", f"has values from {low:g} to {high:g}: an 8-bit picture, not HU"
+        means = "if 0 and 255 stand for -1000 and 1500 HU, --intensity unit --hu-range -1000 -990.196"
+        return "", f"{values}: an 8-bit picture, not HU: convert the original, or, {means}"
     if low >= 0:
-        return "", f"has values from {low:g} to {high:g}: air is near -1000 HU, so the rescale intercept is missing"
+        means = "so the rescale intercept is missing: --intensity unit --hu-range -1024 -1023 adds it"
+        return "", f"{values}: air is near -1000 HU, {means}"
     return "hu", ""
 
 
@@ -1347,7 +1354,9 @@ def dicom_slices(folder: Path) -> list[Path]:
     files = sorted(item for item in folder.iterdir() if item.name != "DICOMDIR" and not item.name.startswith("."))
     for item in files:
         if not item.is_file() or folder.resolve() not in item.resolve().parents:
-            raise BadVolume(f"{item}: is no file of this folder: keep one series of slices in it")
+            raise BadVolume(
+                f"{item}: is no file of this folder: img_path names a folder of one series, nothing else in it"
+            )
     if not files:
         raise BadVolume(f"{folder}: is an empty folder")
     return files
@@ -1362,7 +1371,7 @@ def read_slice(path: Path, voxels: bool = True) -> tuple[dict[str, str], Any]:
     try:
         reader.ReadImageInformation()
         tags = {name: reader.GetMetaData(tag) if reader.HasMetaDataKey(tag) else "" for name, tag in DICOM_TAGS.items()}
-        tags["grid"] = f"{reader.GetSize()[:2]} {reader.GetSpacing()[:2]}"
+        tags["grid"] = f"{reader.GetSize()} {reader.GetSpacing()[:2]}"
         return tags, reader.Execute() if voxels else None
     except RuntimeError:
         raise BadVolume(f"{path}: is no readable DICOM file: remove it, or copy it again") from None
@@ -1384,15 +1393,18 @@ def read_dicom(folder: Path) -> Any:
     if len(slices) == 1 and image.GetDepth() > 1:  # one file with all slices
         return image
     rows = np.array(image.GetDirection()).reshape(3, 3)  # columns: along a row, along a column, through the slices
-    heights = [np.dot(rows[:, 2], other.GetOrigin()) for _, other in slices]
+    places = np.array([other.GetOrigin() for _, other in slices]) - image.GetOrigin()
+    heights = places @ rows[:, 2]
+    if np.abs(places - heights[:, None] * rows[:, 2]).max() > 1:  # mm
+        raise BadVolume(f"{folder}: its slices are shifted against each other (a tilted gantry): resample it first")
     order = np.argsort(heights)
-    steps = np.diff(np.array(heights)[order])
+    steps = np.diff(heights[order])
     step = float(np.median(steps)) if len(steps) else 0.0
     if step < 0.01 or np.abs(steps - step).max() > 0.1 * step:
-        at = heights[order[int(np.abs(steps - step).argmax())]] if len(steps) else heights[0]
+        at = slices[order[int(np.abs(steps - step).argmax())] if len(steps) else 0][1].GetOrigin()[2]
         raise BadVolume(
             f"{folder}: {len(slices)} slices {step:.2f} mm apart, but not at position {at:.1f} mm: slices are missing, "
-            "double or of several series"
+            "double or of several series: copy the series again, into a folder of its own"
         )
     arrays = [sitk.GetArrayViewFromImage(slices[i][1])[0] for i in order]
     whole = sitk.GetImageFromArray(np.stack(arrays).astype(np.result_type(*arrays)))
@@ -1405,7 +1417,7 @@ def read_dicom(folder: Path) -> Any:
 def require_whole_nifti(path: Path, reader: Any) -> None:
     """BadVolume for a NIfTI that is cut short or damaged: the library would fill up what is missing."""
     try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
             length = sum(map(len, iter(partial(stream.read, 1 << 22), b"")))
     except (OSError, EOFError, zlib.error) as error:
         raise BadVolume(f"{path}: is damaged ({error}): copy it again") from None
@@ -1414,15 +1426,16 @@ def require_whole_nifti(path: Path, reader: Any) -> None:
         raise BadVolume(f"{path}: is cut short: copy it again")
 
 
-def read_raw(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and voxels (1, D, H, W), in SPL and HU, of a raw scan at its own spacing."""
     sitk = simple_itk()
     try:
         if path.is_dir():
             if not voxels:
                 files = dicom_slices(path)
-                read_slice(files[0], voxels=False)
-                return Header((1, len(files), 512, 512), np.dtype(np.int16), orientation="SPL", raw=True), None
+                columns, rows, slices = map(int, re.findall(r"\d+", read_slice(files[0], voxels=False)[0]["grid"])[:3])
+                shape = (1, slices if len(files) == 1 else len(files), rows, columns)
+                return Header(shape, np.dtype(np.int16), orientation="SPL", raw=True), None
             image = read_dicom(path)
         else:
             with open_regular(path) as (file, _):
@@ -1434,6 +1447,11 @@ def read_raw(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None
             reader.ReadImageInformation()
             if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
                 raise BadVolume(f"{path}: has {reader.GetDimension()} dimensions of vectors, not one scan")
+            codes = [reader.GetMetaData(k) for k in ("qform_code", "sform_code") if reader.HasMetaDataKey(k)]
+            if codes and not any(int(code[0]) for code in codes):
+                raise BadVolume(
+                    f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform"
+                )
             if not voxels:
                 size = reader.GetSize()[::-1]
                 return Header((1, *size), np.dtype(np.int16), orientation="SPL", raw=True), None
@@ -1468,7 +1486,10 @@ def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
 def prepare_volume(path: Path, spacing: Sequence[float]) -> np.ndarray:
     """int16 HU (1, D, H, W) of a raw scan: SPL, at `spacing` mm (D, H, W), FIELD_OF_VIEW around the body."""
     header, volume = read_raw(path)
-    size = [max(1, round(n * old / new)) for n, old, new in zip(volume.shape[1:], header.spacing, spacing, strict=True)]
+    size = [
+        max(1, round(n * old / new))
+        for n, old, new in zip(volume.shape[1:], header.spacing or (), spacing, strict=True)
+    ]
     resampled = np.empty(size, np.int16)
     low, high = resample_channel(np.maximum(volume[0], AIR), resampled)
     if not (low >= -32768 and high <= 32767):
@@ -1485,7 +1506,7 @@ def prepare_volume(path: Path, spacing: Sequence[float]) -> np.ndarray:
     return result
 
 
-def read_volume(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_volume(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and voxels (C, three stored axes) of a scan in any format."""
     return read_raw(path, voxels) if is_raw(path) else read_stored(path, voxels)
 
@@ -1504,7 +1525,7 @@ def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
 def checked_orientation(header: Header, expected: str, spacing: Sequence[float] | None, path: Path) -> str:
     """The orientation of the stored axes; what a file says of itself must agree with it, and with `spacing` (SPL)."""
     if header.raw:
-        return header.orientation
+        return "SPL"
     if header.orientation not in (None, expected):
         raise BadVolume(f"{path}: says it is stored {header.orientation}, not {expected}: see --orientation")
     if header.spacing and spacing:
@@ -1553,8 +1574,8 @@ def check_range(
         raise BadVolume(f"{path}: has the same value in every voxel: it holds no scan")
     seen, reason = guess_intensity(header.dtype, header.shape[0], (low - offset) / scale, (high - offset) / scale)
     if not prep.trusted and seen != prep.intensity:
-        reason = reason or f"looks like {seen!r}, not {prep.intensity!r} as the others"
-        raise BadVolume(f"{path}: {reason}: convert it, or say what is meant with --intensity")
+        advice = f"looks like {seen!r}, not {prep.intensity!r} as the others: convert it, or name --intensity for all"
+        raise BadVolume(f"{path}: {reason or advice}")
 
 
 def read_headers(table: Table) -> list[Header]:
@@ -1585,7 +1606,7 @@ def spread(rows: Sequence[int], n: int) -> list[int]:
 
 def decide_orientation(table: Table, headers: Sequence[Header], asked: str | None, usual: str = "SPL") -> str:
     """`asked`, else what the files say of themselves, else `usual` where their shapes do not speak against it."""
-    told = {header.orientation for header in headers if not header.raw} - {None}
+    told = {header.orientation for header in headers if header.orientation and not header.raw}
     if len(told) > 1:
         raise BadInput(
             f"the volumes name several orientations of themselves ({', '.join(sorted(told))}): prepare them alike"
@@ -1615,18 +1636,25 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) 
         kinds.setdefault((header.dtype.kind, header.shape[0]), []).append(row)
     rows = [row for group in kinds.values() for row in spread(group, max(2, sample // len(kinds)))]
     seen: dict[str, list[str]] = {}
-    messages = []
+    doubts: dict[str, list[tuple[Path, str]]] = {}
     for row in rows:
         header, stored = read_volume(table.paths[row])
         low, high = float(stored.min()), float(stored.max())
         verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
         if verdict == "hu" and soft_tissue(stored) < 0.01:
-            verdict, reason = "", "has hardly a voxel of soft tissue (-200 to 300 HU): was its intercept applied twice?"
+            verdict, reason = (
+                "",
+                "has hardly a voxel of soft tissue (-200 to 300 HU): --intensity hu if that is right, ",
+            )
+            reason += "--intensity unit --hu-range 1024 1025 if its intercept was applied twice"
         if not verdict:
-            messages.append(f"{table.paths[row]} {reason}: convert it, or say what is meant with --intensity")
+            doubts.setdefault(reason.partition(": ")[2], []).append((table.paths[row], reason))
         seen.setdefault(verdict, []).append(f"{table.paths[row]} ({header.dtype}, {low:g} to {high:g})")
-    if messages:
-        raise BadInput(*messages)
+    if doubts:
+        raise BadInput(*(
+            f"{path} {reason}" + (f"; likewise {', '.join(str(other) for other, _ in others[:3])}" if others else "")
+            + f" ({len(others) + 1} of {len(rows)} files looked at)" for (path, reason), *others in doubts.values()
+        ))  # fmt: skip
     if len(seen) > 1:
         examples = "; ".join(f"{verdict}: {files[0]}" for verdict, files in seen.items())
         raise BadInput(
@@ -1796,7 +1824,7 @@ class CacheFiles:
         """Make an entry, visible when whole. Not flushed: what a crash of the machine tears, the checksum finds."""
         voxels = np.zeros(self.nbytes - CACHE_HEADER.size, np.uint8)
         voxels[: volume.nbytes] = volume.contiguous().numpy().reshape(-1).view(np.uint8)
-        part = entry.with_name(f"{entry.stem}.{os.getpid()}.part")
+        part = entry.with_name(f"{entry.stem}.{os.getpid()}.{os.urandom(4).hex()}.part")  # containers share process ids
         try:
             with open(part, "wb") as stream:
                 stream.write(self.header(entry, voxels.view(np.uint64).reshape(64, -1).sum(1)))
@@ -1880,7 +1908,7 @@ def stack_shared(volumes: Sequence[Tensor]) -> Tensor:
         while data:
             written = os.pwrite(file, data, at)
             data, at = data[written:], at + written
-    return volumes[0].new_empty(0).set_(storage, 0, (len(volumes), *volumes[0].shape))
+    return volumes[0].new_empty(0).set_(storage).view(len(volumes), *volumes[0].shape)
 
 
 @dataclass
@@ -1969,7 +1997,7 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         """A batch of items, in a worker in shared memory; volumes that the cache has are only named."""
         cached, volumes = ([item.pop(name) for item in items] for name in ("cached", "volume"))
         batch = torch.utils.data.default_collate(items)
-        if any(cached):
+        if self.cache and any(cached):
             parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
             return batch | {"volume": CachedBatch(self.cache.files, parts)}
         return batch | {"volume": (stack_shared if torch.utils.data.get_worker_info() else torch.stack)(volumes)}
@@ -1985,7 +2013,9 @@ class CTVolumeDataset(torch.utils.data.Dataset):
 class VolumeLoader(torch.utils.data.DataLoader):
     """Batches of a CTVolumeDataset. A bad scan raises BadVolume here, or is added to the dataset's `skipped`."""
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    dataset: CTVolumeDataset
+
+    def __iter__(self) -> Any:
         for batch in super().__iter__():
             bad = {row: error for row, error in zip(batch["row"].tolist(), batch["error"], strict=True) if error}
             if bad and self.dataset.on_bad_volume == "stop":
@@ -2028,7 +2058,7 @@ def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[in
 
 def build_loader(
     dataset: CTVolumeDataset,
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[list[int]],
     num_workers: int,
     device: torch.device,
 ) -> VolumeLoader:
@@ -2202,7 +2232,8 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
 
     lines = []
     for row, sample in samples.items() if prep.intensity != "windowed" else ():
-        volume = sample[(0, *(slice(None, None, max(1, n // 96)) for n in sample.shape[1:]))].numpy()
+        steps = [max(1, n // 96) for n in sample.shape[1:]]
+        volume = sample[0, :: steps[0], :: steps[1], :: steps[2]].numpy()
         filled = np.stack([ndimage.binary_fill_holes(plane > -400) for plane in volume])
         air = float((filled & (volume < -400)).sum() / max(1, filled.sum()))
         reason = ""
@@ -2212,6 +2243,10 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
             reason = f"has {100 * air:.0f} % air inside the body, a chest 15 to 60 %: another body part, or wrong axes?"
         elif volume.max() < 150:
             reason = f"has no voxel above {volume.max()} HU, so no bone: is --hu-range right?"
+        elif spine_ahead(volume) > 0.05:
+            code = prep.orientation.translate(str.maketrans("AP", "PA"))
+            both = code.translate(str.maketrans("LR", "RL"))
+            reason = f"has its spine in front: is it --orientation {code}, {both} or depth last?"
         if reason:
             lines.append(f"line {table.line_numbers[row]}: series {table.series_ids[row]!r} {reason} See the picture")
     return lines
@@ -2224,26 +2259,42 @@ def window_names(prep: Preprocessing) -> list[str]:
     return [f"{lo:g} to {hi:g} HU" for lo, hi in prep.windows]
 
 
+def spine_ahead(volume: np.ndarray) -> float:
+    """How far the bones of an SPL volume in HU lie before the middle of its tissue, in heights of the body."""
+    tissue, bone = ((volume > limit).sum((0, 2)) for limit in (-400, 300))
+    rows = np.arange(len(tissue))
+    middles = [(rows * part).sum() / max(1, part.sum()) for part in (tissue, bone)]
+    return float((middles[0] - middles[1]) / max(1, np.ptp(np.flatnonzero(tissue)))) if bone.any() else 0.0
+
+
 def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessing, path: Path) -> None:
     """A row for each scan; for each window an axial, a coronal and a sagittal slice through the middle."""
     from matplotlib.figure import Figure
 
     windowed, names = prep.intensity == "windowed", window_names(prep)[:3]
-    figure = Figure((3 * 1.7 * len(names), 1.9 * len(samples)), layout="constrained")
+    figure = Figure((3 * 1.7 * len(names), 1.8 * len(samples) + 0.7), layout="constrained")
+    how = f"read as --orientation {prep.orientation} --intensity {prep.intensity}"
+    right = "right where the spine is at P, the head at S, the liver at R; otherwise see --orientation"
+    figure.suptitle(f"{how}: {right}", fontsize=8)
     axes = figure.subplots(len(samples), 3 * len(names), squeeze=False)
+    places = ((0.04, 0.5), (0.96, 0.5), (0.5, 0.94), (0.5, 0.06))
+    box = {"facecolor": "black", "pad": 0.8, "linewidth": 0}
     for row, (line, (series, sample)) in enumerate(zip(axes, samples, strict=True)):
         _, s, h, w = sample.shape
         for column, name in enumerate(names):
             volume = sample[column if windowed else 0].float().numpy()
             lo, hi = (0, WINDOWED_SCALE) if windowed else prep.windows[column]
-            views = (("axial", volume[s // 2], "R   front   L"), ("coronal", volume[::-1, h // 2], "R   head   L"),
-                     ("sagittal", volume[::-1, :, w // 2], "front   head   back"))  # fmt: skip
+            views = (("axial", volume[s // 2], "RLAP"), ("coronal", volume[::-1, h // 2], "RLSI"),
+                     ("sagittal", volume[::-1, :, w // 2], "APSI"))  # fmt: skip
             for axis, (view, picture, sides) in zip(line[3 * column :], views, strict=False):
                 axis.imshow(picture, cmap="gray", vmin=lo, vmax=hi, aspect="auto")
-                axis.set_xticks([])
-                axis.set_yticks([])
-                axis.set_title(f"{view}, {name}\n{sides}" if row == 0 else sides, fontsize=6)
-        line[0].set_ylabel(series[:24], fontsize=6)
+                axis.set(xticks=[], yticks=[])
+                for side, place in zip(sides, places, strict=True):
+                    centre = {"ha": "center", "va": "center", "transform": axis.transAxes}
+                    axis.text(*place, side, color="yellow", fontsize=7, bbox=box, **centre)
+                if row == 0:
+                    axis.set_title(f"{view}\n{name}", fontsize=7)
+        line[0].set_ylabel(series[:24], fontsize=7)
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -2271,7 +2322,8 @@ class PrepareScans(torch.utils.data.Dataset):
             settings = json.dumps([file_identity(path), self.spacing, FIELD_OF_VIEW]).encode()
             source = np.frombuffer(hashlib.sha256(settings).digest(), np.uint8)
             with suppress(BadVolume), open_regular(target) as (file, size):
-                if np.array_equal(small_array(file, zip_members(file, size, target).get("source.npy"), target), source):
+                made_from = small_array(file, zip_members(file, size, target).get("source.npy"), target)
+                if made_from is not None and np.array_equal(made_from, source):
                     return None
             members = {"image": prepare_volume(path, self.spacing), "source": source}
             members |= {"spacing": np.array(self.spacing, np.float32), "orientation": np.array("SPL")}
@@ -2322,13 +2374,19 @@ def prepare_table(
         scans, batch_size=None, num_workers=num_workers, worker_init_fn=one_thread_per_worker
     )
     bad: dict[int, str] = {}
+    for row in sorted({*range(len(table))} - {*raw}):  # what is prepared already is only looked at
+        if isinstance(problem := header_or_error(table.paths[row]), BadVolume):
+            bad[row] = f"series {table.series_ids[row]!r} (line {table.line_numbers[row]}): {problem}"
     for row, problem in zip(raw, tqdm(loader, desc="prepare", unit="scan", disable=None), strict=True):
         if isinstance(problem, BadEnvironment):
             raise problem
         if problem:
             bad[row] = str(problem)
     if bad and not skip:
-        raise BadInput(*bad.values(), "the other scans are converted: mend these and repeat, or --on-bad-volume skip")
+        raise BadInput(
+            *(bad[row] for row in sorted(bad)),
+            "the other scans are converted: mend these and repeat, or --on-bad-volume skip",
+        )
     header, rows = read_rows(csv_path, Complaints(csv_path))
     column, place_of = header.index("img_path"), {row: i for i, row in enumerate(raw)}
     for row, (_, cells) in enumerate(rows):
@@ -2338,7 +2396,7 @@ def prepare_table(
     write_rows(out, [header, *(cells for row, (_, cells) in enumerate(rows) if row not in bad)])
     if bad:
         write_skipped(folder / "skipped.csv", (table, bad))
-    log.info("%d scans prepared, %d skipped: %s", len(raw) - len(bad), len(bad), out)
+    log.info("%d scans prepared, %d skipped: %s", len({*raw} - {*bad}), len(bad), out)
     return out
 
 
@@ -2360,17 +2418,23 @@ FOREIGN_FILES = (  # first bytes, what the file then is
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
 )
 LOOKS = (  # pattern of a tensor's name, what the file then seems to be
-    (r"(^|\.)(rpn|roi_heads|bbox_embed|box_head|class_head|box_predictor|retina\w*)\.", "a detection model"),
+    (
+        r"(^|\.)(rpn|roi_heads|bbox_embed|(box|class|classification|regression)_head|box_predictor|dfl)\.",
+        "a detection model",
+    ),
     (r"lora_[AB]\.", "a LoRA adapter: merge it into its base model first"),
     (r"class_embedding$|\.resblocks\.", "a CLIP model, not SigLIP"),
-    (r"(^|\.)cls_token$", "a plain ViT (ImageNet, MAE, DINO), not SigLIP"),
+    (r"(^|\.)(cls|class)_token$", "a plain ViT (ImageNet, MAE, DINO), not SigLIP"),
     (r"patch_embed(dings)?\.|patch_embedding\.", "a vision transformer without SigLIP's attention pooling"),
     (r"word_embeddings|token_embedding|embed_tokens|(^|\.)wte\.|text_model", "a text model without an image tower"),
     (r"decode_head|up_?blocks?\.|upconv|decoder\d*\.|swinViT", "a segmentation or generation model"),
     (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight$", "a ResNet other than the 3D ResNet-152 and BioViL's"),
     (r"exp_avg", "the state of an optimiser"),
 )
-SUPPORTED = "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), the 3D ResNet-152 and BioViL(-T)"
+SUPPORTED = (
+    "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, the 3D "
+    "ResNet-152 and BioViL(-T)"
+)
 
 
 def locate_weights(source: str) -> Path:
@@ -2439,6 +2503,8 @@ def open_weights(path: Path) -> dict[str, Any]:
             head = file.read(512)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    if not head:
+        raise BadInput(f"{path}: is empty: the download or copy failed; get it again")
     safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
     for start, what in () if safetensors else FOREIGN_FILES:  # a safetensors header may start with any byte
         if head.lstrip().startswith(start):
@@ -2466,7 +2532,7 @@ def open_weights(path: Path) -> dict[str, Any]:
                 f"{path}: reading it would run code that it names ({needs[1]}), which this script does not do: "
                 "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
             ) from None
-        reason = (str(error) or "it is empty").splitlines()[0][:120]
+        reason = str(error).splitlines()[0][:120] if " " in str(error) else type(error).__name__  # not a bare KeyError
         raise BadInput(f"{path}: not readable as weights, damaged or incomplete ({reason}): get it again") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: holds a {type(found).__name__}, not named tensors. {SUPPORTED}")
@@ -3015,9 +3081,10 @@ def load_backbone(
     }
     for what, names in wrong.items():
         if names:
+            listed = ", ".join(name.removeprefix("net.") for name in names[:10])
             raise BadInput(
                 f"{found.source}: seems to be a {found.family} encoder of {len(expected)} tensors, but {len(names)} "
-                f"are {what}: {', '.join(names[:10])}. It is incomplete, or of a variant that this script does not know"
+                f"are {what}: {listed}. It is incomplete, or of a variant that this script does not know"
             )
     backbone.load_state_dict(tensors, assign=True)
     millions, unused = sum(p.numel() for p in backbone.parameters()) / 1e6, ", ".join(found.unused[:10])
@@ -3147,6 +3214,9 @@ class CTWindows(nn.Module):
     Windowed volumes arrive as round(32767 * value) in C channels and are only scaled back.
     """
 
+    low: Tensor
+    width: Tensor
+
     def __init__(self, windows: Sequence[tuple[float, float]], intensity: str = "hu"):
         super().__init__()
         self.intensity = intensity
@@ -3240,8 +3310,9 @@ class SiglipClassifier(nn.Module):
     @torch.no_grad()
     def set_prevalence(self, prevalence: Tensor) -> None:
         """Start each label (L,) at its share of positives, so that training doesn't spend its first steps on that."""
-        self.head[-1].weight.mul_(0.1)
-        self.head[-1].bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
+        last: Any = self.head[-1]
+        last.weight.mul_(0.1)
+        last.bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
 
     def encode(self, voxels: Tensor, *kept: Any) -> Tensor:
         """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E).
@@ -3303,8 +3374,9 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = 4 * 2**30  # where neither is told
-    with suppress(OSError, TypeError):
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    with suppress(OSError, KeyError):
+        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(told["MemAvailable"].split()[0]) * 1024
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         free = min(free, int(limit) - int(used)) if limit != "max" else free
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -3346,7 +3418,7 @@ def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime
     One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned.
     """
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # only of use in a hunt for bugs
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, only of use in a hunt for bugs
     trained = [p for p in model.parameters() if p.requires_grad]
     try:
         with runtime.autocast():
@@ -3437,6 +3509,8 @@ class FocalLoss(MultilabelBCELoss):
 class BalancedBCELoss(MultilabelBCELoss):
     """BCE whose positives are weighted by `pos_weight` (L,)."""
 
+    pos_weight: Tensor
+
     def __init__(self, pos_weight: Tensor):
         super().__init__()
         self.register_buffer("pos_weight", torch.as_tensor(pos_weight, dtype=torch.float32))
@@ -3464,7 +3538,7 @@ def build_loss(args: argparse.Namespace, train_targets: np.ndarray) -> Multilabe
 # Optimiser, learning-rate schedule and averaged weights.
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The module itself, without DistributedDataParallel or torch.compile around it."""
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
         model = model.module if hasattr(model, "module") else model._orig_mod
@@ -3623,8 +3697,8 @@ class Recipe:
 class TrainState:
     """Everything that changes while training; `micro` is the next forward pass of the epoch in progress."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: Any  # the classifier, or DistributedDataParallel around it
+    optimizer: Any
     schedule: Schedule
     scaler: torch.amp.GradScaler
     ema: Ema | None = None
@@ -4129,7 +4203,7 @@ def _weighted_figures(
     return out
 
 
-def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> tuple:
+def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Sequence[np.ndarray]:
     """(AUROC, average precision), each (B,), of entries that belong to the given rows of weights (n, B); ties exact.
 
     Only the distinct scores of positives matter: at each, the negatives strictly above and those at or above it.
@@ -4137,7 +4211,7 @@ def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: n
     positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
     positive, negative = positive[np.argsort(-scores[positive])], negative[np.argsort(-scores[negative])]
     if not len(positive):
-        return np.full((2, weights.shape[1]), np.nan)
+        return [np.full(weights.shape[1], np.nan)] * 2
     cuts, starts = np.unique(-scores[positive], return_index=True)  # ascending in -score: the highest score first
     hits = weights[rows[positive]]
     if len(cuts) < len(positive):  # ties: (positives, B) -> (cuts, B)
@@ -4333,6 +4407,11 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) 
             temporary.unlink()
 
 
+def save_bytes(path: Path, data: bytes) -> None:
+    """`save_atomic` of what is in memory."""
+    save_atomic(path, lambda file: file.write(data))
+
+
 def temporary_name(path: Path) -> Path:
     """Where a file is written before it gets its name; TEMPORARY knows these names again."""
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -4410,7 +4489,7 @@ def save_checked(path: Path, content: dict[str, Any]) -> str:
     return digest
 
 
-FIELDS = {
+FIELDS: dict[str, dict[str, type]] = {
     MODEL_KIND: {"model": dict, "labels": list, "preprocessing": dict, "backbone": dict, "head": dict, "epoch": int},
     RUN_KIND: {"identity": dict, "model": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "progress": dict,
                "parameters": list, "losses": list, "history": dict},
@@ -4712,7 +4791,7 @@ class RunFolder:
     def derive(self, history: History) -> None:
         """Bring every other file in line with what was committed; what no longer counts goes last."""
         lines = "".join(line + "\n" for line in history.lines).encode()
-        save_atomic(self.path / "results.jsonl", lambda file: file.write(lines))
+        save_bytes(self.path / "results.jsonl", lines)
         if history.top.entries:
             best = self.path / history.top.names[0]
             if history.top.best and not best.exists():  # someone removed it; its content is in memory
@@ -4794,7 +4873,7 @@ def write_predictions(
     writer.writerow(["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))])
     for series_id, row, calls in zip(series_ids, probabilities.tolist(), decided.tolist(), strict=True):
         writer.writerow([series_id, *(cell for pair in zip(row, calls, strict=True) for cell in pair)])
-    save_atomic(path, lambda file: file.write(buffer.getvalue().encode("utf-8", "surrogateescape")))
+    save_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def write_challenge_json(
@@ -4808,9 +4887,11 @@ def write_challenge_json(
         }
         for series_id, row in zip(series_ids, probabilities.tolist(), strict=True)
     ]
-    content = {"name": "Generated probabilities", "type": "Abnormality Classification"}
-    content |= {"version": {"major": 1, "minor": 0}, "predictions": entries}
-    save_atomic(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
+    content = {
+        "name": "Generated probabilities", "type": "Abnormality Classification",
+        "version": {"major": 1, "minor": 0}, "predictions": entries,
+    }  # fmt: skip
+    save_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
@@ -4884,7 +4965,7 @@ def save_evaluation(
         "probabilities": np.asarray(probabilities, np.float64).tolist(),
     }
     path = folder / f"evaluation_{split}.json"
-    save_atomic(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode()))
+    save_bytes(path, json.dumps(content, allow_nan=False).encode())
     return path
 
 
@@ -4915,7 +4996,7 @@ def save_pictures(
         with torch.no_grad():
             windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
         image = draw_scan(windows)
-        save_atomic(picture_path(folder, dataset.table.series_ids[row]), lambda file, image=image: file.write(image))
+        save_bytes(picture_path(folder, dataset.table.series_ids[row]), image)
 
 
 def different_windows(windows: np.ndarray) -> list[int]:
@@ -4955,14 +5036,14 @@ def explain_split(
         for i, found in zip(chosen[row], find_evidence(model, volume, chosen[row]), strict=True):
             label, p, truth = table.labels[i], float(probabilities[row, i]), table.targets[row, i]
             image = draw_evidence(found, windows, names, f"{label[:60]}: probability {p:.3f}, scan {series[:60]}")
-            save_atomic(picture_path(folder, series, label), lambda file, image=image: file.write(image))
+            save_bytes(picture_path(folder, series, label), image)
             findings.append({
                 "id": series, "label": label, "probability": p, "target": None if np.isnan(truth) else int(truth),
                 "slices": found.slices, "gains": found.gains, "attention": found.attention,
             })  # fmt: skip
     content = {"split": split, "depth": dataset.prep.grid[0], "labels": list(table.labels), "findings": findings}
     path = folder / f"explanations_{split}.json"
-    save_atomic(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode()))
+    save_bytes(path, json.dumps(content, allow_nan=False).encode())
     log.info("%s: %d explanations in %s", split, len(findings), folder / "explanations")
 
 
@@ -5020,7 +5101,7 @@ def save_run(folder: Path, title: str, arguments: dict, table: Table, device: st
     path = folder / "run.json"
     sections = {"Settings": arguments, "Data": summarise_table(table), "Environment": describe_environment(device)}
     content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
-    save_atomic(path, lambda file: file.write(json.dumps(content, default=str, indent=1).encode()))
+    save_bytes(path, json.dumps(content, default=str, indent=1).encode())
 
 
 def summarise_table(table: Table) -> dict[str, dict]:
@@ -5176,7 +5257,7 @@ def write_report(folder: Path) -> Path:
 <nav aria-label="Sections">{links}</nav><main id="main">{parts}</main>
 <script>{REPORT_SCRIPT}</script></body></html>
 """
-    save_atomic(folder / "report.html", lambda file: file.write(page.encode("utf-8", "replace")))
+    save_bytes(folder / "report.html", page.encode("utf-8", "replace"))
     return folder / "report.html"
 
 
@@ -5255,8 +5336,8 @@ def label_table(e: dict) -> str:
     for kind in ("macro", "micro"):
         cells = "".join(cell(metrics[f"{kind}_{k}"], intervals.get(f"{kind}_{k}")) for k in REPORT_COLUMNS)
         foot += f'<tr><th scope="row">{kind}</th><td></td>{cells}<td></td></tr>'
-    counts = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
-    fewer = [f"{title} {n}" for title, n in counts.items() if n < len(labels)]
+    averaged = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
+    fewer = [f"{title} {n}" for title, n in averaged.items() if n < len(labels)]
     note = f"<p class='soft'>Labels in the macro average, where not all {len(labels)}: {', '.join(fewer)}.</p>"
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="Figures per label"><table class="sort"><caption '
@@ -5390,7 +5471,7 @@ def threshold_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float) -> st
     hit, false = (1 - np.searchsorted(np.sort(s), grid) / len(s) for s in (p[y], p[~y]))
     f1 = 2 * hit * y.sum() / (hit * y.sum() + false * (~y).sum() + y.sum())
     lines = (("F1", f1), ("sensitivity", hit), ("specificity", 1 - false))
-    marks = [("mark", "", [cut, cut], [0, 1], "")]
+    marks: list[tuple] = [("mark", "", [cut, cut], [0, 1], "")]
     marks += [("line", f"c{k}", grid, values, name) for k, (name, values) in enumerate(lines)]
     return chart(f"{label} by threshold", f"Threshold {cut:.3f}", ("threshold", ""), marks)
 
@@ -5498,7 +5579,7 @@ def training_curves(results: list[dict]) -> str:
         lines = [[math.nan if r.get(k) is None else r[k] for r in results] for k in keys]
         finite = [v for line in lines for v in line if math.isfinite(v)]
         limits = (0.0, 1.0) if title == "validation" else (min(0.0, *finite), max(1e-12, *finite))
-        marks = [("line", f"c{i}", epochs, lines[i], name) for i, name in enumerate(keys.values())]
+        marks: list[tuple] = [("line", f"c{i}", epochs, lines[i], name) for i, name in enumerate(keys.values())]
         if best is not None:
             marks.append(("mark", "", [best, best], limits, ""))
             marks += [("dot", f"c{i}", [best], [line[epochs.index(best)]], "") for i, line in enumerate(lines)]
@@ -5535,11 +5616,9 @@ def track_results(tracker: Tracker, folder: Path, splits: Iterable[str], best: d
 
 def split_summary(e: dict) -> dict[str, float]:
     """Headline figures with the ends of their intervals: `test/macro_f1`, `test/macro_f1_low`, `test/macro_f1_high`."""
-    named = {}
+    named: dict[str, float | None] = {}
     for key in REPORT_HEADLINES:
-        named |= dict(
-            zip((key, f"{key}_low", f"{key}_high"), with_ends(e["metrics"], e["intervals"], key), strict=True)
-        )
+        named[key], named[f"{key}_low"], named[f"{key}_high"] = with_ends(e["metrics"], e["intervals"], key)
     return flat_figures({e["split"]: named})
 
 
@@ -6006,10 +6085,9 @@ def finish_run(run: Run) -> None:
 
 def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> np.ndarray:
     """`aggregate_logits` of the scans that could be read: for the others air was predicted, which says nothing."""
-    kept, table = [row for row in range(len(dataset)) if row not in dataset.skipped], dataset.table
-    names = [[ids[row] for row in kept] for ids in (table.series_ids, table.patient_ids)]
-    logits = logits.astype(np.float64)
-    logits[kept] = aggregate_logits(logits[kept], *names, over)
+    kept, logits = [row for row in range(len(dataset)) if row not in dataset.skipped], logits.astype(np.float64)
+    table = dataset.table.subset(kept)
+    logits[kept] = aggregate_logits(logits[kept], table.series_ids, table.patient_ids, over)
     return logits
 
 

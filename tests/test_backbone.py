@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import zipfile
 
 import numpy as np
@@ -464,7 +465,7 @@ def test_a_tower_without_pooling_head_takes_the_mean_where_its_config_says_so(tm
         reference = model(pixel_values=images * 2 - 1).last_hidden_state.mean(1)
     assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-5
     (tmp_path / "config.json").unlink()
-    with pytest.raises(fs.BadInput, match=r"missing: net\.head\.probe"):
+    with pytest.raises(fs.BadInput, match=r"missing: head\.probe"):
         fs.load_backbone(tmp_path, heads=2)
 
 
@@ -544,6 +545,8 @@ def tensors(*names):
 WRONG_TENSORS = {
     "text model": tensors("text_model.embeddings.token_embedding.weight", "text_model.head.weight"),
     "detection": tensors("backbone.body.conv1.weight", "rpn.head.conv.weight", "roi_heads.box_head.fc6.weight"),
+    "detection model": tensors("backbone.features.0.weight", "head.classification_head.module_list.0.weight"),
+    "plain ViT \\(": tensors("class_token", "conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"),
     "CLIP": tensors("vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.class_embedding"),
     "plain ViT": tensors("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight"),
     "without SigLIP's attention pooling": tensors("patch_embed.proj.weight", "blocks.0.norm1.weight"),
@@ -562,7 +565,7 @@ def test_weights_of_something_else_are_refused_saying_what_they_seem_to_be(tmp_p
         fs.load_backbone(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert "3D ResNet-152" in str(caught.value)
+    assert "such as google/siglip-base-patch16-224, the 3D ResNet-152" in str(caught.value)
 
 
 def write_bytes(content):
@@ -600,7 +603,8 @@ WRONG_FILES = {
     "argparse.Namespace": lambda path: torch.save({"args": argparse.Namespace(x=1), "w": torch.ones(1)}, path),
     "run code": lambda path: torch.save(nn.Linear(2, 2), path),
     "holds a list": lambda path: torch.save([torch.ones(1)], path),
-    "empty": write_bytes(b""),
+    "is empty": write_bytes(b""),
+    "damaged or incomplete (KeyError)": write_bytes(b"hello"),
     "damaged or incomplete": write_truncated,
     "damaged or incomplete ": write_truncated_safetensors,
     "damaged": write_bytes(os.urandom(300)),
@@ -612,7 +616,7 @@ WRONG_FILES = {
 def test_files_that_are_not_weights_are_refused_by_name(tmp_path, reason):
     path = tmp_path / "pytorch_model.bin"
     WRONG_FILES[reason](path)
-    with pytest.raises(fs.BadInput, match=reason.strip()) as caught:
+    with pytest.raises(fs.BadInput, match=re.escape(reason.strip())) as caught:
         fs.load_backbone(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -628,9 +632,9 @@ def test_nothing_in_a_file_is_ever_run(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("name", ["net.encoder.layers.1.mlp.fc2.bias", "net.head.probe", "net.post_layernorm.weight"])
+@pytest.mark.parametrize("name", ["encoder.layers.1.mlp.fc2.bias", "head.probe", "post_layernorm.weight"])
 def test_missing_tensors_stop_the_run(tower, tmp_path, name):
-    state = {k: v for k, v in tower[0].state_dict().items() if f"net.{k}" != name}
+    state = {k: v for k, v in tower[0].state_dict().items() if k != name}
     with pytest.raises(fs.BadInput, match=f"1 are missing: {name}"):
         fs.load_backbone(saved(tmp_path / "x.bin", state), heads=2)
 
@@ -639,7 +643,7 @@ def test_the_layers_that_a_config_promises_must_be_there(tower, tmp_path):
     tower[0].save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(fs.BadInput, match=r"16 are missing: net\.encoder\.layers\.2"):
+    with pytest.raises(fs.BadInput, match=r"16 are missing: encoder\.layers\.2"):
         fs.load_backbone(tmp_path)
 
 

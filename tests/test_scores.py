@@ -1,14 +1,15 @@
 """Room 10: metrics, intervals and thresholds against scikit-learn, plain loops and hand-worked examples."""
 
 import math
-import types
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
 import finetune_siglip as fs
+from helpers import CHEST
 
 LABELS = ["Lung nodule", "Emphysema", "Cardiomegaly", "Never", "Always", "Unseen"]
 
@@ -283,7 +284,9 @@ def test_aggregation_averages_logits_and_keeps_every_row() -> None:
 
 
 def test_what_was_predicted_for_an_unreadable_scan_enters_no_average() -> None:
-    table = types.SimpleNamespace(series_ids=["a", "b", "c"], patient_ids=["p", "p", "p"])
-    dataset = type("Dataset", (), {"table": table, "skipped": {1: "gone"}, "__len__": lambda self: 3})()
+    ids, targets = ["a", "b", "c"], np.ones((3, 1), np.float32)
+    table = fs.Table(("A",), ids, ["p"] * 3, ["val"] * 3, [Path(name) for name in ids], targets, [2, 3, 4])
+    dataset = fs.CTVolumeDataset(table, fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (4, 16, 16)))
+    dataset.skipped[1] = "gone"
     logits = fs.aggregate_readable(dataset, np.array([[1.0], [-50.0], [3.0]], np.float32), "patient")
     assert logits[[0, 2], 0].tolist() == [2, 2]

@@ -5175,7 +5175,8 @@ section.label{margin:1.2rem 0}@page{size:A4 landscape;margin:10mm}
 th:first-child{position:static}
 th,td{padding:1pt 2pt}figure,.card,tr,section.label{break-inside:avoid}h2,h3,h4,h3+p{break-after:avoid}
 h2{margin-top:1rem}section.label{margin:.5rem 0}.five{grid-template-columns:repeat(5,1fr)}
-ul.grid{grid-template-columns:repeat(4,1fr)}.card ul{font-size:7pt}svg{max-height:150mm}}
+ul.grid{grid-template-columns:repeat(4,1fr)}.card ul{font-size:7pt}svg,img{max-height:150mm}
+img{object-fit:contain;background:none}}
 """
 REPORT_SCRIPT = """
 document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll('th button').forEach((button, i) => {

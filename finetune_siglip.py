@@ -1,5 +1,25 @@
 #!/usr/bin/env python3
-"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier."""
+r"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.
+
+    python finetune_siglip.py --csv scans.csv --pretrained google/siglip-base-patch16-224 \
+        --label-columns "Lung nodule" "Pleural effusion" --output-dir outputs/first --amp --use-ema
+    python finetune_siglip.py --csv scans.csv --test-only outputs/first/best_model.pth \
+        --label-columns "Lung nodule" "Pleural effusion" --test-output predictions.csv
+    python finetune_siglip.py --help
+
+The file is read from top to bottom, the way the data flows; a room calls only rooms above it:
+
+    0 Door      errors and constants           7 Loss    multilabel losses over known labels
+    1 Knobs     every argument                 8 Optim   optimiser, schedule, averaged weights
+    2 Machine   device, ranks, signals, log    9 Step    an epoch of training; prediction
+    3 Table     the CSV                       10 Scores  metrics, thresholds, intervals
+    4 Volume    from a file to int16 voxels   11 Keep    checkpoints, the state of a run
+    5 Backbone  pretrained image encoders     12 Papers  predictions, plots, report
+    6 Model     windows, slices, pooling      13 Main    a run as a table of contents
+
+Axis letters: N batch, C stored channels, K windows, D H W voxel axes, S slices given to the backbone, P patches,
+E feature width, L labels; n is any number of scans.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +27,7 @@ import argparse
 import atexit
 import base64
 import csv
+import ctypes
 import dataclasses
 import difflib
 import errno
@@ -25,6 +46,7 @@ import platform
 import random
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -37,7 +59,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -291,6 +313,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threshold-objective", choices=("f1", "youden", "crg"), default="f1", help="what auto maximises [f1]")
     add("--aggregate", choices=("none", "series", "patient"), default="none",
         help="average the logits of a scan's reconstructions, or of all scans of a patient [none]")
+    add("--tta", type=whole_number, default=0, metavar="N",
+        help="average the logits of a scan and of N lightly augmented copies, in final predictions; 0: off [0]")
+    add("--explain", type=whole_number, default=0, metavar="N",
+        help="draw where a finding was seen, for each label in the N most probable scans called positive; 0: off [0]")
+    add("--explain-ids", nargs="+", metavar="ID", help="draw it for every finding called in these scans too")
     add("--bootstrap", type=whole_number, default=1000, metavar="N",
         help="resamples of the patients for 95 %% intervals; 0 switches them off [1000]")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.html anew from the files there and stop")
@@ -323,6 +350,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--dropout-rate must be below 1")
     if args.cache_features and (args.freeze_up_to == 0 or args.lora_rank or args.unfreeze_epoch):
         parser.error("--cache-features needs a backbone that stays as it is: no LoRA, --freeze-up-to all")
+    if args.cache_features and args.tta:
+        parser.error("--tta alters volumes and --cache-features keeps what is computed from them: leave out one")
     repeated = sorted({name for name in args.label_columns if args.label_columns.count(name) > 1})
     if repeated:
         parser.error(f"--label-columns names {', '.join(repeated)} twice")
@@ -370,6 +399,7 @@ def init_runtime(amp: bool) -> Runtime:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see add_in_fixed_order; read by the first product
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     amp_dtype = None
@@ -564,57 +594,158 @@ def optional(what: str) -> Iterator[None]:
         log.warning("%s is left out: %s", what, first_line(error))
 
 
+def within(seconds: float, action: Callable[[], Any]) -> Any:
+    """What `action` returns. Raises TimeoutError where it takes longer: it goes on alone, and nobody waits for it."""
+    results: list[tuple[Any, Exception | None]] = []
+
+    def attempt() -> None:
+        try:
+            results.append((action(), None))
+        except Exception as error:
+            results.append((None, error))
+
+    worker = threading.Thread(target=attempt, daemon=True)
+    worker.start()
+    worker.join(seconds)
+    if not results:
+        raise TimeoutError(f"no answer within {seconds:g} seconds")
+    value, error = results[0]
+    if error:
+        raise error
+    return value
+
+
+def flat_figures(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested figures under one name each, `Lung nodule/auc`; undefined ones are left out."""
+    flat: dict[str, Any] = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            flat |= flat_figures(value, prefix if name == "per_label" else f"{prefix}{name}/")
+        elif value is not None:
+            flat[prefix + name] = value
+    return flat
+
+
 class Tracker:
-    """Weights & Biases where it works and nothing where it does not: a tracker never stops or delays a run."""
+    """Weights & Biases where it works and nothing where it does not: it never stops a run, nor holds it up for long.
 
-    def __init__(self, run: Any = None):
-        self.run = run
+    Its first trouble is its last: one warning, and no further attempt. It counts epochs itself, since wandb's own steps
+    can only rise, whereas a run that was killed comes back with epochs that may or may not have been logged.
+    """
 
-    def _call(self, action: Callable[[], object]) -> None:
+    PATIENCE = 20.0  # seconds that anything but a checkpoint may take
+    SLOWEST = 2e6  # bytes a second: a slower line is not waited for
+
+    def __init__(self, run: Any = None, package: Any = None):
+        self.run, self.package, self.works, self.seen = run, package, run is not None, 0
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        patience = self.PATIENCE if kind is None else self.PATIENCE / 5  # a run that is stopped may be killed soon
         if self.run is not None:
+            self._call(lambda: self.run.finish(exit_code=int(kind is not None)), patience, even_so=True)
+        if self.package:  # its service is a process of its own
+            self._call(self.package.teardown, patience, even_so=True)
+
+    def _call(self, action: Callable[[], object], patience: float | None = None, even_so: bool = False) -> None:
+        if self.works or even_so:
             try:
-                action()
+                within(patience or self.PATIENCE, action)
             except Exception as error:  # whatever it is, training goes on without the tracker
-                log.warning("Weights & Biases stopped: %s", first_line(error))
-                self.run = None
+                log.log(
+                    logging.WARNING if self.works else logging.DEBUG, "Weights & Biases stopped: %s", first_line(error)
+                )
+                self.works = False
 
-    def record(self, figures: dict[str, Any], step: int) -> None:
-        self._call(lambda: self.run.log(figures, step=step))
+    def begin(self) -> None:
+        """Plot all figures over epochs; of a run that is resumed, find out which epochs the server has."""
 
-    def finish(self) -> None:
-        self._call(lambda: self.run.finish())
+        def ask() -> None:
+            self.run.define_metric("*", step_metric="epoch")
+            self.seen = int(self.run.summary.get("epoch") or 0)
+
+        self._call(ask)
+
+    def record(self, lines: Sequence[str]) -> None:
+        """Log the epochs that have not been logged yet, from the lines of all: line i belongs to epoch i + 1."""
+        new, self.seen = lines[self.seen :], max(self.seen, len(lines))
+        self._call(lambda: [self.run.log(flat_figures(json.loads(line))) for line in new])
+
+    def show(self, media: Callable[[Any], dict[str, Any]], summary: dict[str, Any]) -> None:
+        """Log tables and plots, as made with the package, and set figures of the whole run."""
+        self._call(lambda: (self.run.log(media(self.package)), self.run.summary.update(summary)))
+
+    def keep_model(self, path: Path, facts: dict[str, Any]) -> None:
+        """Upload a checkpoint and wait for it. A run that is offline leaves it where it is."""
+
+        def send() -> None:
+            artifact = self.package.Artifact(f"model-{self.run.id}", type="model", metadata=facts)
+            artifact.add_file(str(path), policy="immutable", skip_cache=True)  # no further copy on this disk
+            self.run.log_artifact(artifact, aliases=["best", f"epoch-{facts['epoch']}"]).wait()
+
+        if self.works and not self.run.offline:
+            self._call(send, self.PATIENCE + path.stat().st_size / self.SLOWEST)
 
 
-def wandb_mode() -> str:
-    """`online` with a key and a server that answers within two seconds, else `offline`."""
-    import requests.utils
+def wandb_mode(asked: str) -> str:
+    """`auto` is WANDB_MODE where that is set, else online where the server answers; without a key it is offline."""
+    from requests import utils
 
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if not (os.environ.get("WANDB_API_KEY") or requests.utils.get_netrc_auth(host.geturl())):
-        return "offline"
+    mode = os.environ.get("WANDB_MODE", asked) if asked == "auto" else asked
+    if mode in ("offline", "dryrun", "disabled"):
+        return mode
+    url, keys = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
+    if not (any(os.environ.get(key) for key in keys) or utils.get_netrc_auth(url)):
+        return "offline"  # it would ask for one, and wait for the answer
+    server = urlsplit(utils.select_proxy(url, utils.get_environ_proxies(url)) or url)
+    port = server.port or (80 if server.scheme == "http" else 443)
     try:
-        socket.create_connection((host.hostname, host.port or 443), timeout=2).close()
+        if mode == "auto":  # looking up the name has no limit of its own
+            within(3, lambda: socket.create_connection((server.hostname, port), timeout=2).close())
     except OSError:
         return "offline"
     return "online"
 
 
-def start_wandb(project: str, mode: str, config: dict[str, Any], folder: Path, is_main: bool) -> Tracker:
-    """A tracker of this run; without package, key or network it says so in one line and works offline or not at all."""
+def open_wandb(wandb: Any, mode: str, **options: Any) -> Tracker:
+    """A tracker in this very mode. Raises whatever wandb raises."""
+    patience = Tracker.PATIENCE if mode == "online" else 90  # offline nothing but a busy machine takes time
+    wanted = {"silent": True, "console": "off", "init_timeout": patience, "finish_timeout": Tracker.PATIENCE / 4}
+    settings = wandb.Settings(**{name: x for name, x in wanted.items() if name in wandb.Settings.model_fields})
+    resume = "allow" if mode == "online" else None  # offline there is nothing to look up
+    run = within(patience + 40, lambda: wandb.init(mode=mode, resume=resume, settings=settings, **options))
+    if run.offline:
+        log.info("Weights & Biases: offline, `wandb sync %s` uploads later", Path(run.dir).parent)
+    tracker = Tracker(run, wandb)
+    tracker.begin()
+    return tracker
+
+
+def start_wandb(
+    project: str, mode: str, config: dict[str, Any], folder: Path, is_main: bool, run_id: str | None = None
+) -> Tracker:
+    """A tracker of this run; without package, key or network it says so in one line and works offline or not at all.
+
+    With the `run_id` of a run that is resumed it goes on in that one.
+    """
     if mode == "disabled" or not is_main:
         return Tracker()
     try:
         import wandb
 
-        chosen = wandb_mode() if mode == "auto" else mode
-        if chosen == "offline":
-            log.info("Weights & Biases: offline, `wandb sync %s` uploads later", folder / "wandb" / "offline-*")
-        patience = 20 if chosen == "online" else 90  # seconds; offline nothing but a busy machine takes time
-        settings = wandb.Settings(silent=True, console="off", init_timeout=patience)
-        return Tracker(wandb.init(project=project, mode=chosen, config=config, dir=folder, settings=settings))
-    except Exception as error:  # missing package, refused key, broken proxy: never a reason to lose a run
+        modes = dict.fromkeys((wandb_mode(mode), "offline"))
+    except Exception as error:
         log.warning("Weights & Biases is off: %s", first_line(error))
         return Tracker()
+    for chosen in modes if "disabled" not in modes else ():
+        try:
+            return open_wandb(wandb, chosen, project=project, config=config, dir=folder, id=run_id)
+        except Exception as error:  # refused key, broken proxy, a server that hangs: never a reason to lose a run
+            log.warning("Weights & Biases is not %s: %s", chosen, first_line(error))
+            Tracker(package=wandb).__exit__(None)  # else its service goes on trying, and keeps the id
+    return Tracker()
 
 
 def agree(runtime: Runtime, *wishes: int) -> list[int]:
@@ -660,6 +791,11 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) 
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def save_bytes(path: Path, data: bytes) -> None:
+    """`save_atomic` of what is in memory."""
+    save_atomic(path, lambda file: file.write(data), len(data))
 
 
 def temporary_name(path: Path) -> Path:
@@ -968,11 +1104,11 @@ class Preprocessing:
 
     orientation: str  # towards which side of the patient each stored axis rises, e.g. "SPL", "RAS"
     intensity: str  # "hu" | "unit" | "windowed"
-    hu_range: tuple[float, float]  # what 0 and 1 stand for with "unit"
+    hu_range: tuple[float, ...]  # (lo, hi), what 0 and 1 stand for with "unit"
     windows: tuple[tuple[float, float], ...]  # K (lo, hi) pairs in HU
-    grid: tuple[int, int, int]  # (S, H, W)
+    grid: tuple[int, ...]  # (S, H, W)
     channels: int = 1  # channels that leave the loader: 1, or C with "windowed"
-    spacing: tuple[float, float, float] | None = None  # mm per voxel (D, H, W) that raw scans are brought to
+    spacing: tuple[float, ...] | None = None  # mm per voxel (D, H, W) that raw scans are brought to
     trusted: bool = False  # the intensity was named on purpose: a file's range is not held against it
 
     def to_dict(self) -> dict[str, object]:
@@ -1079,8 +1215,8 @@ def inflate(packed: bytes, size: int, path: Path) -> tuple[bytes | bytearray, in
     try:
         import deflate
     except ImportError:
-        data = inflate_with_zlib(packed, size + 1, path)
-        return data, zlib.crc32(data)
+        plain = inflate_with_zlib(packed, size + 1, path)
+        return plain, zlib.crc32(plain)
     try:
         data = deflate.deflate_decompress(packed, size)
     except deflate.DeflateError:  # also where there is more than `size`
@@ -1088,7 +1224,7 @@ def inflate(packed: bytes, size: int, path: Path) -> tuple[bytes | bytearray, in
     return data, deflate.crc32(data)
 
 
-def parse_npy(head: bytes, size: int, path: Path) -> Header:
+def parse_npy(head: bytes | bytearray, size: int, path: Path) -> Header:
     """The header of an array file of `size` bytes in NumPy's format."""
     stream = io.BytesIO(head)
     try:
@@ -1146,10 +1282,10 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
         raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_stored(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and, if asked for, voxels (C, three stored axes) of an NPZ or NPY file, in the stored dtype."""
     with open_regular(path) as (file, size):
-        magic = os.pread(file, 6, 0)
+        magic, image = os.pread(file, 6, 0), None
         if magic[:4] == b"PK\3\4":
             members = zip_members(file, size, path)
             if (image := members.get("image.npy")) is None:
@@ -1160,7 +1296,9 @@ def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | N
         elif magic == b"\x93NUMPY":
             header = parse_npy(os.pread(file, 4096, 0), size, path)
         else:
-            raise BadVolume(f"{path}: is neither an NPZ nor an NPY file")
+            raise BadVolume(
+                f"{path}: is no NPZ, NPY, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices"
+            )
         if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
             raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
         if len(header.shape) not in (3, 4):
@@ -1169,7 +1307,7 @@ def read_stored(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | N
             header = dataclasses.replace(header, shape=(1, *header.shape))
         if not voxels:
             return header, None
-        data = read_member(file, image, path) if magic[:2] == b"PK" else read_exactly(file, size, 0, path)
+        data = read_member(file, image, path) if image else read_exactly(file, size, 0, path)
     flat = np.frombuffer(data, header.dtype, offset=header.start)
     return header, flat.reshape(header.shape, order="F" if header.fortran else "C")
 
@@ -1190,12 +1328,14 @@ def to_spl(volume: np.ndarray, orientation: str) -> np.ndarray:
 
 # Resampling has the meaning of torch's interpolate(antialias=True, align_corners=False), one axis after the other: a
 # triangle as wide as the output's spacing where the axis shrinks, linear interpolation where it grows. Its matrix is a
-# narrow band, so a few outputs at a time are one small dense product, which is what BLAS does best.
+# narrow band, so a few outputs at a time are one small dense product. Below a million multiplications, and with nothing
+# transposed, OpenBLAS works on the operands as they lie; larger ones it copies first, which takes longer than these do.
 
 
 @lru_cache(maxsize=64)
-def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """The (n_out, n_in) matrix of resampling as blocks of `rows` outputs: (outputs, inputs, float32 weights)."""
+def resample_bands(n_in: int, n_out: int, rows: int, turned: bool = False) -> list[tuple[slice, slice, np.ndarray]]:
+    """The (n_out, n_in) matrix of resampling as blocks of `rows` outputs: (outputs, inputs, float32 weights, `turned`
+    to (inputs, outputs))."""
     scale = n_in / n_out
     centres = (np.arange(n_out)[:, None] + 0.5) * scale
     weights = np.clip(1 - np.abs(np.arange(n_in) + 0.5 - centres) / max(1.0, scale), 0, None)
@@ -1205,7 +1345,8 @@ def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice,
         block = weights[start : start + rows]
         used = np.flatnonzero(block.any(0))
         inputs = slice(int(used[0]), int(used[-1]) + 1)
-        blocks.append((slice(start, start + len(block)), inputs, np.ascontiguousarray(block[:, inputs], np.float32)))
+        block = block[:, inputs].T if turned else block[:, inputs]
+        blocks.append((slice(start, start + rows), inputs, np.ascontiguousarray(block, np.float32)))
     return blocks
 
 
@@ -1218,27 +1359,32 @@ def resample_channel(
     blocks whose buffers stay in the processor's cache.
     """
     (depth, rows_in, columns_in), (_, n_rows, n_columns) = channel.shape, out.shape
-    bands = resample_bands(depth, len(out), 4)  # 4 and 16 were the fastest of the sizes from 4 to 32
+    bands = resample_bands(depth, len(out), 4)  # 4, 8 and 16 were the fastest of the sizes from 2 to 32
     planes = np.empty((max(weights.shape[1] for _, _, weights in bands), rows_in, columns_in), np.float32)
-    block, rows = np.empty((4, rows_in, columns_in), np.float32), np.empty((4, n_rows, columns_in), np.float32)
-    final, low, high, first, last = np.empty((4, n_rows, n_columns), np.float32), math.inf, -math.inf, 0, 0
+    block, rows, final = (
+        np.zeros((4, *size), np.float32) for size in (channel.shape[1:], (n_rows, columns_in), out.shape[1:])
+    )
+    by_rows = [(matrix, block[:, take], rows[:, to]) for to, take, matrix in resample_bands(rows_in, n_rows, 8)]
+    by_columns = [
+        (rows[:, :, take], matrix, final[:, :, to])
+        for to, take, matrix in resample_bands(columns_in, n_columns, 16, turned=True)
+    ]
+    low, high, first, last = math.inf, -math.inf, 0, 0
     for outputs, inputs, weights in bands:
         kept, (n, m) = last - inputs.start, weights.shape
-        planes[:kept] = planes[inputs.start - first : last - first].copy()
+        planes[:kept] = planes[inputs.start - first : last - first]
         copy_float32(channel[last : inputs.stop], planes[kept:m])
         first, last = inputs.start, inputs.stop
-        np.matmul(weights, planes[:m].reshape(m, -1), out=block[:n].reshape(n, -1))
-        for to, take, matrix in resample_bands(rows_in, n_rows, 16):
-            np.matmul(matrix, block[:n, take], out=rows[:n, to])
-        flat, result = rows[:n].reshape(-1, columns_in), final[:n].reshape(-1, n_columns)
-        for to, take, matrix in resample_bands(columns_in, n_columns, 16):
-            np.matmul(flat[:, take], matrix.T, out=result[:, to])
+        np.matmul(weights, planes[:m].transpose(1, 0, 2), out=block[:n].transpose(1, 0, 2))  # a product for each row
+        for one, other, product in (*by_rows, *by_columns):
+            np.matmul(one, other, out=product)
+        result = final[:n]
         if (scale, offset) != (1.0, 0.0):
             result[:] = result * np.float32(scale) + np.float32(offset)
         low, high = min(low, float(result.min())), max(high, float(result.max()))
         if not math.isfinite(low + high):  # NaN would get lost in min and max
             return math.nan, math.nan
-        np.copyto(out[outputs], np.rint(final[:n], out=final[:n]), casting="unsafe")
+        np.copyto(out[outputs], np.rint(result, out=result), casting="unsafe")
     return low, high
 
 
@@ -1251,22 +1397,27 @@ def copy_float32(planes: np.ndarray, into: np.ndarray) -> None:
 
 
 def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> tuple[str, str]:
-    """What the values of a scan within [low, high] stand for: ("hu" | "unit" | "windowed", "") or ("", why not)."""
+    """What the values of a scan within [low, high] stand for: ("hu" | "unit" | "windowed", "") or ("", why not and what
+    settles it: with `unit` a value v stands for LO + v * (HI - LO), so that flag undoes any scaling)."""
+    values = f"has values from {low:g} to {high:g}"
     if not math.isfinite(low + high):
-        return "", "holds voxels that are not finite"
+        return "", "holds voxels that are not finite: leave it out or convert it again"
     if low == high:
-        return "", f"has the value {low:g} in every voxel"
+        return "", f"has the value {low:g} in every voxel: it holds no scan"
     if low < -HU_LIMIT or high > HU_LIMIT:
-        return "", f"has values from {low:g} to {high:g}, beyond ±{HU_LIMIT} HU"
+        return "", f"{values}: beyond ±{HU_LIMIT} HU: convert it again, or name --intensity hu if that is meant"
     fits_unit = dtype.kind == "f" and low >= -1e-3 and high <= 1 + 1e-3
     if fits_unit:
         return ("unit", "") if channels == 1 else ("windowed", "")
     if dtype.kind == "f" and low >= -1 - 1e-3 and high <= 1 + 1e-3:
-        return "", f"has values from {low:g} to {high:g}: [-1, 1] is neither HU nor 0-1"
+        means = "if -1 and 1 stand for -1000 and 1500 HU, --intensity unit --hu-range 250 1500"
+        return "", f"{values}: [-1, 1] is neither HU nor 0-1: {means if channels == 1 else 'store (v + 1) / 2'}"
     if low >= 0 and high <= 255:
-        return "", f"has values from {low:g} to {high:g}: an 8-bit picture, not HU"
+        means = "if 0 and 255 stand for -1000 and 1500 HU, --intensity unit --hu-range -1000 -990.196"
+        return "", f"{values}: an 8-bit picture, not HU: convert the original, or, {means}"
     if low >= 0:
-        return "", f"has values from {low:g} to {high:g}: air is near -1000 HU, so the rescale intercept is missing"
+        means = "so the rescale intercept is missing: --intensity unit --hu-range -1024 -1023 adds it"
+        return "", f"{values}: air is near -1000 HU, {means}"
     return "hu", ""
 
 
@@ -1298,7 +1449,9 @@ def dicom_slices(folder: Path) -> list[Path]:
     files = sorted(item for item in folder.iterdir() if item.name != "DICOMDIR" and not item.name.startswith("."))
     for item in files:
         if not item.is_file() or folder.resolve() not in item.resolve().parents:
-            raise BadVolume(f"{item}: is no file of this folder: keep one series of slices in it")
+            raise BadVolume(
+                f"{item}: is no file of this folder: img_path names a folder of one series, nothing else in it"
+            )
     if not files:
         raise BadVolume(f"{folder}: is an empty folder")
     return files
@@ -1313,7 +1466,7 @@ def read_slice(path: Path, voxels: bool = True) -> tuple[dict[str, str], Any]:
     try:
         reader.ReadImageInformation()
         tags = {name: reader.GetMetaData(tag) if reader.HasMetaDataKey(tag) else "" for name, tag in DICOM_TAGS.items()}
-        tags["grid"] = f"{reader.GetSize()[:2]} {reader.GetSpacing()[:2]}"
+        tags["grid"] = f"{reader.GetSize()} {reader.GetSpacing()[:2]}"
         return tags, reader.Execute() if voxels else None
     except RuntimeError:
         raise BadVolume(f"{path}: is no readable DICOM file: remove it, or copy it again") from None
@@ -1335,15 +1488,18 @@ def read_dicom(folder: Path) -> Any:
     if len(slices) == 1 and image.GetDepth() > 1:  # one file with all slices
         return image
     rows = np.array(image.GetDirection()).reshape(3, 3)  # columns: along a row, along a column, through the slices
-    heights = [np.dot(rows[:, 2], other.GetOrigin()) for _, other in slices]
+    places = np.array([other.GetOrigin() for _, other in slices]) - image.GetOrigin()
+    heights = places @ rows[:, 2]
+    if np.abs(places - heights[:, None] * rows[:, 2]).max() > 1:  # mm
+        raise BadVolume(f"{folder}: its slices are shifted against each other (a tilted gantry): resample it first")
     order = np.argsort(heights)
-    steps = np.diff(np.array(heights)[order])
+    steps = np.diff(heights[order])
     step = float(np.median(steps)) if len(steps) else 0.0
     if step < 0.01 or np.abs(steps - step).max() > 0.1 * step:
-        at = heights[order[int(np.abs(steps - step).argmax())]] if len(steps) else heights[0]
+        at = slices[order[int(np.abs(steps - step).argmax())] if len(steps) else 0][1].GetOrigin()[2]
         raise BadVolume(
             f"{folder}: {len(slices)} slices {step:.2f} mm apart, but not at position {at:.1f} mm: slices are missing, "
-            "double or of several series"
+            "double or of several series: copy the series again, into a folder of its own"
         )
     arrays = [sitk.GetArrayViewFromImage(slices[i][1])[0] for i in order]
     whole = sitk.GetImageFromArray(np.stack(arrays).astype(np.result_type(*arrays)))
@@ -1356,7 +1512,7 @@ def read_dicom(folder: Path) -> Any:
 def require_whole_nifti(path: Path, reader: Any) -> None:
     """BadVolume for a NIfTI that is cut short or damaged: the library would fill up what is missing."""
     try:
-        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as stream:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
             length = sum(map(len, iter(partial(stream.read, 1 << 22), b"")))
     except (OSError, EOFError, zlib.error) as error:
         raise BadVolume(f"{path}: is damaged ({error}): copy it again") from None
@@ -1365,15 +1521,16 @@ def require_whole_nifti(path: Path, reader: Any) -> None:
         raise BadVolume(f"{path}: is cut short: copy it again")
 
 
-def read_raw(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and voxels (1, D, H, W), in SPL and HU, of a raw scan at its own spacing."""
     sitk = simple_itk()
     try:
         if path.is_dir():
             if not voxels:
                 files = dicom_slices(path)
-                read_slice(files[0], voxels=False)
-                return Header((1, len(files), 512, 512), np.dtype(np.int16), orientation="SPL", raw=True), None
+                columns, rows, slices = map(int, re.findall(r"\d+", read_slice(files[0], voxels=False)[0]["grid"])[:3])
+                shape = (1, slices if len(files) == 1 else len(files), rows, columns)
+                return Header(shape, np.dtype(np.int16), orientation="SPL", raw=True), None
             image = read_dicom(path)
         else:
             with open_regular(path) as (file, _):
@@ -1385,6 +1542,11 @@ def read_raw(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None
             reader.ReadImageInformation()
             if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
                 raise BadVolume(f"{path}: has {reader.GetDimension()} dimensions of vectors, not one scan")
+            codes = [reader.GetMetaData(k) for k in ("qform_code", "sform_code") if reader.HasMetaDataKey(k)]
+            if codes and not any(int(code[0]) for code in codes):
+                raise BadVolume(
+                    f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform"
+                )
             if not voxels:
                 size = reader.GetSize()[::-1]
                 return Header((1, *size), np.dtype(np.int16), orientation="SPL", raw=True), None
@@ -1419,7 +1581,10 @@ def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
 def prepare_volume(path: Path, spacing: Sequence[float]) -> np.ndarray:
     """int16 HU (1, D, H, W) of a raw scan: SPL, at `spacing` mm (D, H, W), FIELD_OF_VIEW around the body."""
     header, volume = read_raw(path)
-    size = [max(1, round(n * old / new)) for n, old, new in zip(volume.shape[1:], header.spacing, spacing, strict=True)]
+    size = [
+        max(1, round(n * old / new))
+        for n, old, new in zip(volume.shape[1:], header.spacing or (), spacing, strict=True)
+    ]
     resampled = np.empty(size, np.int16)
     low, high = resample_channel(np.maximum(volume[0], AIR), resampled)
     if not (low >= -32768 and high <= 32767):
@@ -1436,7 +1601,7 @@ def prepare_volume(path: Path, spacing: Sequence[float]) -> np.ndarray:
     return result
 
 
-def read_volume(path: Path, voxels: bool = True) -> tuple[Header, np.ndarray | None]:
+def read_volume(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and voxels (C, three stored axes) of a scan in any format."""
     return read_raw(path, voxels) if is_raw(path) else read_stored(path, voxels)
 
@@ -1455,7 +1620,7 @@ def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
 def checked_orientation(header: Header, expected: str, spacing: Sequence[float] | None, path: Path) -> str:
     """The orientation of the stored axes; what a file says of itself must agree with it, and with `spacing` (SPL)."""
     if header.raw:
-        return header.orientation
+        return "SPL"
     if header.orientation not in (None, expected):
         raise BadVolume(f"{path}: says it is stored {header.orientation}, not {expected}: see --orientation")
     if header.spacing and spacing:
@@ -1504,8 +1669,8 @@ def check_range(
         raise BadVolume(f"{path}: has the same value in every voxel: it holds no scan")
     seen, reason = guess_intensity(header.dtype, header.shape[0], (low - offset) / scale, (high - offset) / scale)
     if not prep.trusted and seen != prep.intensity:
-        reason = reason or f"looks like {seen!r}, not {prep.intensity!r} as the others"
-        raise BadVolume(f"{path}: {reason}: convert it, or say what is meant with --intensity")
+        advice = f"looks like {seen!r}, not {prep.intensity!r} as the others: convert it, or name --intensity for all"
+        raise BadVolume(f"{path}: {reason or advice}")
 
 
 def read_headers(table: Table) -> list[Header]:
@@ -1536,7 +1701,7 @@ def spread(rows: Sequence[int], n: int) -> list[int]:
 
 def decide_orientation(table: Table, headers: Sequence[Header], asked: str | None, usual: str = "SPL") -> str:
     """`asked`, else what the files say of themselves, else `usual` where their shapes do not speak against it."""
-    told = {header.orientation for header in headers if not header.raw} - {None}
+    told = {header.orientation for header in headers if header.orientation and not header.raw}
     if len(told) > 1:
         raise BadInput(
             f"the volumes name several orientations of themselves ({', '.join(sorted(told))}): prepare them alike"
@@ -1566,18 +1731,25 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) 
         kinds.setdefault((header.dtype.kind, header.shape[0]), []).append(row)
     rows = [row for group in kinds.values() for row in spread(group, max(2, sample // len(kinds)))]
     seen: dict[str, list[str]] = {}
-    messages = []
+    doubts: dict[str, list[tuple[Path, str]]] = {}
     for row in rows:
         header, stored = read_volume(table.paths[row])
         low, high = float(stored.min()), float(stored.max())
         verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
         if verdict == "hu" and soft_tissue(stored) < 0.01:
-            verdict, reason = "", "has hardly a voxel of soft tissue (-200 to 300 HU): was its intercept applied twice?"
+            verdict, reason = (
+                "",
+                "has hardly a voxel of soft tissue (-200 to 300 HU): --intensity hu if that is right, ",
+            )
+            reason += "--intensity unit --hu-range 1024 1025 if its intercept was applied twice"
         if not verdict:
-            messages.append(f"{table.paths[row]} {reason}: convert it, or say what is meant with --intensity")
+            doubts.setdefault(reason.partition(": ")[2], []).append((table.paths[row], reason))
         seen.setdefault(verdict, []).append(f"{table.paths[row]} ({header.dtype}, {low:g} to {high:g})")
-    if messages:
-        raise BadInput(*messages)
+    if doubts:
+        raise BadInput(*(
+            f"{path} {reason}" + (f"; likewise {', '.join(str(other) for other, _ in others[:3])}" if others else "")
+            + f" ({len(others) + 1} of {len(rows)} files looked at)" for (path, reason), *others in doubts.values()
+        ))  # fmt: skip
     if len(seen) > 1:
         examples = "; ".join(f"{verdict}: {files[0]}" for verdict, files in seen.items())
         raise BadInput(
@@ -1650,8 +1822,8 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     return prep
 
 
-# From the second read on, a volume comes from `--cache-dir`: one file each, mapped rather than read. A worker hands it
-# to the training process by name: 16 MB take ten times as long through new shared memory as from a map.
+# From the second read on, a volume comes from `--cache-dir`: one file each, which the system keeps in memory if it can.
+# A worker hands it to the training process by name: 16 MB take several times as long through new shared memory.
 
 CACHE_HEADER = struct.Struct("<8sQ16s32s")  # magic, bytes of voxels, their checksum, key
 CACHE_MAGIC = b"CTCACHE1"
@@ -1692,11 +1864,10 @@ class CacheFiles:
         text = json.dumps([settings, file_identity(source)], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.ct"
 
-    def header(self, entry: Path, voxels: np.ndarray) -> bytes:
-        """Of an entry with these padded voxels; sums of 64 stretches, hashed, are checked as fast as memory is read."""
-        sums = voxels.view(np.uint64).reshape(64, -1).sum(1)
+    def header(self, entry: Path, sums: np.ndarray) -> bytes:
+        """Of an entry whose 64 stretches, padded, as uint64, have these sums: checked as fast as memory is read."""
         checksum = hashlib.blake2b(sums.tobytes(), digest_size=16).digest()
-        return CACHE_HEADER.pack(CACHE_MAGIC, len(voxels), checksum, bytes.fromhex(entry.stem))
+        return CACHE_HEADER.pack(CACHE_MAGIC, self.nbytes - CACHE_HEADER.size, checksum, bytes.fromhex(entry.stem))
 
     def map(self, entry: Path) -> Tensor | None:
         """The volume, mapped and not copied, or None where there is no entry that is whole."""
@@ -1708,18 +1879,50 @@ class CacheFiles:
         except (OSError, ValueError):
             return None
         voxels = mapped[CACHE_HEADER.size :]
-        if mapped[: CACHE_HEADER.size].tobytes() != self.header(entry, voxels):
+        sums = voxels.view(np.uint64).reshape(64, -1).sum(1)
+        if mapped[: CACHE_HEADER.size].tobytes() != self.header(entry, sums):
             return None
         return torch.from_numpy(voxels.view(np.int16)[: math.prod(self.shape)].reshape(self.shape))
+
+    def expect(self, entry: Path) -> bool:
+        """Whether there is an entry of the right length; the system is asked to read it, so that `fill` won't wait."""
+        try:
+            with open(entry, "rb", buffering=0) as stream:
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+                return os.fstat(stream.fileno()).st_size == self.nbytes
+        except OSError:
+            return False
+
+    def fill(self, entry: Path, out: Tensor) -> bool:
+        """Copy an entry to `out` (C, S, H, W); False where there is none that is whole.
+
+        Each stretch is summed while the processor still has it, which makes this faster than a map.
+        """
+        voxels, size = out.numpy().reshape(-1).view(np.uint8), (self.nbytes - CACHE_HEADER.size) // 64
+        sums, padded = np.empty(64, np.uint64), np.empty(size, np.uint8)
+        try:
+            with open(entry, "rb", buffering=0) as stream:
+                header = stream.read(CACHE_HEADER.size)
+                for i in range(64):
+                    part = voxels[i * size : (i + 1) * size]
+                    stretch = part if len(part) == size else padded
+                    if stream.readinto(stretch) != size:
+                        return False
+                    sums[i] = stretch.view(np.uint64).sum()
+                    if stretch is padded:
+                        part[:] = padded[: len(part)]
+                return header == self.header(entry, sums) and not stream.read(1)
+        except OSError:
+            return False
 
     def write(self, entry: Path, volume: Tensor) -> None:
         """Make an entry, visible when whole. Not flushed: what a crash of the machine tears, the checksum finds."""
         voxels = np.zeros(self.nbytes - CACHE_HEADER.size, np.uint8)
         voxels[: volume.nbytes] = volume.contiguous().numpy().reshape(-1).view(np.uint8)
-        part = entry.with_name(f"{entry.stem}.{os.getpid()}.part")
+        part = entry.with_name(f"{entry.stem}.{os.getpid()}.{os.urandom(4).hex()}.part")  # containers share process ids
         try:
             with open(part, "wb") as stream:
-                stream.write(self.header(entry, voxels))
+                stream.write(self.header(entry, voxels.view(np.uint64).reshape(64, -1).sum(1)))
                 stream.write(voxels)
             os.replace(part, entry)
         except OSError:
@@ -1760,11 +1963,21 @@ class VolumeCache:
                 others -= length
         free = shutil.disk_usage(folder).free + there - CACHE_SPARE
         kept = max(0, min(len(own), int(min(limit - others, free) // size)))
+        last = sorted(own)[kept - 1] if kept else ""
+        for _, name, _ in found:
+            if name in own and name > last:  # of a run with more room
+                (folder / name).unlink(missing_ok=True)
         log.info(
             "cache %s: %.1f GB for %d volumes of %.1f MB, of which %.1f GB are there%s", folder, len(own) * size / 1e9,
             len(own), size / 1e6, there / 1e9, f"; there is room for {kept} of them" if kept < len(own) else "",
         )  # fmt: skip
-        return sorted(own)[kept - 1] if kept else ""
+        return last
+
+    def holds(self, source: Path) -> bool:
+        """Whether there seems to be an entry of this source as it is now."""
+        with suppress(BadVolume):
+            return self.files.expect(self.files.entry(source))
+        return False
 
     def load(self, source: Path) -> tuple[Tensor, bool]:
         """The volume, and whether there is an entry of it. Raises BadVolume."""
@@ -1784,6 +1997,19 @@ class VolumeCache:
         return volume, True
 
 
+def stack_shared(volumes: Sequence[Tensor]) -> Tensor:
+    """As `torch.stack`, in shared memory, written to like a file: half of the time that `default_collate` takes in a
+    worker, for in a map of new memory each page is zeroed and faulted in first."""
+    storage, at = torch.UntypedStorage._new_using_fd_cpu(sum(volume.nbytes for volume in volumes)), 0
+    file, _ = storage._share_fd_cpu_()
+    for volume in volumes:
+        data = memoryview(volume.contiguous().numpy()).cast("B")
+        while data:
+            written = os.pwrite(file, data, at)
+            data, at = data[written:], at + written
+    return volumes[0].new_empty(0).set_(storage).view(len(volumes), *volumes[0].shape)
+
+
 @dataclass
 class CachedBatch:
     """The volumes of a batch on their way to the training process: in shared memory, or named if the cache has them."""
@@ -1793,10 +2019,17 @@ class CachedBatch:
 
     def assemble(self, pin: bool = False) -> Tensor:
         """(N, C, S, H, W) int16."""
-        batch = torch.empty((len(self.parts), *self.files.shape), dtype=torch.int16, pin_memory=pin)
+        shape = (len(self.parts), *self.files.shape)  # NumPy's memory has large pages, which are filled twice as fast
+        batch = (
+            torch.empty(shape, dtype=torch.int16, pin_memory=True) if pin else torch.from_numpy(np.empty(shape, "i2"))
+        )
         for part, out in zip(self.parts, batch, strict=True):
-            volume = part if isinstance(part, Tensor) else self.files.map(self.files.entry(part))
-            out.copy_(load_sample(part, self.files.prep) if volume is None else volume)
+            if isinstance(part, Tensor):
+                out.copy_(part)
+            elif not self.files.fill(entry := self.files.entry(part), out):
+                with suppress(OSError):
+                    entry.unlink(missing_ok=True)  # torn: the next epoch makes it again
+                out.copy_(load_sample(part, self.files.prep))
         return batch
 
     def pin_memory(self) -> Tensor:
@@ -1821,19 +2054,32 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         return len(self.table)
 
     def __getitem__(self, item: int) -> dict[str, Any]:
-        row, error = item if item >= 0 else ~item, ""
+        row, error = max(item, ~item), ""
         try:
             volume, cached = self.read(self.table.paths[row])
         except BadVolume as problem:
             error = f"series {self.table.series_ids[row]!r} (line {self.table.line_numbers[row]}): {problem}"
-            empty = 0 if self.prep.intensity == "windowed" else AIR
-            volume, cached = torch.full((self.prep.channels, *self.prep.grid), empty, dtype=torch.int16), False
+            volume, cached = self.blank(), False
+        return self.describe(item, volume, cached, error)
+
+    def __getitems__(self, items: list[int]) -> list[dict[str, Any]]:
+        """The items of a batch, for the loader; the voxels of what the cache holds are not touched, only named."""
+        found = [bool(self.cache and self.cache.holds(self.table.paths[max(item, ~item)])) for item in items]
+        return [self.describe(i, None, True, "") if there else self[i] for i, there in zip(items, found, strict=True)]
+
+    def describe(self, item: int, volume: Tensor | None, cached: bool, error: str) -> dict[str, Any]:
+        row = max(item, ~item)
         targets = torch.from_numpy(self.table.targets[row].copy())
         if error or item < 0:
             targets.fill_(math.nan)
         return {
             "volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error, "cached": cached,
         }  # fmt: skip
+
+    def blank(self) -> Tensor:
+        """What fills the place of a scan that cannot be read; its targets are unknown, so it counts for nothing."""
+        empty = 0 if self.prep.intensity == "windowed" else AIR
+        return torch.full((self.prep.channels, *self.prep.grid), empty, dtype=torch.int16)
 
     def read(self, path: Path) -> tuple[Tensor, bool]:
         """The volume and whether it is cached; the third failure raises BadVolume."""
@@ -1847,13 +2093,13 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         return self.cache.load(path) if self.cache else (load_sample(path, self.prep), False)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of items; volumes that the cache has are only named."""
-        cached = [item.pop("cached") for item in items]
-        if not any(cached):
-            return torch.utils.data.default_collate(items)
-        volumes = [item.pop("volume") for item in items]
-        parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
-        return torch.utils.data.default_collate(items) | {"volume": CachedBatch(self.cache.files, parts)}
+        """A batch of items, in a worker in shared memory; volumes that the cache has are only named."""
+        cached, volumes = ([item.pop(name) for item in items] for name in ("cached", "volume"))
+        batch = torch.utils.data.default_collate(items)
+        if self.cache and any(cached):
+            parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
+            return batch | {"volume": CachedBatch(self.cache.files, parts)}
+        return batch | {"volume": (stack_shared if torch.utils.data.get_worker_info() else torch.stack)(volumes)}
 
     @property
     def targets(self) -> np.ndarray:
@@ -1866,9 +2112,10 @@ class CTVolumeDataset(torch.utils.data.Dataset):
 class VolumeLoader(torch.utils.data.DataLoader):
     """Batches of a CTVolumeDataset. A bad scan raises BadVolume here, or is added to the dataset's `skipped`."""
 
+    dataset: CTVolumeDataset
     waiting: Callable[[], AbstractContextManager] = nullcontext  # the context in which a batch is waited for
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Any:
         with signals_held():
             batches = super().__iter__()
         while True:
@@ -1881,7 +2128,7 @@ class VolumeLoader(torch.utils.data.DataLoader):
                 raise BadVolume(*bad.values())
             for row in bad.keys() - self.dataset.skipped.keys():
                 log.warning("skipped: %s", bad[row])
-            self.dataset.skipped |= bad
+            self.dataset.skipped |= {row: bad[row] for row in bad.keys() - self.dataset.skipped.keys()}
             if isinstance(batch["volume"], CachedBatch):
                 batch["volume"] = batch["volume"].assemble()
             yield batch
@@ -1901,7 +2148,7 @@ def write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     """A CSV file, whole or not at all."""
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows(rows)
-    save_atomic(path, lambda file: file.write(buffer.getvalue().encode()))
+    save_bytes(path, buffer.getvalue().encode())
 
 
 def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[int, int]:
@@ -1916,7 +2163,7 @@ def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[in
 
 def build_loader(
     dataset: CTVolumeDataset,
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[list[int]],
     num_workers: int,
     device: torch.device,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
@@ -1950,6 +2197,8 @@ def one_thread_per_worker(_: int) -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: M_MMAP_MAX and M_TRIM_THRESHOLD. What one scan
+        mallopt(-4, 0), mallopt(-1, 1 << 30)  # frees serves the next: new pages take a tenth of the time of reading it
 
 
 @dataclass(frozen=True)
@@ -2091,7 +2340,8 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
 
     lines = []
     for row, sample in samples.items() if prep.intensity != "windowed" else ():
-        volume = sample[(0, *(slice(None, None, max(1, n // 96)) for n in sample.shape[1:]))].numpy()
+        steps = [max(1, n // 96) for n in sample.shape[1:]]
+        volume = sample[0, :: steps[0], :: steps[1], :: steps[2]].numpy()
         filled = np.stack([ndimage.binary_fill_holes(plane > -400) for plane in volume])
         air = float((filled & (volume < -400)).sum() / max(1, filled.sum()))
         reason = ""
@@ -2101,37 +2351,58 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
             reason = f"has {100 * air:.0f} % air inside the body, a chest 15 to 60 %: another body part, or wrong axes?"
         elif volume.max() < 150:
             reason = f"has no voxel above {volume.max()} HU, so no bone: is --hu-range right?"
+        elif spine_ahead(volume) > 0.05:
+            code = prep.orientation.translate(str.maketrans("AP", "PA"))
+            both = code.translate(str.maketrans("LR", "RL"))
+            reason = f"has its spine in front: is it --orientation {code}, {both} or depth last?"
         if reason:
             lines.append(f"line {table.line_numbers[row]}: series {table.series_ids[row]!r} {reason} See the picture")
     return lines
+
+
+def window_names(prep: Preprocessing) -> list[str]:
+    """What each of the K images of a slice shows."""
+    if prep.intensity == "windowed":
+        return [f"channel {c}" for c in range(prep.channels)]
+    return [f"{lo:g} to {hi:g} HU" for lo, hi in prep.windows]
+
+
+def spine_ahead(volume: np.ndarray) -> float:
+    """How far the bones of an SPL volume in HU lie before the middle of its tissue, in heights of the body."""
+    tissue, bone = ((volume > limit).sum((0, 2)) for limit in (-400, 300))
+    rows = np.arange(len(tissue))
+    middles = [(rows * part).sum() / max(1, part.sum()) for part in (tissue, bone)]
+    return float((middles[0] - middles[1]) / max(1, np.ptp(np.flatnonzero(tissue)))) if bone.any() else 0.0
 
 
 def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessing, path: Path) -> None:
     """A row for each scan; for each window an axial, a coronal and a sagittal slice through the middle."""
     from matplotlib.figure import Figure
 
-    windowed = prep.intensity == "windowed"
-    names = (
-        [f"channel {c}" for c in range(prep.channels)]
-        if windowed
-        else [f"{lo:g} to {hi:g} HU" for lo, hi in prep.windows]
-    )
-    names = names[:3]
-    figure = Figure((3 * 1.7 * len(names), 1.9 * len(samples)), layout="constrained")
+    windowed, names = prep.intensity == "windowed", window_names(prep)[:3]
+    figure = Figure((3 * 1.7 * len(names), 1.8 * len(samples) + 0.7), layout="constrained")
+    how = f"read as --orientation {prep.orientation} --intensity {prep.intensity}"
+    right = "right where the spine is at P, the head at S, the liver at R; otherwise see --orientation"
+    figure.suptitle(f"{how}: {right}", fontsize=8)
     axes = figure.subplots(len(samples), 3 * len(names), squeeze=False)
+    places = ((0.04, 0.5), (0.96, 0.5), (0.5, 0.94), (0.5, 0.06))
+    box = {"facecolor": "black", "pad": 0.8, "linewidth": 0}
     for row, (line, (series, sample)) in enumerate(zip(axes, samples, strict=True)):
         _, s, h, w = sample.shape
         for column, name in enumerate(names):
             volume = sample[column if windowed else 0].float().numpy()
             lo, hi = (0, WINDOWED_SCALE) if windowed else prep.windows[column]
-            views = (("axial", volume[s // 2], "R   front   L"), ("coronal", volume[::-1, h // 2], "R   head   L"),
-                     ("sagittal", volume[::-1, :, w // 2], "front   head   back"))  # fmt: skip
+            views = (("axial", volume[s // 2], "RLAP"), ("coronal", volume[::-1, h // 2], "RLSI"),
+                     ("sagittal", volume[::-1, :, w // 2], "APSI"))  # fmt: skip
             for axis, (view, picture, sides) in zip(line[3 * column :], views, strict=False):
                 axis.imshow(picture, cmap="gray", vmin=lo, vmax=hi, aspect="auto")
-                axis.set_xticks([])
-                axis.set_yticks([])
-                axis.set_title(f"{view}, {name}\n{sides}" if row == 0 else sides, fontsize=6)
-        line[0].set_ylabel(series[:24], fontsize=6)
+                axis.set(xticks=[], yticks=[])
+                for side, place in zip(sides, places, strict=True):
+                    centre = {"ha": "center", "va": "center", "transform": axis.transAxes}
+                    axis.text(*place, side, color="yellow", fontsize=7, bbox=box, **centre)
+                if row == 0:
+                    axis.set_title(f"{view}\n{name}", fontsize=7)
+        line[0].set_ylabel(series[:24], fontsize=7)
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -2159,7 +2430,8 @@ class PrepareScans(torch.utils.data.Dataset):
             settings = json.dumps([file_identity(path), self.spacing, FIELD_OF_VIEW]).encode()
             source = np.frombuffer(hashlib.sha256(settings).digest(), np.uint8)
             with suppress(BadVolume), open_regular(target) as (file, size):
-                if np.array_equal(small_array(file, zip_members(file, size, target).get("source.npy"), target), source):
+                made_from = small_array(file, zip_members(file, size, target).get("source.npy"), target)
+                if made_from is not None and np.array_equal(made_from, source):
                     return None
             members = {"image": prepare_volume(path, self.spacing), "source": source}
             members |= {"spacing": np.array(self.spacing, np.float32), "orientation": np.array("SPL")}
@@ -2210,6 +2482,9 @@ def prepare_table(
         scans, batch_size=None, num_workers=num_workers, worker_init_fn=one_thread_per_worker
     )
     bad: dict[int, str] = {}
+    for row in sorted({*range(len(table))} - {*raw}):  # what is prepared already is only looked at
+        if isinstance(problem := header_or_error(table.paths[row]), BadVolume):
+            bad[row] = f"series {table.series_ids[row]!r} (line {table.line_numbers[row]}): {problem}"
     with signals_held():
         done = iter(loader)
     for row, problem in zip(raw, tqdm(done, desc="prepare", unit="scan", total=len(raw), disable=None), strict=True):
@@ -2218,7 +2493,10 @@ def prepare_table(
         if problem:
             bad[row] = str(problem)
     if bad and not skip:
-        raise BadInput(*bad.values(), "the other scans are converted: mend these and repeat, or --on-bad-volume skip")
+        raise BadInput(
+            *(bad[row] for row in sorted(bad)),
+            "the other scans are converted: mend these and repeat, or --on-bad-volume skip",
+        )
     header, rows = read_rows(csv_path, Complaints(csv_path))
     column, place_of = header.index("img_path"), {row: i for i, row in enumerate(raw)}
     for row, (_, cells) in enumerate(rows):
@@ -2228,7 +2506,7 @@ def prepare_table(
     write_rows(out, [header, *(cells for row, (_, cells) in enumerate(rows) if row not in bad)])
     if bad:
         write_skipped(folder / "skipped.csv", (table, bad))
-    log.info("%d scans prepared, %d skipped: %s", len(raw) - len(bad), len(bad), out)
+    log.info("%d scans prepared, %d skipped: %s", len({*raw} - {*bad}), len(bad), out)
     return out
 
 
@@ -2250,17 +2528,23 @@ FOREIGN_FILES = (  # first bytes, what the file then is
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
 )
 LOOKS = (  # pattern of a tensor's name, what the file then seems to be
-    (r"(^|\.)(rpn|roi_heads|bbox_embed|box_head|class_head|box_predictor|retina\w*)\.", "a detection model"),
+    (
+        r"(^|\.)(rpn|roi_heads|bbox_embed|(box|class|classification|regression)_head|box_predictor|dfl)\.",
+        "a detection model",
+    ),
     (r"lora_[AB]\.", "a LoRA adapter: merge it into its base model first"),
     (r"class_embedding$|\.resblocks\.", "a CLIP model, not SigLIP"),
-    (r"(^|\.)cls_token$", "a plain ViT (ImageNet, MAE, DINO), not SigLIP"),
+    (r"(^|\.)(cls|class)_token$", "a plain ViT (ImageNet, MAE, DINO), not SigLIP"),
     (r"patch_embed(dings)?\.|patch_embedding\.", "a vision transformer without SigLIP's attention pooling"),
     (r"word_embeddings|token_embedding|embed_tokens|(^|\.)wte\.|text_model", "a text model without an image tower"),
     (r"decode_head|up_?blocks?\.|upconv|decoder\d*\.|swinViT", "a segmentation or generation model"),
     (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight$", "a ResNet other than the 3D ResNet-152 and BioViL's"),
     (r"exp_avg", "the state of an optimiser"),
 )
-SUPPORTED = "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), the 3D ResNet-152 and BioViL(-T)"
+SUPPORTED = (
+    "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, the 3D "
+    "ResNet-152 and BioViL(-T)"
+)
 
 
 def locate_weights(source: str) -> Path:
@@ -2331,6 +2615,8 @@ def open_weights(path: Path) -> dict[str, Any]:
             head = file.read(512)
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    if not head:
+        raise BadInput(f"{path}: is empty: the download or copy failed; get it again")
     safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
     for start, what in () if safetensors else FOREIGN_FILES:  # a safetensors header may start with any byte
         if head.lstrip().startswith(start):
@@ -2358,7 +2644,7 @@ def open_weights(path: Path) -> dict[str, Any]:
                 f"{path}: reading it would run code that it names ({needs[1]}), which this script does not do: "
                 "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
             ) from None
-        reason = (str(error) or "it is empty").splitlines()[0][:120]
+        reason = str(error).splitlines()[0][:120] if " " in str(error) else type(error).__name__  # not a bare KeyError
         raise BadInput(f"{path}: not readable as weights, damaged or incomplete ({reason}): get it again") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: holds a {type(found).__name__}, not named tensors. {SUPPORTED}")
@@ -2621,6 +2907,29 @@ def read_pretrained(source: str | Path, heads: int | None = None) -> Pretrained:
     return read_tensors(flatten(raw), str(path), config_beside(path), heads)
 
 
+def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
+    """`run`, but what it keeps for the backward pass is thrown away and computed again there."""
+
+    @contextmanager
+    def again() -> Iterator[None]:  # BatchNorm must not count the same input twice
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        before = [(m.momentum, m.num_batches_tracked) for m in norms]
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, (momentum, counted) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, counted
+
+    def wrapped(*inputs: Any) -> Tensor:
+        if not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
+            return run(*inputs)
+        return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+    return wrapped
+
+
 class Backbone(nn.Module):
     """Image encoder of one family: images in [0, 1] to one feature vector each.
 
@@ -2631,6 +2940,7 @@ class Backbone(nn.Module):
     family = ""
     orientation = "SPL"
     volumetric = False
+    recompute = False  # each block of a volumetric one is computed again in the backward pass
     net: Any  # the family's own module
 
     def __init__(self, config: dict[str, Any], net: nn.Module, width: int, slices: int):
@@ -2691,20 +3001,22 @@ class SiglipBackbone(Backbone):
     def pool(self, tokens: Tensor) -> Tensor:
         return self.attend(tokens.flatten(1, -2))
 
-    def forward(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None) -> Tensor:
         """(n, 3, H, W) in [0, 1] to (n, E), from the patches that `keep` (n, P) names, in row order, or from all.
 
-        An image that keeps none keeps its first.
+        An image that keeps none keeps its first. `counts` says how many each keeps, where the host knows.
         """
-        return self.attend(*self.encode(images, keep))
+        return self.attend(*self.encode(images, keep, counts))
 
-    def encode(self, images: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def encode(
+        self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Tokens after the last norm (n, M, E), and which of them are no padding (n, M); None means all."""
         embeddings = self.net.embeddings
         x = embeddings.patch_embedding(images * 2 - 1).flatten(2).transpose(1, 2)  # (n, P, E); SigLIP sees [-1, 1]
         if x.shape[1] != self.side**2:
             raise ValueError(f"images {tuple(images.shape)} make {x.shape[1]} patches, the tower has {self.side**2}")
-        x, real = pack_kept(x + embeddings.position_embedding.weight, keep)
+        x, real = pack_kept(x + embeddings.position_embedding.weight, keep, counts)
         for block in self.net.encoder.layers:
             x = block(x, None if real is None else real[:, None, None, :])
         return self.net.post_layernorm(x), real
@@ -2719,21 +3031,23 @@ class SiglipBackbone(Backbone):
         return x + head.mlp(head.layernorm(x))
 
 
-def pack_kept(x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
     """Pack the tokens to keep to the front, padded to the longest row: (n, P, E) to (n, M, E), and which are real.
 
-    M is rounded up to a multiple of 16, so that few different shapes occur and attention kernels stay aligned.
+    M is rounded up to a multiple of 16, so that few different shapes occur and attention kernels stay aligned. Without
+    the `counts` of each row the host waits for the device here.
     """
     if keep is None:
         return x, None
     first = torch.arange(keep.shape[1], device=keep.device) == 0
     keep = keep | (first & ~keep.any(1, keepdim=True))
     lengths = keep.sum(1)
-    longest = min(-(-int(lengths.max()) // 16) * 16, keep.shape[1])
+    counts = lengths.tolist() if counts is None else counts
+    longest = min(-(-max(counts) // 16) * 16, keep.shape[1])
     order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
     real = torch.arange(longest, device=x.device) < lengths[:, None]
-    return x, None if bool(real.all()) else real
+    return x, None if min(counts) == longest else real
 
 
 class ConvBackbone(Backbone):
@@ -2768,9 +3082,12 @@ class ResNet3DBackbone(ConvBackbone):
         super().__init__(config, net, config["block_inplanes"][3] * 4, 160)
 
     def tokens(self, images: Tensor) -> Tensor:
+        if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            # Measured: bfloat16 convolutions are faster so, float32 ones are not. Weights stay as they are stored.
+            images = images.contiguous(memory_format=torch.channels_last_3d)
         x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(images))))
-        for block in self.blocks():
-            x = block(x)
+        for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
+            x = recomputed(block, block)(x) if self.recompute else block(x)
         return x.movedim(1, -1)
 
 
@@ -2876,9 +3193,10 @@ def load_backbone(
     }
     for what, names in wrong.items():
         if names:
+            listed = ", ".join(name.removeprefix("net.") for name in names[:10])
             raise BadInput(
                 f"{found.source}: seems to be a {found.family} encoder of {len(expected)} tensors, but {len(names)} "
-                f"are {what}: {', '.join(names[:10])}. It is incomplete, or of a variant that this script does not know"
+                f"are {what}: {listed}. It is incomplete, or of a variant that this script does not know"
             )
     backbone.load_state_dict(tensors, assign=True)
     millions, unused = sum(p.numel() for p in backbone.parameters()) / 1e6, ", ".join(found.unused[:10])
@@ -2912,7 +3230,7 @@ def freeze_up_to(backbone: Backbone, n: int | str) -> int:
 
 
 def add_lora(backbone: Backbone, rank: int) -> None:
-    """Freeze a SigLIP tower and add trainable low-rank updates to its attention projections, in place.
+    """Freeze a SigLIP tower and add low-rank updates to those attention projections that were trainable, in place.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaled by 2, starting at no change.
     """
@@ -2920,8 +3238,13 @@ def add_lora(backbone: Backbone, rank: int) -> None:
 
     if backbone.family != "siglip":
         raise BadInput(f"--lora-rank is for SigLIP towers; this backbone is {backbone.family}: leave it out")
-    projections = r".*encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj"
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=projections), backbone)
+    projection = re.compile(r"net\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj")
+    chosen = [k for k, m in backbone_layers(backbone) if projection.fullmatch(k) and m.weight.requires_grad]
+    if not chosen:
+        raise BadInput("--lora-rank finds nothing to adapt, all is frozen: lower --freeze-up-to")
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen), backbone)
+    trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+    log.info("backbone: adapters of rank %d in %d projections, %d numbers to train", rank, len(chosen), trained)
 
 
 @torch.no_grad()
@@ -3003,6 +3326,9 @@ class CTWindows(nn.Module):
     Windowed volumes arrive as round(32767 * value) in C channels and are only scaled back.
     """
 
+    low: Tensor
+    width: Tensor
+
     def __init__(self, windows: Sequence[tuple[float, float]], intensity: str = "hu"):
         super().__init__()
         self.intensity = intensity
@@ -3064,29 +3390,6 @@ def patches_in_body(hu: Tensor, patch: int) -> Tensor:
     return F.max_pool2d(enclosed(tissue) * grow(enclosed(opened)), patch // cell).flatten(1) > 0
 
 
-def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
-    """`run`, but what it keeps for the backward pass is thrown away and computed again there."""
-
-    @contextmanager
-    def again() -> Iterator[None]:  # BatchNorm must not count the same input twice
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        before = [(m.momentum, m.num_batches_tracked) for m in norms]
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
-        try:
-            yield
-        finally:
-            for norm, (momentum, counted) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, counted
-
-    def wrapped(*inputs: Any) -> Tensor:
-        if not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
-            return run(*inputs)
-        return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
-
-    return wrapped
-
-
 class SiglipClassifier(nn.Module):
     """A CT volume (N, C, S, H, W) in SPL, or its slice features (N, S, E), -> logits (N, L).
 
@@ -3119,18 +3422,25 @@ class SiglipClassifier(nn.Module):
     @torch.no_grad()
     def set_prevalence(self, prevalence: Tensor) -> None:
         """Start each label (L,) at its share of positives, so that training doesn't spend its first steps on that."""
-        self.head[-1].weight.mul_(0.1)
-        self.head[-1].bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
+        last: Any = self.head[-1]
+        last.weight.mul_(0.1)
+        last.bias.copy_(torch.logit(prevalence.clamp(1e-3, 1 - 1e-3)))
 
-    def encode(self, voxels: Tensor, keep: Tensor | None = None) -> Tensor:
+    def encode(self, voxels: Tensor, *kept: Any) -> Tensor:
         """Slices (n, C, H, W), or volumes (N, C, D, H, W) for a 3D backbone, to features (n, E).
 
-        `keep` (n, P) names the patches that a ViT sees.
+        `kept` names the patches that a ViT sees, (n, P), and how many that are of each slice.
         """
+        return self.backbone(self.images(voxels), *kept)
+
+    def images(self, voxels: Tensor) -> Tensor:
+        """What the backbone is given: the windows, a volume's axes turned from SPL to its own."""
         images = self.windows(voxels)
-        if self.backbone.orientation == "SRA":
-            images = images.flip(3, 4).transpose(3, 4)  # SPL -> SLP -> SRA
-        return self.backbone(images) if keep is None else self.backbone(images, keep)
+        return images.flip(3, 4).transpose(3, 4) if self.backbone.orientation == "SRA" else images
+
+    def to_spl(self, grid: Tensor) -> Tensor:
+        """The inverse turn, for a grid (D, h, w, …) over the axes of `images`."""
+        return grid.transpose(1, 2).flip(1, 2) if self.backbone.orientation == "SRA" else grid
 
     def slice_features(self, volume: Tensor) -> Tensor:
         """(N, C, S, H, W) -> (N, S, E); a 3D backbone gives S = 1."""
@@ -3142,14 +3452,11 @@ class SiglipClassifier(nn.Module):
             return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (len(volume), -1))
         patch = self.backbone.config["patch_size"]
         keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(16)])
-        order = keep.sum(1).argsort(stable=True)  # a chunk is padded to its longest slice, so like goes with like
-        chunks = zip(slices[order].split(self.slice_chunk), keep[order].split(self.slice_chunk), strict=True)
-        return torch.cat([run(*chunk) for chunk in chunks])[order.argsort()].unflatten(0, (len(volume), -1))
-
-    def recompute_blocks(self) -> None:
-        """For a 3D backbone, which has no chunks: each repeated block is computed again in the backward pass."""
-        for block in self.backbone.blocks():
-            block.forward = recomputed(block.forward, block)
+        counts, order = keep.sum(1).clamp(min=1).sort(stable=True)  # a chunk is padded to its longest: like with like
+        sizes, n = counts.tolist(), self.slice_chunk  # the host waits for the device here, once for all chunks
+        chunks = [(order[i : i + n], sizes[i : i + n]) for i in range(0, len(sizes), n)]
+        features = torch.cat([run(slices[rows], keep[rows], counted) for rows, counted in chunks])
+        return features[order.argsort()].unflatten(0, (len(volume), -1))
 
     def classify(self, features: Tensor) -> Tensor:
         """Slice features (N, S, E) -> logits (N, L), in float32: it costs nothing and softmax and loss stay exact."""
@@ -3179,8 +3486,9 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = 4 * 2**30  # where neither is told
-    with suppress(OSError, TypeError):
-        free = int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    with suppress(OSError, KeyError):
+        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(told["MemAvailable"].split()[0]) * 1024
         limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
         free = min(free, int(limit) - int(used)) if limit != "max" else free
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -3208,6 +3516,33 @@ def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> in
     return total
 
 
+def sample_volume(model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> Tensor:
+    """A part of a volume of `shape` (C, S, H, W) that is enough to measure by: (1, C, s, H, W)."""
+    slices = max(16, shape[1] // 8) if model.backbone.volumetric else 2
+    sample = torch.full((1, shape[0], slices, *shape[2:]), -1000, dtype=torch.int16, device=runtime.device)
+    sample[..., 1:-1, 1:-1] = 0  # a body, or --skip-air would leave nothing to measure
+    return sample
+
+
+def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime) -> bool:
+    """Have a GPU's kernels add their terms in one order, so that the same seed gives the same bits.
+
+    One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned.
+    """
+    torch.use_deterministic_algorithms(True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, only of use in a hunt for bugs
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with runtime.autocast():
+            logits = model.eval()(sample)
+        torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
+    except RuntimeError as error:
+        log.warning("runs agree to rounding only, not to the bit: %s", first_line(error))
+        torch.use_deterministic_algorithms(False)
+        return False
+    return True
+
+
 def usual_chunk(runtime: Runtime) -> int:
     """Slices at once that keep the device busy; more would only take more memory."""
     return 64 if runtime.device.type == "cuda" else 8
@@ -3219,14 +3554,12 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
     `shape` is (C, S, H, W). Returns [slice_chunk, recompute]. A chunk is a power of two, so that two starts on one
     machine agree; no larger than helps, for memory grows with it.
     """
-    volumetric, trained = model.backbone.volumetric, [p for p in model.parameters() if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     recompute, measure = args.grad_checkpointing == "on", not (args.slice_chunk and args.grad_checkpointing != "auto")
     measure &= any(p.requires_grad for p in model.backbone.parameters())
     if measure:
-        sample = (shape[0], max(16, shape[1] // 8) if volumetric else 2, *shape[2:])
-        air = torch.full((1, *sample), -1000, dtype=torch.int16, device=runtime.device)
-        air[..., 1:-1, 1:-1] = 0  # a body, or --skip-air would leave nothing to measure
-        per_slice = max(1, saved_bytes(model, air, runtime) // sample[1])
+        sample = sample_volume(model, shape, runtime)
+        per_slice = max(1, saved_bytes(model, sample, runtime) // sample.shape[2])
         states = 16 * sum(p.numel() for p in trained)  # gradients, two moments, averaged weights
         room = max(0.0, 0.7 * free_memory(runtime.device) - states)
         if args.grad_checkpointing == "auto":
@@ -3241,9 +3574,7 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
 def apply_memory_plan(model: SiglipClassifier, chunk: int, recompute: int) -> None:
     """Set what `plan_memory` decided, or what a resumed run had decided when it began."""
     model.slice_chunk = chunk
-    if model.backbone.volumetric and recompute and not model.recompute:
-        model.recompute_blocks()
-    model.recompute = bool(recompute)
+    model.recompute = model.backbone.recompute = bool(recompute)
     what = "kept" if not recompute else "computed again in the backward pass"
     unit = "volumes whole" if model.backbone.volumetric else f"{chunk} slices at a time"
     log.info("backbone: %s, activations %s", unit, what)
@@ -3290,6 +3621,8 @@ class FocalLoss(MultilabelBCELoss):
 class BalancedBCELoss(MultilabelBCELoss):
     """BCE whose positives are weighted by `pos_weight` (L,)."""
 
+    pos_weight: Tensor
+
     def __init__(self, pos_weight: Tensor):
         super().__init__()
         self.register_buffer("pos_weight", torch.as_tensor(pos_weight, dtype=torch.float32))
@@ -3317,7 +3650,7 @@ def build_loss(args: argparse.Namespace, train_targets: np.ndarray) -> Multilabe
 # Optimiser, learning-rate schedule and averaged weights.
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The module itself, without DistributedDataParallel or torch.compile around it."""
     while hasattr(model, "module") or hasattr(model, "_orig_mod"):
         model = model.module if hasattr(model, "module") else model._orig_mod
@@ -3476,8 +3809,8 @@ class Recipe:
 class TrainState:
     """Everything that changes while training; `micro` is the next forward pass of the epoch in progress."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    model: Any  # the classifier, or DistributedDataParallel around it
+    optimizer: Any
     schedule: Schedule
     scaler: torch.amp.GradScaler
     ema: Ema | None = None
@@ -3757,13 +4090,18 @@ def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
 @torch.no_grad()
 def predict(
     model: nn.Module, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime, title: str = "predict",
-    after_batch: Callable[[], None] = lambda: None, waiting: Callable[[], AbstractContextManager] = nullcontext,
+    after_batch: Callable[[], None] = lambda: None, tta: int = 0,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
 ) -> np.ndarray:  # fmt: skip
-    """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed exactly once.
+    """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed by one of them.
+
+    With `tta` they are the mean over the scan itself and that many copies of it, lightly augmented by a pure function
+    of (seed, copy, row). The copies have negative numbers, so that they are none of those an epoch of training made.
 
     `after_batch` is called as often on every rank; in the context `waiting` the next batch is waited for.
     """
     model = unwrap(model).eval()
+    share_statistics(model, runtime)
     mine = list(range(len(dataset)))[runtime.rank :: runtime.world_size]
     plan = [mine[i : i + recipe.batch_size] for i in range(0, len(mine), recipe.batch_size)]
     in_common = len(dataset) // runtime.world_size // recipe.batch_size
@@ -3771,21 +4109,139 @@ def predict(
     logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1], device=runtime.device)]
     bar = progress_bar(title, len(mine), runtime)
     for number, batch in enumerate(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting)):
-        with runtime.autocast():  # one by one: what a scan scores is then the same whatever it is batched with
-            volumes = batch["volume"].to(runtime.device, non_blocking=True)
-            output = torch.cat([model(volume[None]) for volume in volumes])
+        volumes = batch["volume"].to(runtime.device, non_blocking=True)
+        output = torch.zeros(len(volumes), logits[0].shape[1], device=runtime.device)
+        for copy in range(tta + 1):
+            kind = "light" if copy else "none"
+            altered = augment(volumes, batch["row"].tolist(), kind, recipe.seed, -copy, recipe.intensity)
+            with runtime.autocast():  # one by one: what a scan scores is then the same whatever it is batched with
+                output += torch.cat([model(volume[None]) for volume in altered]).float()
         rows.append(batch["row"])
-        logits.append(output.float())
+        logits.append(output / (tta + 1))
         bar.update(len(output))
         if number < in_common:
             after_batch()
     bar.close()
+    share_skipped(dataset, runtime)
+    return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
+
+
+def share_statistics(model: nn.Module, runtime: Runtime) -> None:
+    """Give all ranks the BatchNorm statistics of the first, which are the ones that are saved: each has its own."""
+    if runtime.world_size > 1:
+        for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            for buffer in norm.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+
+def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
+    """Let every rank know of the scans that others could not read."""
     if runtime.world_size > 1 and getattr(dataset, "on_bad_volume", "stop") == "skip":
         found: list[Any] = [None] * runtime.world_size
         torch.distributed.all_gather_object(found, dataset.skipped)
         for skipped in found:
             dataset.skipped |= skipped
-    return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
+
+
+EXPLAINED_SLICES = 3  # shown of each finding
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The slices that raised a label's logit most in one scan, the strongest first, and where in them that came from.
+
+    `gains` is gradient x feature of each slice: to first order what it adds to the logit, its attention weight
+    included. Attention itself is shared by all labels and does not say why this one was called.
+    """
+
+    slices: list[int]  # of the grid, feet to head
+    gains: list[float]
+    attention: list[float] | None  # weights of these slices, where the pooling has any
+    maps: np.ndarray  # (n, H, W) at least 0, in SPL: gradient x activation of the last tokens
+
+
+@torch.no_grad()
+def find_evidence(model: SiglipClassifier, volume: Tensor, labels: Sequence[int]) -> list[Evidence]:
+    """Why each of these labels has the logit it has in a scan (1, C, S, H, W), in full precision.
+
+    The gradient goes through head and pooling only, by the chain rule: first to the features of all slices, then, for
+    the slices chosen, to their tokens. So no graph of the backbone is ever built. Where tokens are averaged (the
+    convolutional families) this is Grad-CAM: Selvaraju et al., ICCV 2017.
+    """
+    model.eval()
+    if model.backbone.volumetric:  # the mean over a 3D map is the mean over its layers, so these are its slices
+        tokens = model.to_spl(model.backbone.tokens(model.images(volume))[0].float())  # (D', h, w, E)
+        features = tokens.mean((1, 2))[None]
+    else:
+        features = model.slice_features(volume).float()  # (1, S, E)
+    features.requires_grad_()
+    with torch.enable_grad():
+        pooled, weights = model.pool(features)
+        logits = model.head(pooled)[0].unbind()
+    found = []
+    for label in labels:
+        gradient = torch.autograd.grad(logits[label], features, retain_graph=True)[0][0]  # (S, E)
+        gains = (gradient * features[0]).sum(-1)
+        best = gains.argsort(descending=True, stable=True)[:EXPLAINED_SLICES]
+        worth = gains[best] > 0.01 * gains[best[0]].clamp(min=0)  # what adds nothing, or less, is no reason
+        best = best[: max(1, int(worth.sum()))]
+        if model.backbone.volumetric:
+            maps = token_relevance(tokens[best], lambda x: x.mean((1, 2)), gradient[best])
+        else:
+            maps = slice_relevance(model, volume[0, :, best].transpose(0, 1), gradient[best])
+        depth = volume.shape[2] / len(gains)  # slices of the grid in each of a 3D map's layers, else 1
+        slices = [int((s + 0.5) * depth) for s in best.tolist()]
+        attention = weights[0, best].tolist() if model.pool.mode == "attention" else None
+        maps = fit_to_image(maps, volume.shape[-2:], model.backbone.config.get("patch_size", 1))
+        found.append(Evidence(slices, gains[best].tolist(), attention, maps.cpu().numpy()))
+    return found
+
+
+def slice_relevance(model: SiglipClassifier, slices: Tensor, gradients: Tensor) -> Tensor:
+    """Relevance (n, h, w) of the tokens of slices (n, C, H, W) whose features have these gradients (n, E).
+
+    Patches that `skip_air` leaves out had no say: theirs is 0.
+    """
+    backbone: Any = model.backbone  # of the SigLIP family, where patches are left out
+    images = model.images(slices)
+    if not model.skip_air:
+        return token_relevance(backbone.tokens(images).float(), backbone.pool, gradients)
+    keep = patches_in_body(slices[:, 0], backbone.config["patch_size"])
+    tokens, real = backbone.encode(images, keep)
+    relevance = token_relevance(tokens.float(), partial(backbone.attend, real=real), gradients)
+    places, _ = pack_kept(torch.arange(keep.shape[1], device=keep.device).expand_as(keep)[..., None], keep, None)
+    relevance = relevance if real is None else relevance * real
+    full = torch.zeros(keep.shape, device=keep.device).scatter(1, places[..., 0], relevance)
+    return full.unflatten(1, (backbone.side, backbone.side))
+
+
+def token_relevance(tokens: Tensor, pool: Callable[[Tensor], Tensor], gradients: Tensor) -> Tensor:
+    """Gradient x activation (n, …) of tokens (n, …, E) that `pool` makes features with these gradients (n, E) of."""
+    tokens = tokens.detach().requires_grad_()
+    with torch.enable_grad():
+        gain = (pool(tokens) * gradients).sum()
+    return (torch.autograd.grad(gain, tokens)[0] * tokens).sum(-1)
+
+
+def fit_to_image(maps: Tensor, size: Sequence[int], patch: int) -> Tensor:
+    """The positive part of maps (n, h, w) over the pixels that patches cover; the last rows and columns may be left."""
+    covered = [n - n % patch for n in size]
+    maps = F.interpolate(maps.clamp(min=0)[:, None], covered, mode="bilinear", align_corners=False)[:, 0]
+    return F.pad(maps, (0, size[1] - covered[1], 0, size[0] - covered[0]))
+
+
+def findings_to_explain(
+    ids: Sequence[str], probabilities: np.ndarray, thresholds: np.ndarray, n: int, wanted: Sequence[str]
+) -> dict[int, list[int]]:
+    """Row -> labels: the n most probable scans that each label is called in, ties to the earlier row, and every label
+    called in the wanted scans (the most probable one where none is)."""
+    called = probabilities >= thresholds
+    order = np.argsort(-np.where(called, probabilities, -1.0), axis=0, kind="stable")
+    chosen = called & (np.argsort(order, axis=0) < n)
+    for row in [row for row, name in enumerate(ids) if name in set(wanted)]:
+        chosen[row] |= called[row]
+        chosen[row, probabilities[row].argmax()] |= not called[row].any()
+    return {row: np.flatnonzero(chosen[row]).tolist() for row in np.flatnonzero(chosen.any(axis=1)).tolist()}
 
 
 # ── 10 Scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3878,7 +4334,7 @@ def _weighted_figures(
     return out
 
 
-def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> tuple:
+def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Sequence[np.ndarray]:
     """(AUROC, average precision), each (B,), of entries that belong to the given rows of weights (n, B); ties exact.
 
     Only the distinct scores of positives matter: at each, the negatives strictly above and those at or above it.
@@ -3886,7 +4342,7 @@ def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: n
     positive, negative = np.flatnonzero(truth), np.flatnonzero(~truth)
     positive, negative = positive[np.argsort(-scores[positive])], negative[np.argsort(-scores[negative])]
     if not len(positive):
-        return np.full((2, weights.shape[1]), np.nan)
+        return [np.full(weights.shape[1], np.nan)] * 2
     cuts, starts = np.unique(-scores[positive], return_index=True)  # ascending in -score: the highest score first
     hits = weights[rows[positive]]
     if len(cuts) < len(positive):  # ties: (positives, B) -> (cuts, B)
@@ -3929,10 +4385,7 @@ def bootstrap_metrics(
         for i in range(0, 1 + resamples, step)
     ]
     figures = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    once, ece = (
-        figures["ece"][0],
-        figures["ece"][1:],
-    )  # a mean of absolute values: resampling adds noise, so it adds bias
+    once, ece = figures["ece"][0], figures["ece"][1:]  # a mean of absolute values: noise from resampling biases it
     figures["ece"][1:] = np.maximum(0, ece - (ece.mean(axis=0) - once))
     return _arrange({name: _intervals(values[1:]) for name, values in figures.items()}, label_columns)
 
@@ -3956,9 +4409,7 @@ def tune_thresholds(targets: np.ndarray, probabilities: np.ndarray, objective: s
     for i in np.flatnonzero((positives > 0) & (negatives > 0)):
         known = np.isfinite(targets[:, i])
         scores, place = np.unique(probabilities[known, i], return_inverse=True)
-        called = np.append(
-            np.bincount(place)[::-1].cumsum()[::-1], 0
-        )  # with the cut below scores[0], scores[1], …, none
+        called = np.append(np.bincount(place)[::-1].cumsum()[::-1], 0)  # with the cut below scores[0], [1], …, none
         tp = np.append(np.bincount(place, targets[known, i])[::-1].cumsum()[::-1], 0)
         a, b = (positives.sum(), negatives.sum()) if objective == "crg" else (positives[i], negatives[i])
         value = 2 * tp / (called + positives[i]) if objective == "f1" else tp / a - (called - tp) / b
@@ -4033,7 +4484,7 @@ def aggregate_logits(
     """
     if over == "none":
         return logits
-    scans = [re.sub(r"(_\d+_[a-z]+)_\d+$", r"\1", name) for name in series_ids]
+    scans = [re.sub(r"(_\d+_[a-z]+)_\d+(\.\w+)*$", r"\1", name) for name in series_ids]
     _, group = np.unique(np.array(scans if over == "series" else patient_ids, dtype=object), return_inverse=True)
     sums = np.zeros((group.max(initial=-1) + 1, logits.shape[1]))
     np.add.at(sums, group, logits)
@@ -4124,7 +4575,7 @@ def save_checked(path: Path, content: dict[str, Any]) -> str:
     return digest
 
 
-FIELDS = {
+FIELDS: dict[str, dict[str, type]] = {
     MODEL_KIND: {"model": dict, "labels": list, "preprocessing": dict, "backbone": dict, "head": dict, "epoch": int},
     RUN_KIND: {"identity": dict, "model": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "progress": dict,
                "parameters": list, "losses": list, "history": dict},
@@ -4401,7 +4852,7 @@ class RunFolder:
     def ours(self, *patterns: str) -> list[Path]:
         """Files here, and no folders, whose whole names match: what a run makes and not what only looks like it."""
         wanted = re.compile("|".join(patterns))
-        found = [*self.path.iterdir(), *(self.path / "pictures").glob("*")]
+        found = [*self.path.iterdir(), *(file for name in FOLDERS for file in (self.path / name).glob("*"))]
         return [file for file in found if wanted.fullmatch(file.name) and not file.is_dir()]
 
     def clear(self) -> None:
@@ -4434,7 +4885,7 @@ class RunFolder:
     def derive(self, history: History) -> None:
         """Bring every other file in line with what was committed; what no longer counts goes last."""
         lines = "".join(line + "\n" for line in history.lines).encode()
-        save_atomic(self.path / "results.jsonl", lambda file: file.write(lines), len(lines))
+        save_bytes(self.path / "results.jsonl", lines)
         if history.top.entries:
             best = self.path / history.top.names[0]
             if history.top.best and (best.name in history.lost or not best.exists()):  # its content is in memory
@@ -4483,11 +4934,12 @@ class RunFolder:
                 history.top.forget(epoch)
 
 
-# names, as patterns, of the files that a run makes in its folder
+# names, as patterns, of the files that a run makes in its folder and in these below it
+FOLDERS = ("pictures", "explanations")
 CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
 DERIVED = (
     r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html", r"evaluation_\w+\.json", r"run\.json",
-    r"skipped\.csv", r"test_predictions\.csv", r"[0-9a-f]{16}\.png",
+    r"explanations_\w+\.json", r"skipped\.csv", r"test_predictions\.csv", r"[0-9a-f]{16}\.png",
 )  # fmt: skip
 TEMPORARY = r"last\.fresh\.ckpt|\..+\.\d+\.siglip\.tmp"
 
@@ -4527,7 +4979,7 @@ def write_predictions(
     writer.writerow(["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))])
     for series_id, row, calls in zip(series_ids, probabilities.tolist(), decided.tolist(), strict=True):
         writer.writerow([series_id, *(cell for pair in zip(row, calls, strict=True) for cell in pair)])
-    save_atomic(path, lambda file: file.write(buffer.getvalue().encode("utf-8", "surrogateescape")))
+    save_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def write_challenge_json(
@@ -4541,9 +4993,11 @@ def write_challenge_json(
         }
         for series_id, row in zip(series_ids, probabilities.tolist(), strict=True)
     ]
-    content = {"name": "Generated probabilities", "type": "Abnormality Classification"}
-    content |= {"version": {"major": 1, "minor": 0}, "predictions": entries}
-    save_atomic(path, lambda file: file.write(json.dumps(content, indent=1, allow_nan=False).encode()))
+    content = {
+        "name": "Generated probabilities", "type": "Abnormality Classification",
+        "version": {"major": 1, "minor": 0}, "predictions": entries,
+    }  # fmt: skip
+    save_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
@@ -4571,7 +5025,11 @@ def best_epoch(results: list[dict]) -> int | None:
     return -max(ranked)[1] if ranked else None
 
 
-PROGRESS_PANELS = {"loss": ["train_loss", "val_loss"], "validation": ["macro_f1", "macro_auc"], "learning rate": ["lr"]}
+PROGRESS_PANELS = {
+    "loss": {"train_loss": "training", "val_loss": "validation"},
+    "validation": {"macro_f1": "macro F1", "macro_auc": "macro AUROC"},
+    "learning rate": {"lr": "rate"},
+}
 
 
 def plot_progress(folder: Path, results: list[dict]) -> None:
@@ -4582,15 +5040,14 @@ def plot_progress(folder: Path, results: list[dict]) -> None:
     axes = figure.subplots(1, 3)
     epochs = [r["epoch"] for r in results]
     for axis, (title, keys) in zip(axes, PROGRESS_PANELS.items(), strict=True):
-        for key in keys:
+        for key, name in keys.items():
             values = [math.nan if r.get(key) is None else r[key] for r in results]
-            axis.plot(epochs, values, marker="o", markersize=3, label=key.replace("_", " "))
+            axis.plot(epochs, values, marker="o", markersize=3, label=name)
+        if (best := best_epoch(results)) is not None:
+            axis.axvline(best, color="gray", linestyle=":", label=f"best: epoch {best}")
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    if (best := best_epoch(results)) is not None:
-        axes[1].axvline(best, color="gray", linestyle=":", label=f"best: epoch {best}")
-    for axis in axes[:2]:
         axis.legend()
     save_atomic(folder / "progress.png", lambda file: figure.savefig(file, format="png", dpi=110))
 
@@ -4614,7 +5071,7 @@ def save_evaluation(
         "probabilities": np.asarray(probabilities, np.float64).tolist(),
     }
     path = folder / f"evaluation_{split}.json"
-    save_atomic(path, lambda file: file.write(json.dumps(content, allow_nan=False).encode()))
+    save_bytes(path, json.dumps(content, allow_nan=False).encode())
     return path
 
 
@@ -4629,9 +5086,11 @@ def most_wrong(
     return [(r, [c for c in ranked[r] if wrong[r, c]]) for r in rows.tolist() if wrong[r].any()]
 
 
-def picture_path(folder: Path, series_id: str) -> Path:
-    """Where a scan's picture lies: ids may hold characters that no file name can."""
-    return folder / "pictures" / f"{hashlib.sha256(series_id.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.png"
+def picture_path(folder: Path, series_id: str, label: str | None = None) -> Path:
+    """Where a scan's picture lies, or the one of a finding in it: ids may hold characters that no file name can."""
+    key = series_id if label is None else f"{series_id}\0{label}"
+    name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return folder / ("pictures" if label is None else "explanations") / f"{name}.png"
 
 
 def save_pictures(
@@ -4643,14 +5102,19 @@ def save_pictures(
         with torch.no_grad():
             windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
         image = draw_scan(windows)
-        save_atomic(picture_path(folder, dataset.table.series_ids[row]), lambda file, image=image: file.write(image))
+        save_bytes(picture_path(folder, dataset.table.series_ids[row]), image)
+
+
+def different_windows(windows: np.ndarray) -> list[int]:
+    """Of windows (K, …): the first of each that are equal (Merlin's checkpoints see one three times)."""
+    return [k for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
 
 
 def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
     """PNG of axial slices, feet to head, one line per different window, from windows (K, S, H, W) in [0, 1]."""
     from PIL import Image  # matplotlib brings it
 
-    different = [w for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
+    different = windows[different_windows(windows)]
     depth, height, width = windows.shape[1:]
     scale = size / max(height, width)
     at = [(np.arange(max(1, round(n * scale))) / scale).astype(int).clip(0, n - 1) for n in (height, width)]
@@ -4658,6 +5122,63 @@ def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
     lines = [np.hstack([np.pad(w[s][np.ix_(*at)], 1) for s in slices]) for w in different]
     buffer = io.BytesIO()
     Image.fromarray((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def explain_split(
+    folder: Path, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, probabilities: np.ndarray,
+    thresholds: np.ndarray, n: int, wanted: Sequence[str], num_workers: int,
+) -> None:  # fmt: skip
+    """explanations/*.png of the findings chosen by `findings_to_explain`, and explanations_{split}.json on them."""
+    table, names, device = dataset.table, window_names(dataset.prep), next(model.parameters()).device
+    chosen = findings_to_explain(table.series_ids, probabilities, thresholds, n, wanted)
+    (folder / "explanations").mkdir(exist_ok=True)
+    findings = []
+    for batch in build_loader(dataset, [[row] for row in chosen], num_workers, device):
+        row, volume = int(batch["row"]), batch["volume"].to(device)
+        if row in dataset.skipped:
+            continue
+        series, windows = table.series_ids[row], model.windows(volume)[0].cpu().numpy()
+        for i, found in zip(chosen[row], find_evidence(model, volume, chosen[row]), strict=True):
+            label, p, truth = table.labels[i], float(probabilities[row, i]), table.targets[row, i]
+            image = draw_evidence(found, windows, names, f"{label[:60]}: probability {p:.3f}, scan {series[:60]}")
+            save_bytes(picture_path(folder, series, label), image)
+            findings.append({
+                "id": series, "label": label, "probability": p, "target": None if np.isnan(truth) else int(truth),
+                "slices": found.slices, "gains": found.gains, "attention": found.attention,
+            })  # fmt: skip
+    content = {"split": split, "depth": dataset.prep.grid[0], "labels": list(table.labels), "findings": findings}
+    path = folder / f"explanations_{split}.json"
+    save_bytes(path, json.dumps(content, allow_nan=False).encode())
+    log.info("%s: %d explanations in %s", split, len(findings), folder / "explanations")
+
+
+def draw_evidence(found: Evidence, windows: np.ndarray, names: Sequence[str], title: str) -> bytes:
+    """PNG: a row for each slice, with its windows of (K, S, H, W) in [0, 1] and the relevance over their mean."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    kept, top = different_windows(windows), float(found.maps.max()) or 1.0
+    figure = Figure((1.6 * (len(kept) + 1) + 1, 1.65 * len(found.slices) + 0.8), layout="constrained")
+    axes = figure.subplots(len(found.slices), len(kept) + 1, squeeze=False)
+    for row, (line, s) in enumerate(zip(axes, found.slices, strict=True)):
+        share, images = found.maps[row] / top, [*windows[kept, s], windows[kept, s].mean(0)]
+        for axis, image, name in zip(line, images, [*(names[k] for k in kept), "relevance"], strict=True):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[], title=f"{name}\nR   front   L" if row == 0 else "")
+            axis.title.set_fontsize(7)
+            if axis is not line[-1] and share.max() > 0.5:
+                axis.contour(share, levels=[0.5], colors="tab:orange", linewidths=0.8)
+        line[-1].imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * np.sqrt(share))
+        weight = f", attention {found.attention[row]:.0%}" if found.attention else ""
+        line[0].set_ylabel(f"slice {s + 1} of {windows.shape[1]}\nlogit {found.gains[row]:+.2f}{weight}", fontsize=7)
+    bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes[:, -1], ticks=[0, 0.5, 1])
+    bar.set_label("share of the strongest relevance", fontsize=7)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle(title, fontsize=8, parse_math=False)
+    figure.supxlabel("line: half of the strongest relevance   ·   not for diagnosis", fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 
@@ -4687,7 +5208,7 @@ def save_run(folder: Path, title: str, arguments: dict, table: Table, device: st
     path = folder / "run.json"
     sections = {"Settings": arguments, "Data": summarise_table(table), "Environment": describe_environment(device)}
     content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
-    save_atomic(path, lambda file: file.write(json.dumps(content, default=str, indent=1).encode()))
+    save_bytes(path, json.dumps(content, default=str, indent=1).encode())
 
 
 def summarise_table(table: Table) -> dict[str, dict]:
@@ -4720,21 +5241,24 @@ h3{font-size:1.1rem;margin:1.6rem 0 .4rem}h4{margin:.2rem 0}p{max-width:75ch;mar
 small,.soft{color:var(--soft);font-size:.8rem}nav a{display:inline-block;padding:.25rem .6rem .25rem 0}
 :focus-visible{outline:3px solid var(--c0);outline-offset:2px}
 dl{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr;gap:.3rem 1rem}dt{font-weight:600}
-dd{margin:0;min-width:0;overflow-wrap:anywhere}@media(max-width:40rem){dl{display:block}}
+dd{margin:0;min-width:0;max-width:75ch;overflow-wrap:anywhere}@media(max-width:40rem){dl{display:block}}
 .grid{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--w,13rem)),1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem;margin:0;
 min-width:0;overflow-wrap:anywhere}
 .card b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
 b small{display:block;font-weight:400}
-.wide{overflow-x:auto;margin-top:.5rem}
-table{border-collapse:separate;border-spacing:0;font-size:.85rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .5rem;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
-th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--paper);white-space:normal;
-min-width:min(10rem,34vw);max-width:40vw;overflow-wrap:anywhere}
-td small{display:block;font-size:.9em}tfoot{font-weight:600}thead th{vertical-align:bottom;white-space:normal}
-caption{text-align:left}
+.wide{overflow-x:auto;margin-top:.5rem}.wide img{max-width:none;width:100%;min-width:36rem}
+table{border-collapse:separate;border-spacing:0;font-size:.8rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .3rem;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
+th:first-child{text-align:left;position:sticky;left:0;background:var(--paper);white-space:normal;font-weight:inherit;
+min-width:min(7.5rem,33vw);max-width:40vw;overflow-wrap:break-word}
+td small{display:block;font-size:.87em;font-weight:400}tfoot{font-weight:600}
+thead th{vertical-align:bottom;white-space:normal}
+caption{text-align:left}.wide+figure{margin-top:.7rem}
 .heads{--n:4;grid-template-columns:repeat(var(--n),1fr)}@media(max-width:40rem){.heads{--n:2}}
 @media(min-width:60rem){.five{grid-template-columns:repeat(5,1fr)}}
+@media screen and (max-width:40rem){.five{grid:auto/auto-flow 80%;overflow-x:auto;scroll-snap-type:x proximity}
+.five>*{scroll-snap-align:center}}
 th button{all:unset;cursor:pointer;font-weight:600;text-decoration:underline dotted}
 th button:focus-visible{outline:3px solid var(--c0)}th[aria-sort=ascending] button::after{content:" ▲"}
 th[aria-sort=descending] button::after{content:" ▼"}figure{margin:0;min-width:0}
@@ -4749,9 +5273,13 @@ svg text{fill:var(--soft);font-size:11.5px}.wide text{font-size:10px}
 .card ul{margin:.3rem 0;padding-left:1.1rem;font-size:.85rem}ul.grid{list-style:none;padding:0}
 figcaption span{white-space:nowrap}.k0{color:var(--c0)}.k1{color:var(--c1)}.k2{color:var(--c2)}
 section.label{margin:1.2rem 0}@page{size:A4 landscape;margin:10mm}
-@media print{body{font-size:9pt;max-width:none;padding:0}nav,.skip{display:none}.wide{overflow:visible}
-table{font-size:6.5pt}tfoot{display:table-row-group}
-th,td{padding:1pt 2pt}figure,.card,tr{break-inside:avoid}h2,h3,h4{break-after:avoid}}
+@media print{body{font-size:9pt;max-width:none;padding:0}nav,.skip,caption{display:none}.wide{overflow:visible}
+.wide img{min-width:0}table{font-size:6.5pt}tfoot{display:table-row-group}th button{display:contents}
+th:first-child{position:static}
+th,td{padding:1pt 2pt}figure,.card,tr,section.label{break-inside:avoid}h2,h3,h4,h3+p{break-after:avoid}
+h2{margin-top:1rem}section.label{margin:.5rem 0}.five{grid-template-columns:repeat(5,1fr)}
+ul.grid{grid-template-columns:repeat(4,1fr)}.card ul{font-size:7pt}svg,img{max-height:150mm}
+img{object-fit:contain;background:none}}
 """
 REPORT_SCRIPT = """
 document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll('th button').forEach((button, i) => {
@@ -4797,12 +5325,26 @@ the VLM3D challenge. 1/3 for a model that calls nothing.</dd></dl>
 """
 
 
+REPORT_EXPLAINED = """
+<p><b>Not for diagnosis.</b> For each finding the slices that raised its logit most, the strongest first, in every
+window that the model sees, and the relevance map over the mean of the windows. Beside a slice: what it adds to the
+logit, to first order (gradient × feature, attention weight included). The map is gradient × activation of the last
+tokens where that is positive. It shows what this model's answer depended on, in the coarse grid of its tokens; it
+outlines no finding and proves none.</p>
+"""
+
+
 def write_report(folder: Path) -> Path:
-    """report.html from the files in a run's folder alone: evaluation_*.json, run.json, results.jsonl and pictures/."""
-    paths = sorted(folder.glob("evaluation_*.json"), key=lambda path: (path.stem != "evaluation_test", path.stem))
-    if not paths:
+    """report.html from the files in a run's folder alone: evaluation_*.json, explanations_*.json, run.json,
+    results.jsonl and the pictures."""
+    paths, explained = (
+        sorted(folder.glob(f"{kind}_*.json"), key=lambda path: (not path.stem.endswith("_test"), path.stem))
+        for kind in ("evaluation", "explanations")
+    )
+    if not paths and not explained:
         raise BadInput(f"{folder} holds no evaluation_*.json: train, or use --test-only on scans with labels, first")
     chapters = [split_chapter(folder, read_evaluation(path)) for path in paths]
+    chapters += [explanation_chapter(folder, path) for path in explained]
     if results := read_results(folder / "results.jsonl"):
         chapters.append(("Training", training_curves(results)))
     if (folder / "run.json").exists():
@@ -4822,7 +5364,7 @@ def write_report(folder: Path) -> Path:
 <nav aria-label="Sections">{links}</nav><main id="main">{parts}</main>
 <script>{REPORT_SCRIPT}</script></body></html>
 """
-    save_atomic(folder / "report.html", lambda file: file.write(page.encode("utf-8", "replace")))
+    save_bytes(folder / "report.html", page.encode("utf-8", "replace"))
     return folder / "report.html"
 
 
@@ -4869,7 +5411,7 @@ def split_chapter(folder: Path, e: dict) -> tuple[str, str]:
         for key, title in REPORT_HEADLINES.items()
     )
     note = f"<p>{len(e['ids'])} scans of {len(set(e['patients']))} patients, {len(e['labels'])} labels. "
-    note += f"Small: 95 % intervals from {e['resamples']} resamples of the patients. " if intervals else ""
+    note += f"In small print: 95 % intervals from {e['resamples']} resamples of the patients. " if intervals else ""
     if e["tuned_here"] is not None:
         note += (
             f"The thresholds were tuned for {OBJECTIVES[e['tuned_here']]} on this split. So that they do not flatter, "
@@ -4896,13 +5438,13 @@ def label_table(e: dict) -> str:
         link = f'<a href="#{anchor(e, i)}">{html.escape(label)}</a>'
         counts = f'<td data-v="{row["n_positive"]}">{row["n_positive"]} / {row["n_known"]}</td>'
         cells = "".join(cell(row[k], spread.get(k)) for k in REPORT_COLUMNS) + cell(float(e["cuts"][i]), None)
-        rows += f'<tr><td data-v="{html.escape(label)}">{link}</td>{counts}{cells}</tr>'
+        rows += f'<tr><th scope="row" data-v="{html.escape(label)}">{link}</th>{counts}{cells}</tr>'
     foot = ""
     for kind in ("macro", "micro"):
         cells = "".join(cell(metrics[f"{kind}_{k}"], intervals.get(f"{kind}_{k}")) for k in REPORT_COLUMNS)
-        foot += f"<tr><td>{kind}</td><td></td>{cells}<td></td></tr>"
-    counts = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
-    fewer = [f"{title} {n}" for title, n in counts.items() if n < len(labels)]
+        foot += f'<tr><th scope="row">{kind}</th><td></td>{cells}<td></td></tr>'
+    averaged = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
+    fewer = [f"{title} {n}" for title, n in averaged.items() if n < len(labels)]
     note = f"<p class='soft'>Labels in the macro average, where not all {len(labels)}: {', '.join(fewer)}.</p>"
     return (
         f'<div class="wide" tabindex="0" role="region" aria-label="Figures per label"><table class="sort"><caption '
@@ -4917,15 +5459,15 @@ def path_data(xs: np.ndarray, ys: np.ndarray) -> str:
     return " ".join(p for i, p in enumerate(points) if i == 0 or p != points[i - 1])
 
 
-def picture(text: str, shapes: str, size: tuple[int, int], caption: str, scroll: bool = False) -> str:
-    """A figure with an inline SVG and its text for those who can't see it; a large one may scroll."""
-    text, limits = (
-        html.escape(text),
-        f"min-width:{0.8 * size[0]:.0f}px;max-width:{1.2 * size[0]:.0f}px" if scroll else "",
-    )
-    attributes = f'viewBox="0 0 {size[0]} {size[1]}" style="{limits}" role="img" aria-label="{text}"'
+def picture(text: str, shapes: str, size: tuple[int, int], caption: str, kind: str = "") -> str:
+    """A figure with an inline SVG and its text for those who can't see it; kind "scroll": large, "fixed": no wider."""
+    text, limits, widest = html.escape(text), "", f' style="max-width:{1.2 * size[0] + 28:.0f}px"' if kind else ""
+    if kind == "scroll":
+        limits = f' style="min-width:{0.8 * size[0]:.0f}px"'
+    attributes = f'viewBox="0 0 {size[0]} {size[1]}"{limits} role="img" aria-label="{text}"'
+    scroll = ' class="card wide" tabindex="0"' if kind == "scroll" else ' class="card"'
     return (
-        f'<figure class="card{" wide" * scroll}"{" tabindex=0" * scroll}><svg {attributes}><title>{text}</title>'
+        f"<figure{scroll}{widest}><svg {attributes}><title>{text}</title>"
         f"{shapes}</svg><figcaption>{caption}</figcaption></figure>"
     )
 
@@ -4967,7 +5509,9 @@ def chart(
 
 def tick(value: float) -> str:
     """An axis number of at most six characters."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}".replace("e-0", "e-")
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
 
 
 def forest(e: dict) -> str:
@@ -4977,18 +5521,19 @@ def forest(e: dict) -> str:
     rows = sorted((row for row in rows if row[0] is not None), key=lambda row: -row[0])
     lowest = min([0.5, *(x for value, _, interval in rows for x in (value, *(interval or ())))])
     low = math.floor(10 * lowest) / 10
-    scale, bottom, out = 380 / (1 - low), 20 * len(rows), ""
+    scale, bottom, out = 336 / (1 - low), 30 * len(rows), ""
     for k in np.linspace(low, 1, 1 + round((1 - low) * 10)):
-        x = 230 + (k - low) * scale
-        out += f'<path class="guide" d="M{x:.1f} 4V{bottom + 8}"/>'
-        out += f'<text x="{x:.1f}" y="{bottom + 22}" text-anchor="middle">{k:.1f}</text>'
+        x = 12 + (k - low) * scale
+        marks = "".join(f"M{x:.1f} {30 * i + 17}v10" for i in range(len(rows)))
+        out += f'<path class="axis" opacity=".5" d="{marks}"/>'
+        out += f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{k:.1f}</text>'
     for i, (value, label, interval) in enumerate(rows):
-        x, a, b = (230 + (v - low) * scale for v in (value, *(interval or (value, value))))
-        y = 20 * i + 16
-        out += f'<text x="222" y="{y + 4}" text-anchor="end">{shorten(label, 38)}</text>'
+        x, a, b = (12 + (v - low) * scale for v in (value, *(interval or (value, value))))
+        y = 30 * i + 22
+        out += f'<text x="12" y="{y - 9}">{shorten(label, 50)}</text>'
         out += f'<path class="line c0" d="M{a:.1f} {y}H{b:.1f}"/><circle class="dot c0" cx="{x:.1f}" cy="{y}" r="4"/>'
     text = "AUROC of each label with its 95 % interval; the numbers are in the table above"
-    return picture(text, out, (630, bottom + 28), "AUROC with 95 % interval", scroll=True)
+    return picture(text, out, (360, bottom + 18), "AUROC with 95 % interval", "fixed")
 
 
 def label_figures(e: dict, i: int) -> str:
@@ -5005,15 +5550,21 @@ def label_figures(e: dict, i: int) -> str:
     return f'{head}<div class="grid five">{figures}{histogram(label, y, p, cut)}</div></section>'
 
 
-def operating_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float, auc: str, ap: str) -> str:
-    """ROC and precision-recall through every distinct probability, with a dot at the threshold."""
+def operating_points(y: np.ndarray, p: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+    """The curves (1 - specificity, sensitivity) and (recall, precision) through every distinct probability."""
     cuts = np.unique(p)[::-1]
     tp, fp = (len(s) - np.searchsorted(np.sort(s), cuts) for s in (p[y], p[~y]))
     recall, false, precision = tp / y.sum(), fp / (~y).sum(), tp / (tp + fp)
-    here = [[(p[s] >= cut).mean()] for s in (y, ~y)] + [[y[p >= cut].mean() if (p >= cut).any() else math.nan]]
     gain = np.diff(recall, prepend=0) > 0  # as in the average: the precision where recall rises, held back to the last
     steps = np.append(0, recall[gain]).repeat(2)[1:-1], precision[gain].repeat(2)
-    roc = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", [0, *false], [0, *recall], "")]
+    return (np.append(0, false), np.append(0, recall)), steps
+
+
+def operating_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float, auc: str, ap: str) -> str:
+    """ROC and precision-recall, with a dot at the threshold."""
+    here = [[(p[s] >= cut).mean()] for s in (y, ~y)] + [[y[p >= cut].mean() if (p >= cut).any() else math.nan]]
+    curve, steps = operating_points(y, p)
+    roc = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", *curve, "")]
     roc.append(("dot", "c0", here[1], here[0], ""))
     pr = [("guide", "", [0, 1], [y.mean()] * 2, ""), ("line", "c0", *steps, ""), ("dot", "c0", here[0], here[2], "")]
     return chart(f"ROC of {label}", f"AUROC {auc}", ("1 − specificity", "sensitivity"), roc) + chart(
@@ -5027,7 +5578,7 @@ def threshold_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float) -> st
     hit, false = (1 - np.searchsorted(np.sort(s), grid) / len(s) for s in (p[y], p[~y]))
     f1 = 2 * hit * y.sum() / (hit * y.sum() + false * (~y).sum() + y.sum())
     lines = (("F1", f1), ("sensitivity", hit), ("specificity", 1 - false))
-    marks = [("mark", "", [cut, cut], [0, 1], "")]
+    marks: list[tuple] = [("mark", "", [cut, cut], [0, 1], "")]
     marks += [("line", f"c{k}", grid, values, name) for k, (name, values) in enumerate(lines)]
     return chart(f"{label} by threshold", f"Threshold {cut:.3f}", ("threshold", ""), marks)
 
@@ -5080,7 +5631,7 @@ def heatmap(title: str, has: np.ndarray, known: np.ndarray, labels: Sequence[str
             out += f'fill-opacity="{0.5 * share:.2f}"/><text x="{x + 12}" y="{y + 16}" text-anchor="middle">'
             out += f"{100 * share:.0f}</text></g>"
     extent = left + size * len(labels) + 80, top + size * len(labels) + 2
-    return picture(f"{title}: how often findings come together, in percent", out, extent, title, scroll=True)
+    return picture(f"{title}: how often findings come together, in percent", out, extent, title, "scroll")
 
 
 def wrong_scans(folder: Path, e: dict) -> str:
@@ -5092,11 +5643,40 @@ def wrong_scans(folder: Path, e: dict) -> str:
             kind = "missed" if e["targets"][row, i] == 1 else "called, not there"
             items += f"<li>{html.escape(e['labels'][i])}: {kind}, probability {e['probabilities'][row, i]:.3f}</li>"
         if picture.is_file():
-            data = base64.b64encode(picture.read_bytes()).decode()
-            alt = f"Axial slices of scan {name}, feet to head from left to right, one line per intensity window"
-            image = f'<img src="data:image/png;base64,{data}" alt="{alt}">'
+            alt = "feet to head from left to right, one line per intensity window"
+            image = embedded(picture, f"Axial slices of scan {e['ids'][row]}, {alt}")
         cards += f'<li class="card"><h4>{name}</h4>{image}<ul>{items}</ul></li>'
     return f'<ul class="grid" style="--w:18rem">{cards}</ul>' if cards else "<p>No decision was wrong.</p>"
+
+
+def embedded(path: Path, text: str) -> str:
+    """A PNG inside the page, and its text for those who can't see it."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
+
+
+def explanation_chapter(folder: Path, path: Path) -> tuple[str, str]:
+    """What `explain_split` drew of one split, label by label, the most probable scan first."""
+    content, body = read_json(path), ""
+    try:
+        depth = int(content["depth"])
+        for label in content["labels"]:
+            cards = ""
+            found = [f for f in content["findings"] if f["label"] == label]
+            for f in sorted(found, key=lambda f: -f["probability"]):
+                slices = ", ".join(str(s + 1) for s in f["slices"])
+                truth = {0: "labelled as absent", 1: "labelled as present", None: "label unknown"}[f["target"]]
+                note = f"Scan {f['id']}: probability {f['probability']:.3f}, {truth}; slices {slices} of {depth}"
+                picture = picture_path(folder, f["id"], label)
+                image = embedded(picture, f"{label}. {note}, with the relevance in each.") if picture.exists() else ""
+                note = f"<figcaption>{html.escape(note)}</figcaption>"
+                cards += f'<figure class="card wide" tabindex="0">{image}{note}</figure>'
+            body += f'<h3>{html.escape(label)}</h3><div class="grid" style="--w:34rem">{cards}</div>' if cards else ""
+        title = f"Why the model said so, {content['split']} split"
+    except (KeyError, ValueError, TypeError) as error:
+        why = f"{path} holds no explanations of ours ({error!r})"
+        raise BadInput(f"{why}; delete it or run again what wrote it") from error
+    return title, REPORT_EXPLAINED + (body or "<p>No finding was called.</p>")
 
 
 def training_curves(results: list[dict]) -> str:
@@ -5106,8 +5686,10 @@ def training_curves(results: list[dict]) -> str:
         lines = [[math.nan if r.get(k) is None else r[k] for r in results] for k in keys]
         finite = [v for line in lines for v in line if math.isfinite(v)]
         limits = (0.0, 1.0) if title == "validation" else (min(0.0, *finite), max(1e-12, *finite))
-        marks = [("line", f"c{i}", epochs, lines[i], k.replace("_", " ")) for i, k in enumerate(keys)]
-        marks += [("mark", "", [best, best], limits, "")] if best is not None else []
+        marks: list[tuple] = [("line", f"c{i}", epochs, lines[i], name) for i, name in enumerate(keys.values())]
+        if best is not None:
+            marks.append(("mark", "", [best, best], limits, ""))
+            marks += [("dot", f"c{i}", [best], [line[epochs.index(best)]], "") for i, line in enumerate(lines)]
         note = title.capitalize() + ("" if best is None else f", best epoch {best}")
         figures += chart(f"{title} by epoch", note, ("epoch", ""), marks, (epochs[0], epochs[-1]), limits)
     return f'<div class="grid" style="--w:16rem">{figures}</div>'
@@ -5122,8 +5704,62 @@ def facts(value: object) -> str:
         return f"<dl>{''.join(f'<dt>{n}</dt><dd>{facts(row)}</dd>' for n, row in zip(names, rows, strict=True))}</dl>"
     head = "".join(f"<th scope='col'>{html.escape(str(column))}</th>" for column in ["", *rows[0]])
     cells = ["".join(f"<td>{facts(x)}</td>" for x in row.values()) for row in rows]
-    body = "".join(f"<tr><td>{n}</td>{c}</tr>" for n, c in zip(names, cells, strict=True))
+    body = "".join(f"<tr><th scope='row'>{n}</th>{c}</tr>" for n, c in zip(names, cells, strict=True))
     return f"<div class='wide' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def track_results(tracker: Tracker, folder: Path, splits: Iterable[str], best: dict[str, Any]) -> None:
+    """Give the tracker what the report says, but neither ids nor pictures of scans: those stay here."""
+    facts = {"epoch": best["epoch"], "macro_f1": best["metrics"]["macro_f1"]}
+    summary = {f"best_{name}": value for name, value in facts.items()}
+    curves = folder / "progress.png"
+    tracker.show(lambda wandb: {"progress": wandb.Image(str(curves))} if curves.exists() else {}, summary)
+    for evaluation in (folder / f"evaluation_{split}.json" for split in splits):
+        if evaluation.exists():
+            e = read_evaluation(evaluation)
+            tracker.show(partial(split_media, e), split_summary(e))
+    tracker.keep_model(folder / "best_model.pth", facts)
+
+
+def split_summary(e: dict) -> dict[str, float]:
+    """Headline figures with the ends of their intervals: `test/macro_f1`, `test/macro_f1_low`, `test/macro_f1_high`."""
+    named: dict[str, float | None] = {}
+    for key in REPORT_HEADLINES:
+        named[key], named[f"{key}_low"], named[f"{key}_high"] = with_ends(e["metrics"], e["intervals"], key)
+    return flat_figures({e["split"]: named})
+
+
+def with_ends(figures: dict, intervals: dict, key: str) -> tuple[float | None, ...]:
+    """A figure and the two ends of its interval."""
+    return figures[key], *(intervals.get(key) or (None, None))
+
+
+def split_media(e: dict, wandb: Any, points: int = 200) -> dict[str, Any]:
+    """Table of all figures per label, ROC and precision-recall of all labels, each curve by so many points at most."""
+    metrics, intervals, ends = e["metrics"], e["intervals"], ("", "_low", "_high")
+    columns = ["label", "positive", "known", "threshold", *(k + end for k in REPORT_COLUMNS for end in ends)]
+    rows, curves = [], []
+    for i, (label, m) in enumerate(metrics["per_label"].items()):
+        low_high = intervals.get("per_label", {}).get(label, {})
+        cells = (x for k in REPORT_COLUMNS for x in with_ends(m, low_high, k))
+        rows.append([label, m["n_positive"], m["n_known"], float(e["cuts"][i]), *cells])
+        known = np.isfinite(e["targets"][:, i])
+        y, p = e["targets"][known, i] == 1, e["probabilities"][known, i]
+        if 0 < y.sum() < len(y):
+            curves.append((label, *operating_points(y, p)))
+    for kind in ("macro", "micro"):
+        cells = (x for k in REPORT_COLUMNS for x in with_ends(metrics, intervals, f"{kind}_{k}"))
+        rows.append([kind, None, None, None, *cells])
+
+    def plot(which: int, title: str, x: str) -> Any:
+        some = [np.linspace(0, len(c[which][0]) - 1, min(points, len(c[which][0]))).astype(int) for c in curves]
+        xs, ys = ([c[which][k][at].tolist() for c, at in zip(curves, some, strict=True)] for k in (0, 1))
+        return wandb.plot.line_series(xs, ys, keys=[c[0] for c in curves], title=f"{title}, {e['split']}", xname=x)
+
+    media = {"labels": wandb.Table(columns=columns, data=rows)}
+    if curves:
+        media |= {"roc": plot(1, "ROC", "1 - specificity"), "precision_recall": plot(2, "Precision", "recall")}
+    return {f"{e['split']}/{name}": value for name, value in media.items()}
 
 
 # ── 13 Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5148,7 +5784,7 @@ class Run:
     recipe: Recipe
     setup: dict[str, Any]
     identity: dict[str, Any]
-    tracker: Tracker
+    tracker: Tracker = field(default_factory=Tracker)
     saved_at: float = field(default_factory=time.monotonic)
     saved: tuple[int, ...] = ()  # the position that the last commit holds
 
@@ -5162,9 +5798,9 @@ class Run:
         """Where a stop need not wait for data; with several ranks it does, for the others go on to the next step."""
         return self.stop.waiting() if self.runtime.world_size == 1 else nullcontext()
 
-    def predict(self, dataset: CTVolumeDataset, title: str) -> np.ndarray:
+    def predict(self, dataset: CTVolumeDataset, title: str, tta: int = 0) -> np.ndarray:
         """Logits (n, L) of the model as it is now; may end in Interrupted."""
-        logits = predict(self.state.model, dataset, self.recipe, self.runtime, title, self.poll, self.waiting)
+        logits = predict(self.state.model, dataset, self.recipe, self.runtime, title, self.poll, tta, self.waiting)
         self.poll()
         return logits
 
@@ -5283,9 +5919,13 @@ def read_training_table(args: argparse.Namespace) -> Table:
 def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, folder: RunFolder) -> Run:
     """Read everything, check everything, build everything: after this only time can go wrong."""
     table = read_training_table(args)
+    require_scans(args.explain_ids, table.split("val"), table.split("test"))
     model, preprocessing = build_model(args, table)
     model.to(runtime.device)
-    chunking = plan_memory(args, model, (preprocessing.channels, *preprocessing.grid), runtime)
+    shape = (preprocessing.channels, *preprocessing.grid)
+    if runtime.device.type == "cuda":
+        add_in_fixed_order(model, sample_volume(model, shape, runtime), runtime)
+    chunking = plan_memory(args, model, shape, runtime)
     maybe_compile(model, args.compile, runtime)
     if runtime.is_main:
         show_data(table, preprocessing, folder.path)
@@ -5318,19 +5958,15 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     identity = describe_run(args, table, model, preprocessing, runtime)
     identity |= {"chunking": chunking, "thresholds (--threshold)": setup["thresholds"]}
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
-    tracker = start_wandb(args.wandb_project, args.wandb_mode, identity["arguments"], folder.path, runtime.is_main)
     effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
     log.info(
-        "%d training and %d validation scans, %d steps of %d scans an epoch",
-        len(train),
-        len(val),
-        steps_per_epoch,
-        effective,
-    )
+        "%d training, %d validation scans; %d steps an epoch; effective batch %d = %d x %d processes x %d accumulated",
+        len(train), len(val), steps_per_epoch, effective, args.batch_size, runtime.world_size,
+        args.gradient_accumulation_steps,
+    )  # fmt: skip
     history = History(skipped={name: part.skipped for name, part in zip(SPLITS, (train, val, test), strict=True)})
     return Run(
         args, runtime, stop, folder, table, train, val, test, state, history, loss_fn, recipe, setup, identity,
-        tracker,
     )  # fmt: skip
 
 
@@ -5348,8 +5984,9 @@ def describe_run(
         "pretrained weights": digest_of(cpu_weights(model.backbone)),
         "preprocessing": preprocessing.to_dict(),
         "precision": str(runtime.amp_dtype),
-        "use of --cache-features": bool(args.cache_features),
+        "use of cached features": bool(args.cache_features),
         "number of processes": runtime.world_size,
+        "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
         "machine": {
             "python": sys.version.split()[0],
             **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "transformers")},
@@ -5361,11 +5998,18 @@ def describe_run(
 
 
 def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
-    """Compile the repeated block of the backbone in place; `auto` does so on a GPU that Triton supports."""
+    """Compile the repeated block of the backbone in place; `auto` does so on a GPU that Triton supports.
+
+    Where that fails, for want of a compiler or for a block's own reasons, the run goes on without.
+    """
     capable = runtime.device.type == "cuda" and torch.cuda.get_device_capability(runtime.device) >= (7, 0)
     if mode == "off" or (mode == "auto" and not (capable and find_spec("triton"))):
         return
-    torch._dynamo.config.suppress_errors = mode == "auto"  # a block that can't be compiled then runs as it is
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=runtime.device))
+    except Exception as error:  # each layer of a compiler has its own
+        return log.warning("nothing is compiled, torch.compile fails here: %s", first_line(error))
+    torch._dynamo.config.suppress_errors = True  # a block that can't be compiled runs as it is
     for block in model.backbone.blocks():
         block.compile()
 
@@ -5373,21 +6017,42 @@ def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
 class FeatureDataset(CTVolumeDataset):
     """Scans whose `volume` is what a frozen backbone makes of them: (S, E) float16 from a file of its own each."""
 
-    def __init__(self, source: CTVolumeDataset, files: Sequence[Path]):
-        super().__init__(source.table, source.prep)
-        self.source = source
+    def __init__(self, source: CTVolumeDataset, files: Sequence[Path], shape: tuple[int, int]):
+        super().__init__(source.table, source.prep, on_bad_volume=source.on_bad_volume)
+        self.skipped, self.shape = source.skipped, shape
         self.files = dict(zip(source.table.paths, files, strict=True))
+        self.without = {source.table.paths[row] for row in source.skipped}
+
+    def blank(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=torch.float16)
+
+    def read(self, path: Path) -> tuple[Tensor, bool]:
+        return self.load(path) if path in self.without else super().read(path)  # waiting brings no features
 
     def load(self, path: Path) -> tuple[Tensor, bool]:
-        return torch.from_numpy(np.array(np.load(self.files[path], mmap_mode="r", allow_pickle=False))), False
+        features = read_features(self.files[path], self.shape)
+        if features is None:
+            raise BadVolume(f"{path}: its features, {self.files[path]}, are gone or damaged; a new start computes them")
+        return torch.from_numpy(features), False
 
 
-def readable_features(file: Path) -> bool:
-    """Whether a feature file is there and whole, going by its header and size."""
+def write_features(file: BinaryIO, features: np.ndarray) -> None:
+    """(S, E) float16, then the checksum of these bytes."""
+    file.write(features.tobytes())
+    file.write(hashlib.blake2b(features.tobytes(), digest_size=16).digest())
+
+
+def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Features (S, E), mapped and not copied, or None where there is no such file or its checksum does not fit."""
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False).dtype == np.float16
-    except (OSError, ValueError, EOFError):
-        return False
+        with open(file, "rb") as stream:
+            mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    except (OSError, ValueError):
+        return None
+    content, checksum = mapped[:-16], mapped[-16:]
+    if len(content) != 2 * math.prod(shape) or hashlib.blake2b(content, digest_size=16).digest() != checksum.tobytes():
+        return None
+    return content.view(np.float16).reshape(shape)
 
 
 @torch.no_grad()
@@ -5396,34 +6061,44 @@ def cache_features(
 ) -> FeatureDataset:
     """Compute the slice features that `folder` does not hold yet, one file a scan, and read them from there.
 
-    A file's name is a digest of the backbone's weights, preprocessing, precision and the scan's path, size and time.
-    Raises BadInput where the backbone is not frozen or its features do not fit float16.
+    A file's name is a digest of the backbone's weights, preprocessing, precision and what the scan's file is known by.
+    Raises BadInput where the backbone is not frozen or its features do not fit float16, BadEnvironment without room.
     """
     if any(p.requires_grad for p in model.backbone.parameters()):
         raise BadInput("--cache-features needs a backbone that stays as it is: --freeze-up-to all")
     how = [dataset.prep.to_dict(), model.backbone.config, model.skip_air, str(runtime.amp_dtype)]
-    key = digest_of([how, model.backbone.state_dict()])
-    stats = [(path.resolve(), os.stat(path)) for path in dataset.table.paths]
-    names = [digest_of([key, str(path), found.st_size, found.st_mtime_ns])[:32] for path, found in stats]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.npy" for name in names]
-    missing = [row for row, file in enumerate(files) if not readable_features(file)]
-    log.info("features: %d of %d scans are in %s; no augmentation", len(files) - len(missing), len(files), folder)
+    key, paths = digest_of([how, model.backbone.state_dict()]), dataset.table.paths
+    shape = (1 if model.backbone.volumetric else dataset.prep.grid[0], model.backbone.width)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadEnvironment(f"--cache-features {folder}: {error.strerror}") from None
+    files = [folder / f"{digest_of([key, file_identity(path)])[:32]}.features" for path in paths]
+    missing = [row for row, file in enumerate(files) if read_features(file, shape) is None]
+    there = len(files) - len(missing)
+    log.info("features: %d of %d scans are in %s; no augmentation", there, len(files), folder)
+    require_space(folder, len(missing) * (2 * math.prod(shape) + 16))
     agree(runtime, 0)  # all ranks have looked before any writes
     model.eval()
-    mine = missing[runtime.rank :: runtime.world_size]
+    mine = [row for row in missing if row % runtime.world_size == runtime.rank]  # whatever the others have found
     bar = progress_bar("features", len(mine), runtime)
     for batch in build_loader(dataset, [[row] for row in mine], recipe.num_workers, runtime.device):
+        bar.update()
+        if batch["bad"].item():  # skipped: nothing stands in for it
+            continue
         with runtime.autocast():
             features = model.slice_features(batch["volume"].to(runtime.device))[0].half().cpu().numpy()
-        file = files[int(batch["row"])]
+        row = int(batch["row"])
         if not np.isfinite(features).all():
-            raise BadInput(f"{dataset.table.paths[int(batch['row'])]}: its features do not fit float16; no cache then")
-        save_atomic(file, partial(np.save, arr=features))
-        bar.update()
+            raise BadInput(f"{paths[row]}: its features do not fit float16; leave out --cache-features")
+        save_atomic(files[row], partial(write_features, features=features))
     bar.close()
+    share_skipped(dataset, runtime)
     agree(runtime, 0)  # and all files are there before any rank reads
-    return FeatureDataset(dataset, files)
+    lacking = [file for row, file in enumerate(files) if not (row in dataset.skipped or file.exists())]
+    if lacking:
+        raise BadEnvironment(f"{lacking[0]} is not here: all processes must see the same --cache-features folder")
+    return FeatureDataset(dataset, files, shape)
 
 
 def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[str, Any]:
@@ -5489,9 +6164,9 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scan
         "  ← best so far" if run.history.top.is_best(line["epoch"]) else "",
     )  # fmt: skip
     log.info("%s", format_metrics_table(line))
-    for text in report_time(seconds, scans, run.runtime):
+    for text in report_time(seconds, scans, run.runtime)[: 1 if run.args.cache_features else 2]:  # no advice then
         log.info("%s", text)
-    run.tracker.record(line, line["epoch"])
+    run.tracker.record(run.history.lines)
 
 
 def finish_run(run: Run) -> None:
@@ -5500,13 +6175,14 @@ def finish_run(run: Run) -> None:
     if best is None:
         raise BadInput("no epoch had a defined macro F1: no scan of split val with a positive label could be read")
     model = unwrap(run.state.model)
-    drop_lora(model)
+    drop_lora(model)  # what was saved is merged
     model.load_state_dict(best["model"])
     log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
-    logits = {"val": run.predict(run.val, "evaluate")}
+    logits = {"val": run.predict(run.val, "evaluate", args.tta)}
     if len(run.test):
-        logits["test"] = run.predict(run.test, "test")
+        logits["test"] = run.predict(run.test, "test", args.tta)
     run.stop.patient = run.runtime.world_size > 1  # all is saved: from here on a stop need not wait
+    logits = {split: aggregate_readable(getattr(run, split), x, args.aggregate) for split, x in logits.items()}
     auto = tune_thresholds(run.val.targets, sigmoid(logits["val"]), args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
     objective = args.threshold_objective if args.threshold == "auto" else None
@@ -5519,10 +6195,18 @@ def finish_run(run: Run) -> None:
             last = publish_split(args, split, getattr(run, split), model, values, thresholds, tuned_here)
         list_skipped(args.output_dir, run.train, run.val, run.test)
         write_results(args, "training", run.table, *last, thresholds, run.runtime)
+        track_results(run.tracker, folder, logits, best)
         if args.export_hf:
             export_hf(best, args.export_hf)
             log.info("the tower for transformers: %s", args.export_hf)
-    run.tracker.finish()
+
+
+def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> np.ndarray:
+    """`aggregate_logits` of the scans that could be read: for the others air was predicted, which says nothing."""
+    kept, logits = [row for row in range(len(dataset)) if row not in dataset.skipped], logits.astype(np.float64)
+    table = dataset.table.subset(kept)
+    logits[kept] = aggregate_logits(logits[kept], table.series_ids, table.patient_ids, over)
+    return logits
 
 
 def publish_split(
@@ -5533,15 +6217,29 @@ def publish_split(
     kept = [row for row in range(len(dataset)) if row not in dataset.skipped]
     if wrong := [dataset.table.series_ids[row] for row in kept if not np.isfinite(logits[row]).all()]:
         raise Diverged(f"split {split}: the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
-    volumes = CTVolumeDataset(dataset.table.subset(kept), dataset.prep)
+    volumes = CTVolumeDataset(dataset.table.subset(kept), dataset.prep, None, args.on_bad_volume)
     table, probabilities = volumes.table, sigmoid(logits[kept])
     if not np.isnan(table.targets).all():
-        to_windows = model.windows.cpu()
+        to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
         publish(
             args.output_dir, split, volumes, to_windows, probabilities, thresholds, tuned_here, args.bootstrap,
             args.seed,
         )  # fmt: skip
+    if args.explain or args.explain_ids:
+        wanted = args.explain_ids or ()
+        explain_split(
+            args.output_dir, split, volumes, model, probabilities, thresholds, args.explain, wanted, args.num_workers
+        )
+    else:  # those of an earlier model must not stand beside these figures
+        (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
     return table, probabilities
+
+
+def require_scans(wanted: Sequence[str] | None, *tables: Table) -> None:
+    """Raises BadInput where --explain-ids names a scan that will not be predicted."""
+    known = {series for table in tables for series in table.series_ids}
+    if unknown := [series for series in wanted or () if series not in known]:
+        raise BadInput(f"--explain-ids: no scan to be predicted has the series_id {', '.join(map(repr, unknown))}")
 
 
 def list_skipped(folder: Path, *datasets: CTVolumeDataset) -> None:
@@ -5559,16 +6257,12 @@ def write_results(
     """Predictions as CSV or challenge JSON, the run's facts, and the report where there is something to report."""
     output = args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".json":
-        moved = move_thresholds_to_half(probabilities, thresholds)
-        write_challenge_json(output, predicted.series_ids, moved, predicted.labels)
-    else:
-        write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
+    write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
     log.info("predictions of %d scans: %s", len(predicted), output)
     arguments = {name: value for name, value in sorted(vars(args).items()) if value is not None}
     with optional("run.json"):
         save_run(args.output_dir, title, arguments, table, str(runtime.device))
-    if list(args.output_dir.glob("evaluation_*.json")):
+    if any(list(args.output_dir.glob(f"{kind}_*.json")) for kind in ("evaluation", "explanations")):
         with optional("report.html"):
             log.info("report: %s", write_report(args.output_dir))
 
@@ -5582,8 +6276,11 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
         run = prepare_run(args, runtime, stop, folder)
         start_or_resume(run)
         apply_memory_plan(unwrap(run.state.model), *run.identity["chunking"])
-        stop.patient = True
-        train_to_the_end(run)
+        known = run.identity["arguments"], folder.path, runtime.is_main, run.identity["tracker"]
+        with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
+            run.tracker.record(run.history.lines)
+            stop.patient = True
+            train_to_the_end(run)
     return 0
 
 
@@ -5610,7 +6307,7 @@ RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
-    "check_data", "prepare",
+    "check_data", "prepare", "tta", "explain", "explain_ids",
     # compared by what they lead to, in the other entries of the identity
     "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
 }  # fmt: skip
@@ -5659,7 +6356,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
     if after["epochs"] < before["epochs"]:
         found.append(f"--epochs was {before['epochs']}, now {after['epochs']}: it can only grow")
-    free = ("arguments", "machine", "chunking")
+    free = ("arguments", "machine", "chunking", "tracker")
     for name in [name for name in now if name not in free and then.get(name) != now[name]]:
         short = [str(identity.get(name))[:200] for identity in (then, now)]
         found.append(f"the {name} differ" if len(short[0]) == 64 else f"{name} was {short[0]}, now {short[1]}")
@@ -5677,6 +6374,7 @@ def resume(run: Run, source: RunFolder) -> None:
             if (before := then["machine"].get(name)) != value:
                 log.warning("%s was %s, now %s: the run goes on, but not to the same bits", name, before, value)
         now["chunking"] = then.get("chunking", now["chunking"])  # free memory may differ; results must not
+        now["tracker"] = then.get("tracker", now["tracker"])
         restore_state(content, run.state, history, run.runtime.rank)
     source.load_top(history, run.setup["thresholds"])
     positions = agree(run.runtime, *run.position, *(-x for x in run.position))  # nobody removes what another reads
@@ -5718,14 +6416,16 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     rows = table.split(split)
     if len(rows) == 0:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
+    require_scans(args.explain_ids, rows)
     (dataset,) = build_datasets(args, [rows], decide_preprocessing_like(content["preprocessing"], rows, args))
     model = classifier_from(content, args.test_only).to(runtime.device)
+    model.slice_chunk = args.slice_chunk or usual_chunk(runtime)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
-    recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity)
+    recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity, seed=args.seed)
     thresholds = resolve_thresholds(args.threshold, rows.labels, np.array(content["thresholds"]))
     with RunFolder(args.output_dir).locked() if runtime.is_main else nullcontext():
-        logits = predict(model, dataset, recipe, runtime)
-        logits = aggregate_logits(logits, rows.series_ids, rows.patient_ids, args.aggregate)
+        logits = predict(model, dataset, recipe, runtime, tta=args.tta)
+        logits = aggregate_readable(dataset, logits, args.aggregate)
         if not runtime.is_main:
             return 0
         flattered = split == "val" and args.threshold == "auto"  # the checkpoint's thresholds were tuned on this split
@@ -5775,7 +6475,8 @@ def explain(error: BaseException) -> int:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         advice = "lower --batch-size, --image-size or --num-slices, or add --amp"
         log.error("out of memory (%s); %s", text.split(". ")[0] or "in main memory", advice)
-    elif "DataLoader worker" in text and isinstance(error, RuntimeError) and "Caught" not in text:
+    elif "DataLoader worker" in text and ("Caught" not in text or isinstance(error, OSError)):
+        text = "no space left in it" if isinstance(error, OSError) else text
         log.error("a process that reads volumes has died (%s); lower --num-workers or --batch-size, see /dev/shm", text)
     elif isinstance(error, OSError):
         log.error("%s: %s", error.filename or "the system", error.strerror or text)

@@ -201,7 +201,8 @@ run_tests() {
   "$PYTHON" -m ruff format --check .
   "$PYTHON" -m codespell_lib finetune_siglip.py run_finetune.sh README.md tests/*.py
   "$VENV_DIR/bin/shellcheck" run_finetune.sh .ci/run
-  exec "$PYTHON" -m pytest "$@"
+  "$PYTHON" -m mypy
+  exec "$PYTHON" -m pytest -m "not slow" "$@"
 }
 
 # ── Modes ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,6 +31,18 @@ SMALL_TOWER = {
 }  # fmt: skip
 
 
+SMALL_RESNET3D = {
+    "family": "resnet3d", "layers": [2, 1, 1, 1], "block_inplanes": [4, 8, 8, 16], "conv1_t_size": (3, 7, 7),
+    "bias_downsample": False, "num_channels": 3, "image_size": 32,
+}  # fmt: skip
+
+
+def small_resnet3d_classifier(labels: int = 2) -> SiglipClassifier:
+    """A 3D ResNet of five blocks with a head; HU in, chest windows."""
+    torch.manual_seed(0)
+    return SiglipClassifier(build_backbone(SMALL_RESNET3D), CHEST, "hu", labels, dropout=0.0)
+
+
 def small_backbone(seed: int = 0) -> Backbone:
     """A two-layer SigLIP tower for 16 x 16 images with random weights."""
     torch.manual_seed(seed)
@@ -49,14 +61,15 @@ def random_hu(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def small_scans(folder: Path, n: int, slices: int = 3, labels: int = 3, unknown: float = 0.2) -> CTVolumeDataset:
-    """n scans of 16 x 16 pixels as files in `folder`; some targets are unknown, never all of a label."""
+    """n scans of 16 x 16 pixels, files in `folder` unless there; some targets are unknown, never all of a label."""
     rng = np.random.default_rng(n)
     targets = rng.integers(0, 2, (n, labels)).astype(np.float32)
     targets[rng.random((n, labels)) < unknown] = np.nan
     targets[:2] = [[0.0], [1.0]][:n]
     paths = [folder / f"scan_{row:03d}.npz" for row in range(n)]
     for row, path in enumerate(paths):
-        np.savez(path, image=random_hu(1, slices, 16, 16, seed=row).numpy())
+        if not path.exists():
+            np.savez(path, image=random_hu(1, slices, 16, 16, seed=row).numpy())
     names, ids = tuple(f"label {i}" for i in range(labels)), [path.stem for path in paths]
     table = Table(names, ids, ids, ["train"] * n, paths, targets, list(range(2, n + 2)))
     return CTVolumeDataset(table, Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (slices, 16, 16)))

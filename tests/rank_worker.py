@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from finetune_siglip import (
+    CTVolumeDataset,
     MultilabelBCELoss,
     Recipe,
     Runtime,
+    cache_features,
     compute_metrics,
     distribute,
     freeze_up_to,
@@ -24,8 +26,9 @@ from finetune_siglip import (
     train_backbone,
     train_one_epoch,
 )
-from helpers import small_classifier, small_scans, small_state
+from helpers import small_classifier, small_resnet3d_classifier, small_scans, small_state
 
+ALONE = Runtime(torch.device("cpu"))
 GLOBAL_BATCH = 6
 SCENARIOS = {  # rows, and what is special about the training
     "accumulation": (20, {"accumulation": 2}),  # 12 rows a step, then 8: a short window and an uneven split
@@ -33,20 +36,22 @@ SCENARIOS = {  # rows, and what is special about the training
     "fewer rows than ranks": (2, {}),
     "head only": (8, {"freeze": "all"}),
     "unfrozen late": (8, {"hold": True}),
+    "cached features": (7, {"freeze": "all", "cache": True, "balance": True}),
 }
 
 
 def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     """Two epochs of a scenario; what every rank must agree on, and how often each row was seen by this one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    dataset = small_scans(folder, rows)
     model = small_classifier(dropout=0.0)
     freeze_up_to(model.backbone, options.get("freeze", 5))
     state = small_state(model, ema=True)
     state.model = distribute(model, runtime)
     recipe = Recipe(GLOBAL_BATCH // runtime.world_size, options.get("accumulation", 1), balance="balance" in options)
+    dataset = scans_of_all(folder, rows, runtime)
+    if "cache" in options:
+        dataset = cache_features(folder / "features", model, dataset, recipe, runtime)
     losses, norms, synchronised = [], [], []
-    untrained = predict(state.model, dataset, recipe, runtime)
+    untrained = predict(state.model, dataset, recipe, runtime, tta=1)
     for epoch in range(2):
         train_backbone(state, epoch > 0 or "hold" not in options, runtime)
         figures = train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, runtime)
@@ -70,6 +75,28 @@ def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     }  # fmt: skip
 
 
+def train_with_batchnorm(folder: Path, runtime: Runtime) -> dict:
+    """What each rank scores after an epoch in which each saw other scans, and what its model gives by itself."""
+    dataset, model, recipe = scans_of_all(folder, 12, runtime), small_resnet3d_classifier(3), Recipe(2)
+    state = small_state(model)
+    state.model = distribute(model, runtime)
+    train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, runtime)
+    own = model.backbone.net.bn1.running_mean.tolist()
+    together = predict(state.model, dataset, recipe, runtime)
+    return {"own": own, "together": together.tolist(), "alone": predict(model, dataset, recipe, ALONE).tolist()}
+
+
+def scans_of_all(folder: Path, rows: int, runtime: Runtime) -> CTVolumeDataset:
+    """The same files for all ranks: the first writes them, the others find them there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if runtime.rank > 0:
+        torch.distributed.barrier()
+    dataset = small_scans(folder, rows)
+    if runtime.rank == 0 and runtime.world_size > 1:
+        torch.distributed.barrier()
+    return dataset
+
+
 def counted(metrics: dict) -> dict:
     """The scores that count or rank scans: the last bits of a probability do not show in them."""
     kinds = ("f1", "auc", "precision", "recall", "accuracy")
@@ -79,13 +106,14 @@ def counted(metrics: dict) -> dict:
 
 
 def results(folder: Path, runtime: Runtime) -> dict:
-    return {name: train(folder / name, runtime, *scenario) for name, scenario in SCENARIOS.items()}
+    found = {name: train(folder / name, runtime, *scenario) for name, scenario in SCENARIOS.items()}
+    return found | {"batchnorm": train_with_batchnorm(folder / "batchnorm", runtime)}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = init_runtime(amp=False)
-    mine = results(Path(sys.argv[1]) / f"rank{place.rank}", place)
+    mine = results(Path(sys.argv[1]), place)
     Path(f"{sys.argv[2]}.{place.rank}").write_text(json.dumps(mine))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

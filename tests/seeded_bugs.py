@@ -20,6 +20,7 @@ import transformers.models.siglip.modeling_siglip  # noqa: F401
 ROOT = Path(__file__).parents[1]
 KEEP, CRASH, FUZZ = "tests/test_keep.py", "tests/test_crash.py", "tests/test_fuzz.py"
 MACHINE, STEP = "tests/test_machine.py", "tests/test_step.py"
+EXPLAIN = "tests/test_explain.py"
 SAME = f"{KEEP} -k comes_back_whole"
 
 # name: text in the script, what takes its place, the tests that must notice
@@ -52,8 +53,8 @@ BUGS = {
     "content not synced": ("            os.fsync(file.fileno())\n", "", f"{KEEP} -k reaches_the_disk"),
     "folder not synced": ("        os.replace(temporary, path)\n        sync_folder(path.parent)\n    except (OSError",
                           "        os.replace(temporary, path)\n    except (OSError", f"{KEEP} -k reaches_the_disk"),
-    "half a file left over": ("    finally:\n        with suppress(OSError):\n            temporary.unlink()\n\n\ndef temp",
-                              "    finally:\n        pass\n\n\ndef temp", f"{KEEP} -k failed_write"),
+    "half a file left over": ("    finally:\n        with suppress(OSError):\n            temporary.unlink()\n\n\ndef save_b",
+                              "    finally:\n        pass\n\n\ndef save_b", f"{KEEP} -k failed_write"),
     "copied over a second name": (
         "        os.link(source, temporary)\n    except OSError:\n",
         "        os.link(source, temporary)\n        os.replace(temporary, path)\n    except OSError:\n", f"{KEEP} -k wherever",
@@ -110,8 +111,20 @@ BUGS = {
     "prediction without the lock": ("with RunFolder(args.output_dir).locked() if runtime.is_main else nullcontext():\n        logits",
                                     "with nullcontext():\n        args.output_dir.mkdir(parents=True, exist_ok=True)\n        logits",
                                     f"{CRASH} -k second_run"),
-    "pickles in kept features": ('self.files[path], mmap_mode="r", allow_pickle=False', 'self.files[path], mmap_mode="r", allow_pickle=True',
-                                 f"{FUZZ} -k unpickled"),
+    "map not turned back from SRA": (
+        'grid.transpose(1, 2).flip(1, 2) if self.backbone.orientation == "SRA" else grid', "grid",
+        f"{EXPLAIN} -k convolutional",
+    ),
+    "slices ranked by attention alone": (
+        "        gains = (gradient * features[0]).sum(-1)\n", "        gains = weights[0].detach()\n",
+        f"{EXPLAIN} -k plain_graph",
+    ),
+    "relevance of packed patches not put back": (
+        ".scatter(1, places[..., 0], relevance)", ".scatter(1, torch.arange(places.shape[1]).expand_as(relevance), relevance)",
+        f"{EXPLAIN} -k plain_graph",
+    ),
+    "copies without the scan itself": ("            kind = \"light\" if copy else \"none\"\n", "            kind = \"light\"\n",
+                                       "tests/test_step.py -k tta"),
     "changed argument accepted": ("        if name not in RESUME_MAY_CHANGE and", "        if False and",
                                   f"{CRASH} -k changed_arguments"),
     "overwritten before the check": ("    check_folder(args, folder)\n    with folder",

@@ -97,6 +97,33 @@ def test_no_torn_entry_is_ever_read(scans: Table, tmp_path: Path) -> None:
     assert cache.files.map(other) is None
 
 
+def test_a_torn_entry_is_not_trained_on_and_is_made_again(scans: Table, tmp_path: Path) -> None:
+    """A crash of the machine may leave the right length with wrong voxels: only reading them all tells."""
+    dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
+    expected = torch.stack([dataset[row]["volume"] for row in range(5)])
+    entry = dataset.cache.files.entry(scans.paths[3])
+    whole = entry.read_bytes()
+    for torn in (whole[:200] + bytes(len(whole) - 200), bytes(len(whole)), whole[:-8] + b"\1" * 8, whole[:-1], b""):
+        entry.write_bytes(torn)
+        for _ in range(2):
+            (batch,) = build_loader(dataset, [[0, 1, 2, 3, 4]], 0, CPU)
+            assert torch.equal(batch["volume"], expected)
+        assert entry.read_bytes() == whole
+
+
+def test_cached_scans_cost_a_worker_no_voxel(scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
+    plain = [dataset[row]["volume"] for row in range(5)]
+    for name in ("map", "write"):
+        monkeypatch.setattr(finetune_siglip.CacheFiles, name, None)  # any use of it would fail
+    items = dataset.__getitems__([4, ~2])
+    assert [item["volume"] for item in items] == [None, None]
+    assert items[1]["targets"].isnan().all()
+    batch = dataset.collate(items)
+    assert batch["row"].tolist() == [4, 2]
+    assert torch.equal(batch["volume"].assemble(), torch.stack([plain[4], plain[2]]))
+
+
 def test_a_full_disk_warns_once_and_training_goes_on(
     scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -189,6 +216,8 @@ def test_the_limit_is_kept_by_the_same_volumes_in_every_process(scans: Table, tm
         assert sum(kept) == 3
         assert len(list((tmp_path / "cache").iterdir())) == 3
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 3.5 * size
+    cache_of(scans, tmp_path, limit=2 * size)  # less than an earlier run had
+    assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
 def test_entries_of_other_settings_give_way_to_the_limit(scans: Table, tmp_path: Path) -> None:

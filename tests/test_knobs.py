@@ -57,6 +57,8 @@ def test_required_arguments_are_named(missing, capsys):
         ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
         ["--spacing", "1", "1"], ["--spacing", "1", "1", "0"], ["--augment", "mild"], ["--on-bad-volume", "retry"],
         ["--cache-limit-gb", "5"], ["--cache-dir", "c", "--cache-limit-gb", "-1"],
+        ["--tta", "-1"], ["--tta", "x"], ["--explain", "-2"], ["--explain-ids"],
+        ["--tta", "2", "--cache-features", "f", "--freeze-up-to", "all"],
         ["--hu-range", "5", "5"], ["--loss", "mse"], ["--seed", "-1"], ["--label-columns", "A", "A"], ["--epo", "3"],
     ],
 )  # fmt: skip

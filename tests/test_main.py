@@ -10,8 +10,19 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
+import finetune_siglip
 import phantoms
-from finetune_siglip import MODEL_KIND, RUN_KIND, classifier_from, load_checked, main
+from finetune_siglip import (
+    MODEL_KIND,
+    RUN_KIND,
+    classifier_from,
+    compute_metrics,
+    crossfit_thresholds,
+    load_checked,
+    main,
+    read_evaluation,
+    tune_thresholds,
+)
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "ct"
 LABELS = ["Cardiomegaly", "Pleural effusion", "Lung nodule"]
@@ -76,6 +87,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_validation_figures_are_those_of_scikit_learn_on_the_saved_model(finished, scans, tmp_path):
     """The saved model, run through prediction, gives the very scores that ranked it: averaged weights included."""
     assert main(prediction_arguments(scans, finished / "best_model.pth", tmp_path, "--test-split", "val")) == 0
+    assert "val split" in (tmp_path / "report.html").read_text()
     predicted = read_rows(tmp_path / "test_predictions.csv")
     truth = [row for row in read_rows(scans) if row["split"] == "val"]
     assert [row["id"] for row in predicted] == [row["series_id"] for row in truth]
@@ -251,33 +263,66 @@ def test_augmentation_is_on_by_default_and_changes_training_only(scans, tower, t
     assert light["val_loss"] == pytest.approx(none["val_loss"], rel=1e-6)
 
 
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+
+
+def test_tta_changes_final_predictions_alone_and_gives_the_same_ones_again(scans, tower, finished, tmp_path):
+    for name, more in (("plain", ()), ("tta", ("--tta", "2"))):
+        assert main(arguments(scans, tower, tmp_path / name, "--epochs", "1", *more)) == 0
+    assert (tmp_path / "plain" / "results.jsonl").read_bytes() == (tmp_path / "tta" / "results.jsonl").read_bytes()
+    written = [(tmp_path / name / "test_predictions.csv").read_bytes() for name in ("plain", "tta")]
+    more = ("--tta", "2", "--batch-size", "3")
+    assert main(prediction_arguments(scans, tmp_path / "tta" / "best_model.pth", tmp_path / "again", *more)) == 0
+    written.append((tmp_path / "again" / "test_predictions.csv").read_bytes())
+    assert written[0] != written[1] == written[2]
+    out = shutil.copytree(finished, tmp_path / "resumed")
+    more = ("--use-ema", "--gradient-accumulation-steps", "2", "--scheduler", "cosine", "--warmup", "2", "--tta", "1")
+    assert main(arguments(scans, tower, out, "--epochs", "3", "--resume", "auto", "--explain", "1", *more)) == 0
+    assert (out / "explanations_test.json").exists()
+    assert (out / "test_predictions.csv").read_bytes() != (finished / "test_predictions.csv").read_bytes()
+
+
 @pytest.fixture
-def broken_scans(scans, tmp_path):
-    """The table, with a training and a validation scan whose voxels don't match their checksum."""
+def going_bad(scans, tmp_path, monkeypatch):
+    """The table, and the ids of a training and a validation scan that are damaged once the check has passed them."""
     folder = shutil.copytree(scans.parent, tmp_path / "broken")
-    rows, broken = read_rows(folder / scans.name), {}
-    for split in ("train", "val"):
-        row = [row for row in rows if row["split"] == split][2]
-        path = folder / row["img_path"]
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 255
-        path.write_bytes(data)
-        broken[split] = row["series_id"]
-    return folder / scans.name, broken
+    rows = read_rows(folder / scans.name)
+    broken = [[row for row in rows if row["split"] == split][2] for split in ("train", "val")]
+    check = finetune_siglip.show_data
 
+    def check_then_damage(*arguments):
+        check(*arguments)
+        for row in broken:
+            damage(folder / row["img_path"])
 
-def test_a_scan_that_goes_bad_stops_the_run_by_name(broken_scans, tower, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("finetune_siglip.show_data", check_then_damage)
     monkeypatch.setattr("finetune_siglip.READ_DELAYS", (0.0, 0.0))
-    table, broken = broken_scans
-    assert main(arguments(table, tower, tmp_path / "out", "--epochs", "1", "--intensity", "hu")) == 2
+    return folder / scans.name, {row["split"]: row["series_id"] for row in broken}
+
+
+def test_a_scan_that_goes_bad_stops_the_run_by_name_with_its_state_saved(going_bad, tower, tmp_path, capsys):
+    table, broken = going_bad
+    assert main(arguments(table, tower, tmp_path / "out", "--epochs", "1")) == 2
     assert any(name in capsys.readouterr().err for name in broken.values())
+    assert (tmp_path / "out" / "last.ckpt").exists()
 
 
-def test_bad_scans_are_left_out_and_listed_when_asked(broken_scans, tower, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune_siglip.READ_DELAYS", (0.0, 0.0))
-    table, broken = broken_scans
+def test_a_scan_that_is_bad_from_the_start_is_found_by_the_check(scans, tower, tmp_path, capsys):
+    folder = shutil.copytree(scans.parent, tmp_path / "broken")
+    row = read_rows(scans)[2]
+    damage(folder / row["img_path"])
     more = ("--epochs", "1", "--intensity", "hu", "--on-bad-volume", "skip")
-    assert main(arguments(table, tower, tmp_path / "out", *more)) == 0
+    assert main(arguments(folder / scans.name, tower, tmp_path / "out", *more)) == 2
+    assert row["series_id"] in capsys.readouterr().err
+    assert not (tmp_path / "out" / "last.ckpt").exists()
+
+
+def test_scans_that_go_bad_are_left_out_and_listed_when_asked(going_bad, tower, tmp_path):
+    table, broken = going_bad
+    assert main(arguments(table, tower, tmp_path / "out", "--epochs", "1", "--on-bad-volume", "skip")) == 0
     assert {row["series_id"] for row in read_rows(tmp_path / "out" / "skipped.csv")} == set(broken.values())
     (line,) = map(json.loads, (tmp_path / "out" / "results.jsonl").read_text().splitlines())
     assert line["per_label"]["Lung nodule"]["n_known"] == 5
@@ -289,11 +334,40 @@ def test_tuned_thresholds_are_stored_and_used(scans, tower, tmp_path):
     assert main(arguments(scans, tower, tmp_path, "--epochs", "1", "--threshold", "auto")) == 0
     content = load_checked(tmp_path / "best_model.pth", MODEL_KIND)
     assert len(set(content["thresholds"])) > 1
+    trained = read_evaluation(tmp_path / "evaluation_val.json")
+    for out in (None, tmp_path / "val"):  # after training, and predicted anew
+        if out:
+            more = ("--threshold", "auto", "--test-split", "val")
+            assert main(prediction_arguments(scans, tmp_path / "best_model.pth", out, *more)) == 0
+        e = read_evaluation((out or tmp_path) / "evaluation_val.json")
+        known = e["targets"], e["probabilities"]
+        assert e["cuts"].tolist() == tune_thresholds(*known).tolist() == content["thresholds"]
+        honest = crossfit_thresholds(*known, e["patients"])
+        assert e["metrics"] == compute_metrics(*known, LABELS, honest) == trained["metrics"]
+        assert e["apparent"] == compute_metrics(*known, LABELS, e["cuts"])
+    assert read_evaluation(tmp_path / "evaluation_test.json")["tuned_here"] is None
     more = ("--threshold", "auto", "--test-output", "again.csv")
     assert main(prediction_arguments(scans, tmp_path / "best_model.pth", tmp_path, *more)) == 0
     for row in read_rows(tmp_path / "again.csv"):
         for label, threshold in zip(LABELS, content["thresholds"], strict=True):
             assert int(row[f"{label}_pred"]) == (float(row[f"{label}_prob"]) >= threshold)
+
+
+def test_the_scans_of_a_patient_are_averaged_after_training_as_in_prediction(scans, tower, tmp_path):
+    table = scans.parent / "pairs.csv"
+    lines = scans.read_text().splitlines()
+    pairs = [f"{line},pair {i // 2 if ',val,' in line else f'of {i}'}" for i, line in enumerate(lines[1:])]
+    table.write_text("\n".join([f"{lines[0]},patient_id", *pairs]) + "\n")
+    more = ("--epochs", "1", "--aggregate", "patient", "--threshold", "auto", "--threshold-objective", "youden")
+    assert main(arguments(table, tower, tmp_path, *more)) == 0
+    e = read_evaluation(tmp_path / "evaluation_val.json")
+    by_patient = {}
+    for patient, row in zip(e["patients"], e["probabilities"].tolist(), strict=True):
+        by_patient.setdefault(patient, []).append(row)
+    assert max(map(len, by_patient.values())) == 2
+    assert all(rows[0] == row for rows in by_patient.values() for row in rows)
+    assert e["tuned_here"] == "youden"
+    assert e["cuts"].tolist() == tune_thresholds(e["targets"], e["probabilities"], "youden").tolist()
 
 
 def test_the_challenge_format_is_written_for_json(finished, scans, tmp_path):

@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -35,6 +36,9 @@ def test_predictions_round_trip_ids_numbers_and_decisions(tmp_path, dtype) -> No
     read = np.array([[float(row[1]), float(row[3])] for row in rows])
     assert np.array_equal(read, probabilities.astype(np.float64))
     assert [[row[2], row[4]] for row in rows] == [[str(int(c)) for c in row] for row in read >= thresholds]
+    frame = pd.read_csv(tmp_path / "p.csv", dtype={"id": str}, keep_default_na=False)  # as in the README
+    assert frame["id"].tolist() == ids
+    assert np.allclose(frame[["Lung nodule_prob", "Emphysema_prob"]].to_numpy(), read, rtol=1e-14, atol=0)
 
 
 def test_progress_picture_is_drawn_from_any_number_of_epochs(tmp_path) -> None:
@@ -105,6 +109,11 @@ def test_thresholds_are_read_by_label_and_every_wrong_one_is_named(tmp_path) -> 
 
 
 HOSTILE = '<script>window.hacked=1</script>"><img src=x onerror=window.hacked=1>'
+COLUMNS = {
+    "AUROC": "auc", "average precision": "average_precision", "F1": "f1", "precision": "precision",
+    "sensitivity": "recall", "specificity": "specificity", "balanced accuracy": "balanced_accuracy",
+    "accuracy": "accuracy", "Brier": "brier", "calibration error": "ece", "CRG": "crg", "prevalence": "prevalence",
+}  # fmt: skip
 LABELS = ["Lung nodule", "Emphysema & co", "Hernia", f"Odd {HOSTILE}"]
 
 
@@ -155,7 +164,7 @@ class Page(html.parser.HTMLParser):
             self.headlines.append((self.open, attributes["data-v"]))
         elif tag == "tr":
             self.rows.append([])
-        elif tag == "td" and "data-v" in attributes:
+        elif tag in ("td", "th") and "data-v" in attributes:
             self.rows[-1].append(attributes["data-v"])
 
 
@@ -165,11 +174,14 @@ def number(text: str) -> float | None:
 
 def test_every_figure_in_the_report_equals_the_evaluation_and_the_csv(tmp_path) -> None:
     targets, _, _ = evaluated_folder(tmp_path)
-    page = Page(fs.write_report(tmp_path).read_text(encoding="utf-8"))
+    text = fs.write_report(tmp_path).read_text(encoding="utf-8")
+    page = Page(text)
     evaluations = [json.loads((tmp_path / f"evaluation_{s}.json").read_text()) for s in ("test", "val")]
     assert [name for name, _ in page.headlines] == list(fs.REPORT_HEADLINES) * 2
     rows = [row for row in page.rows if row and row[0] in LABELS]
     assert [row[0] for row in rows] == LABELS * 2
+    heads = re.findall(r'<button type="button">(.*?)</button>', text)
+    assert heads == ["label", "positive / known", *COLUMNS, "threshold"] * 2
     for k, evaluation in enumerate(evaluations):
         metrics = evaluation["metrics"]
         assert {name: number(v) for name, v in page.headlines[8 * k : 8 * k + 8]} == {
@@ -178,16 +190,53 @@ def test_every_figure_in_the_report_equals_the_evaluation_and_the_csv(tmp_path) 
         for row in rows[4 * k : 4 * k + 4]:
             expected = metrics["per_label"][row[0]]
             assert int(row[1]) == expected["n_positive"]
-            assert [number(v) for v in row[2:-1]] == [expected[name] for name in fs.REPORT_COLUMNS]
+            assert [number(v) for v in row[2:-1]] == [expected[name] for name in COLUMNS.values()]
             assert float(row[-1]) == evaluation["thresholds"][row[0]]
-    with open(tmp_path / "test_predictions.csv", newline="", encoding="utf-8") as file:
-        predictions = [[float(v) for v in row[1::2]] for row in list(csv.reader(file))[1:]]
-    areas = []
-    for i in (0, 1, 3):
-        known = np.isfinite(targets[:, i])
-        areas.append(roc_auc_score(targets[known, i], np.array(predictions)[known, i]))
-        assert float(rows[i][2]) == pytest.approx(areas[-1], abs=1e-12)
-    assert float(dict(page.headlines[:8])["macro_auc"]) == pytest.approx(np.mean(areas), abs=1e-12)
+        shown = re.findall(r'data-figure="(\w+)">.*?<small>(.*?)</small>', text)[8 * k : 8 * k + 8]
+        ends = {name: evaluation["intervals"][name] for name in fs.REPORT_HEADLINES}
+        assert shown == [(name, f"{low:.3f}–{high:.3f}") for name, (low, high) in ends.items()]
+    assert_figures_follow_from_the_csv(tmp_path / "test_predictions.csv", targets, rows[:4], dict(page.headlines[:8]))
+
+
+def assert_figures_follow_from_the_csv(path, targets: np.ndarray, rows: list, headlines: dict) -> None:
+    """All of a split's figures, computed anew by scikit-learn and plain sums from the probabilities and calls there."""
+    with open(path, newline="", encoding="utf-8") as file:
+        cells = np.array([row[1:] for row in list(csv.reader(file))[1:]], float)
+    probabilities, calls, known = cells[:, ::2], cells[:, 1::2] == 1, np.isfinite(targets)
+    figures = [from_scratch(*(a[known[:, i], i] for a in (targets, probabilities, calls))) for i in range(len(LABELS))]
+    for row, wanted in zip(rows, figures, strict=True):
+        for name, value in zip(COLUMNS.values(), row[2:-1], strict=True):
+            assert number(value) == (None if wanted[name] is None else pytest.approx(wanted[name], abs=1e-12)), name
+    pooled = from_scratch(*(a[known] for a in (targets, probabilities, calls)))
+    for name, value in headlines.items():
+        figure = name.removeprefix("macro_").removeprefix("micro_")
+        defined = [f[figure] for f in figures if f[figure] is not None]
+        wanted = np.mean(defined) if name.startswith("macro_") else pooled[figure]
+        assert float(value) == pytest.approx(wanted, abs=1e-12), name
+
+
+def from_scratch(y: np.ndarray, p: np.ndarray, called: np.ndarray) -> dict:
+    """Figures of targets, probabilities and decisions (n,), None where undefined."""
+    from sklearn import metrics as sk
+
+    (tn, fp), (fn, tp) = sk.confusion_matrix(y, called, labels=[0, 1])
+    both, positive, n = 0 < y.sum() < len(y), y == 1, len(y)
+    bins = [(p >= b / 10) & ((p < (b + 1) / 10) | (b == 9)) for b in range(10)]
+    r, u = (tn + fp) / (2 * (tp + fn)) if tp + fn else 0, (tn + fp) / 2
+    return {
+        "auc": sk.roc_auc_score(y, p) if both else None,
+        "average_precision": sk.average_precision_score(y, p) if positive.any() else None,
+        "f1": sk.f1_score(y, called) if tp + fp + fn else None,
+        "precision": tp / (tp + fp) if tp + fp else None,
+        "recall": tp / (tp + fn) if tp + fn else None,
+        "specificity": tn / (tn + fp) if tn + fp else None,
+        "balanced_accuracy": sk.balanced_accuracy_score(y, called) if both else None,
+        "accuracy": (tp + tn) / n,
+        "brier": sk.brier_score_loss(y, p),
+        "ece": sum(abs(p[b].sum() - y[b].sum()) for b in bins) / n,
+        "crg": u / (2 * u - (r * tp - r * fn - fp)) if both else None,
+        "prevalence": positive.mean(),
+    }
 
 
 def test_the_report_is_one_file_that_escapes_text_names_its_pictures_and_asks_no_network(tmp_path) -> None:
@@ -323,6 +372,9 @@ def test_the_report_in_a_real_browser_at_two_widths(tmp_path, browser) -> None:
         (tmp_path / f"report_{width}.png").write_bytes(picture)
         sizes[width] = browser.run("return document.documentElement.scrollHeight")
     assert sizes[390] > sizes[1280]
+    browser.run("document.querySelector('table.sort tbody tr:last-child a').focus()")
+    browser.press("\ue004")  # Tab: on a narrow screen the curves of a label are a strip
+    assert browser.run("return document.activeElement.classList.contains('five')")
     sort_by_click_and_by_keyboard(browser)
     paper = {}
     for scheme in ("light", "dark"):
@@ -334,6 +386,10 @@ def test_the_report_in_a_real_browser_at_two_widths(tmp_path, browser) -> None:
         "Emulation.setEmulatedMedia", media="print", features=[{"name": "prefers-color-scheme", "value": "dark"}]
     )
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    browser.send("Emulation.setDeviceMetricsOverride", width=1047, height=718, deviceScaleFactor=1, mobile=False)
+    tops = "[...document.querySelectorAll('.five')].map(five => new Set([...five.children].map(f => f.offsetTop)).size)"
+    assert set(browser.run(f"return {tops}")) == {1}  # a label's curves on one line of the A4 page
+    assert browser.run("return Math.max(...[...document.querySelectorAll('figure')].map(f => f.offsetHeight))") < 718
     assert base64.b64decode(browser.ask("/print", {})).startswith(b"%PDF")
 
 

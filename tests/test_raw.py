@@ -122,6 +122,7 @@ def test_dicom_slices_are_sorted_by_position_and_rescaled_once(tmp_path: Path) -
     write_dicom(tmp_path / "series", volume, (2.5, 1.5, 1.5))
     found = load_volume(tmp_path / "series")
     np.testing.assert_array_equal(found[0], volume)
+    assert read_headers(table_of(tmp_path / "series"))[0].shape == found.shape
 
 
 @needs_ct
@@ -174,6 +175,15 @@ def test_mixed_series_are_refused(tmp_path: Path, series: list[Path], tags: dict
     (other,) = write_dicom(tmp_path / "other", body(1, 20, 24), (2.5, 1.5, 1.5), **tags)
     shutil.copy(other, series[0].parent / "other.dcm")
     with pytest.raises(BadVolume, match=f"different {word}"):
+        load_volume(series[0].parent)
+
+
+def test_slices_of_a_tilted_gantry_are_refused(series: list[Path]) -> None:
+    for i, path in enumerate(series):
+        data = pydicom.dcmread(path)
+        data.ImagePositionPatient = [-10, -20 + 0.3 * i, 30 + 2.5 * i]
+        data.save_as(path)
+    with pytest.raises(BadVolume, match="tilted gantry"):
         load_volume(series[0].parent)
 
 
@@ -233,6 +243,18 @@ def test_a_scan_turned_against_the_patients_axes_is_refused(tmp_path: Path) -> N
     sitk.WriteImage(image, str(tmp_path / "scan.nii"))
     with pytest.raises(BadVolume, match="turned"):
         load_volume(tmp_path / "scan.nii")
+
+
+def test_a_nifti_that_does_not_say_how_it_lies_is_refused(tmp_path: Path) -> None:
+    nibabel.save(nibabel.Nifti1Image(chest(4, 5, 6)[0], None), tmp_path / "scan.nii")
+    with pytest.raises(BadVolume, match="does not say how it lies"):
+        load_volume(tmp_path / "scan.nii")
+
+
+def test_capital_suffixes_are_read(tmp_path: Path) -> None:
+    volume = body(8, 10, 12)
+    write_image(tmp_path / "scan.nii.gz", volume, (3.0, 1.5, 1.5)).rename(tmp_path / "SCAN.NII.GZ")
+    np.testing.assert_array_equal(load_volume(tmp_path / "SCAN.NII.GZ")[0], volume)
 
 
 def test_series_over_time_are_refused(tmp_path: Path) -> None:
@@ -332,6 +354,17 @@ def test_scans_that_cannot_be_prepared_are_told_after_all_others_are_done(raw_ta
     out = prepare_table(raw_table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=True)
     assert len(out.read_text().splitlines()) == 2
     assert (tmp_path / "out/skipped.csv").read_text().splitlines()[1].startswith("007,train,2,")
+
+
+def test_what_is_no_raw_scan_is_kept_if_it_can_be_read(tmp_path: Path) -> None:
+    ready = save(tmp_path / "ready.npz", image=chest(4, 5, 6))
+    (tmp_path / "one.dcm").write_bytes(b"DICM")
+    write_image(tmp_path / "raw.mha", body(), (5.0, 5.0, 5.0))
+    table = csv_of(tmp_path, "a,,train,ready.npz,1,0", "b,,val,one.dcm,1,0", "c,,val,raw.mha,1,0")
+    with pytest.raises(BadInput, match=r"'b' \(line 3\): .*one\.dcm: is no NPZ, NPY, NIfTI"):
+        prepare_table(table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=False)
+    out = prepare_table(table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=True)
+    assert [row.split(",")[3] for row in out.read_text().splitlines()[1:]] == [str(ready), "volumes/c.npz"]
 
 
 def test_the_source_table_is_never_overwritten(raw_table: Path, tmp_path: Path) -> None:

@@ -67,9 +67,14 @@ def test_links_within_the_readme_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
+OTHER_PROGRAMS = """--kills --nnodes --nproc-per-node --standalone --rdzv-backend --rdzv-endpoint --rdzv-id
+--shm-size --ipc --nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue --open-mode --time
+--gres"""  # flags of the benchmarks, torchrun, docker and SLURM
+
+
 def test_flags_that_the_readme_names_exist():
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
-    known |= {"--dry-run", "--kills", "--nproc-per-node", "--standalone"}
+    known |= {"--dry-run", *OTHER_PROGRAMS.split()}
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / "README.md").read_text())):
         assert flag in known, flag
 

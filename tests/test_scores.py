@@ -2,12 +2,14 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn import metrics as sk
 
 import finetune_siglip as fs
+from helpers import CHEST
 
 LABELS = ["Lung nodule", "Emphysema", "Cardiomegaly", "Never", "Always", "Unseen"]
 
@@ -169,22 +171,29 @@ def test_a_finding_in_a_single_patient_has_no_interval() -> None:
     assert fs.bootstrap_metrics(targets, probabilities, ["a"], 0.5, patients, 200)["accuracy"] is not None
 
 
+def patients_with_four_scans(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and probabilities (4 n, 1) of n patients, whose scans share the label and most of the score."""
+    label, shared = (rng.random(n) < 0.4).repeat(4), rng.normal(size=n).repeat(4)
+    score = math.sqrt(0.8) * shared + math.sqrt(0.2) * rng.normal(size=4 * n) + 1.2 * label - 0.6
+    return label[:, None].astype(np.float64), 1 / (1 + np.exp(-score[:, None]))
+
+
 def test_intervals_over_patients_cover_the_truth_as_often_as_they_say() -> None:
-    """Scans of one patient share label and most of the score; resampling scans instead would cover far less often."""
+    """Resampling scans instead, as if they were independent, would cover far less often."""
     rng = np.random.default_rng(7)
-    truth = 0.5 * (
-        1 + math.erf(1.2 / math.sqrt(2) / math.sqrt(2))
-    )  # AUROC of two normals 1.2 standard deviations apart
-    covered, runs = {"patients": 0, "scans": 0}, 120
+    truth = fs.compute_metrics(*patients_with_four_scans(50_000, rng), ["a"], 0.5)
+    apart = 0.5 * (1 + math.erf(1.2 / 2))  # AUROC of two normals 1.2 standard deviations apart
+    assert truth["macro_auc"] == pytest.approx(apart, abs=0.005)
+    names = [f"macro_{k}" for k in fs.REPORT_COLUMNS if k != "ece"]  # that one is biased itself
+    covered, runs = {unit: dict.fromkeys(names, 0) for unit in ("patients", "scans")}, 120
     for run in range(runs):
-        label, shared = (rng.random(80) < 0.4).repeat(4), rng.normal(size=80).repeat(4)
-        score = math.sqrt(0.8) * shared + math.sqrt(0.2) * rng.normal(size=320) + 1.2 * label
-        probability = 1 / (1 + np.exp(-score[:, None]))
-        for unit, names in (("patients", np.arange(80).repeat(4)), ("scans", np.arange(320))):
-            low, high = fs.bootstrap_metrics(label[:, None], probability, ["a"], 0.5, names, 120, seed=run)["macro_auc"]
-            covered[unit] += low <= truth <= high
-    assert 0.90 <= covered["patients"] / runs <= 0.99, covered
-    assert covered["scans"] / runs < 0.80, covered
+        drawn = patients_with_four_scans(80, rng)
+        for unit, group in (("patients", np.arange(80).repeat(4)), ("scans", np.arange(320))):
+            intervals = fs.bootstrap_metrics(*drawn, ["a"], 0.5, group, 120, seed=run)
+            for name in names:
+                covered[unit][name] += intervals[name][0] <= truth[name] <= intervals[name][1]
+    assert all(0.88 <= n / runs <= 0.995 for n in covered["patients"].values()), covered
+    assert all(n / runs < 0.86 for n in covered["scans"].values()), covered
 
 
 def objective_value(y: np.ndarray, called: np.ndarray, objective: str) -> float:
@@ -270,3 +279,14 @@ def test_aggregation_averages_logits_and_keeps_every_row() -> None:
     assert fs.aggregate_logits(logits, ids, patients, "series")[:, 0].tolist() == [1, 7, 1, 10, 5]
     assert fs.aggregate_logits(logits, ids, patients, "patient")[:, 0].tolist() == [4, 7, 4, 4, 5]
     assert fs.aggregate_logits(logits[:0], [], [], "patient").shape == (0, 1)
+    files = ["valid_1_a_1.nii.gz", "valid_1_a_2.nii.gz", "valid_1_b_1.nii.gz"]
+    assert fs.aggregate_logits(logits[:3], files, patients[:3], "series")[:, 0].tolist() == [3.5, 3.5, 2]
+
+
+def test_what_was_predicted_for_an_unreadable_scan_enters_no_average() -> None:
+    ids, targets = ["a", "b", "c"], np.ones((3, 1), np.float32)
+    table = fs.Table(("A",), ids, ["p"] * 3, ["val"] * 3, [Path(name) for name in ids], targets, [2, 3, 4])
+    dataset = fs.CTVolumeDataset(table, fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (4, 16, 16)))
+    dataset.skipped[1] = "gone"
+    logits = fs.aggregate_readable(dataset, np.array([[1.0], [-50.0], [3.0]], np.float32), "patient")
+    assert logits[[0, 2], 0].tolist() == [2, 2]

@@ -13,6 +13,7 @@ from finetune_siglip import (
     MultilabelBCELoss,
     Recipe,
     Runtime,
+    augment,
     optimizer_step,
     plan_epoch,
     predict,
@@ -282,6 +283,78 @@ def test_ranks_are_asked_after_the_same_batches_of_a_prediction(tmp_path, monkey
         predict(model, dataset, Recipe(batch_size), runtime, after_batch=lambda calls=calls: calls.append(1))
         asked.append(len(calls))
     assert asked == [n // ranks // batch_size] * ranks
+
+
+@pytest.fixture
+def free_order():
+    """What add_in_fixed_order sets is of the whole process."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before[0])
+    torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def test_kernels_add_in_a_fixed_order_or_the_log_says_that_they_do_not(free_order, caplog, monkeypatch):
+    monkeypatch.setattr(fs.log, "propagate", True)
+    model = small_classifier(skip_air=True)
+    sample = fs.sample_volume(model, (1, 64, 16, 16), CPU)
+    assert fs.add_in_fixed_order(model, sample, CPU)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not caplog.records
+    assert all(p.grad is None for p in model.parameters())
+    model.pool.forward = lambda features: (features.new_zeros(1, 32).put_(torch.arange(32), features[0, 0]), None)
+    assert not fs.add_in_fixed_order(model, sample, CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "to rounding only" in caplog.text
+
+
+class Bar:
+    """A progress bar that keeps what it shows."""
+
+    disable = False
+
+    def __init__(self, title, total, runtime):
+        self.total, self.done, self.shown = total, 0, []
+
+    def update(self, n=1):
+        self.done += n
+
+    def set_postfix(self, **shown):
+        self.shown.append((self.done, shown))
+
+    def close(self):
+        assert self.done == self.total
+
+
+def test_the_bar_shows_the_running_loss_over_known_labels_and_the_rate(tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(fs, "progress_bar", lambda *told: bars.append(Bar(*told)) or bars[-1])
+    dataset, state = small_scans(tmp_path, 7, unknown=0.4), small_state(small_classifier(dropout=0.0), lr=1e-30)
+    recipe = Recipe(1, 2, log_interval=3)
+    figures = train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, CPU)
+    shown = dict(bars[0].shown)
+    assert list(shown) == [4, 6, 7]  # the first step that ends after every third pass, and the epoch's last
+    windows = plan_epoch(dataset.table.targets, recipe, CPU, 0)
+    logits = predict(state.model, dataset, Recipe(4), CPU)
+    rows = [row for window in windows[:2] for batch in window.batches for row in batch]
+    loss = MultilabelBCELoss()(torch.from_numpy(logits[rows]), torch.from_numpy(dataset.table.targets[rows]))
+    assert float(shown[4]["loss"]) == pytest.approx(loss.item(), abs=1e-4)
+    assert float(shown[7]["loss"]) == pytest.approx(figures["train_loss"], abs=1e-4)
+    assert float(shown[4]["lr"]) == 1e-30
+
+
+@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 0), (2, 2)])
+def test_tta_is_the_mean_over_a_scan_and_its_light_copies_whatever_batches_and_workers(tmp_path, batch_size, workers):
+    dataset, model = small_scans(tmp_path, 5), small_classifier().eval()
+    logits = predict(model, dataset, Recipe(batch_size, num_workers=workers, augment="strong", seed=7), CPU, tta=2)
+    with torch.no_grad():
+        for row in range(5):
+            volume = dataset[row]["volume"][None]
+            copies = [augment(volume, [row], "light", 7, -number, "hu") for number in (1, 2)]
+            assert not torch.equal(copies[0], copies[1])
+            expected = (model(volume) + model(copies[0]) + model(copies[1])) / 3
+            assert np.array_equal(logits[row], expected[0].numpy())
+    assert not np.array_equal(logits, predict(model, dataset, Recipe(seed=8, batch_size=1), CPU, tta=2))
 
 
 def test_training_gives_the_same_weights_twice(tmp_path):

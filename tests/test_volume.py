@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import os
+import re
 import struct
 import subprocess
 import sys
 import time
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel
@@ -30,12 +33,14 @@ from finetune_siglip import (
     augment,
     build_loader,
     decide_preprocessing,
+    fit_shared_memory,
     guess_intensity,
     load_sample,
     load_volume,
     move_volume,
     read_headers,
     resample_channel,
+    stack_shared,
     write_skipped,
 )
 from helpers import CHEST, ROOT
@@ -259,6 +264,33 @@ def test_ranges_that_are_none_of_these_stop_the_run_naming_file_and_flag(
     assert "--intensity" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "tolerance"),
+    [
+        (lambda hu: (np.clip(hu, -1000, 1500) + 1000) / 1250 - 1, 1),
+        (lambda hu: ((np.clip(hu, -1000, 1500) + 1000) * (255 / 2500)).round().astype(np.uint8), 6),
+        (lambda hu: (hu + 1024).astype(np.int16), 0),
+        (lambda hu: (hu - 1024).astype(np.int16), 0),
+    ],
+)
+def test_the_flag_that_a_refusal_names_gives_the_right_hu(tmp_path: Path, change: Callable, tolerance: float) -> None:
+    hu = chest(8, 9, 9).astype(np.float32)
+    table = table_of(save(tmp_path / "odd.npz", image=change(hu)))
+    with pytest.raises(BadInput) as caught:
+        decide_preprocessing(table, (8, 9, 9), CHEST)
+    lo, hi = map(float, re.search(r"--intensity unit --hu-range (\S+) ([-\d.]+\d)", str(caught.value)).groups())
+    decided = decide_preprocessing(table, (8, 9, 9), CHEST, intensity="unit", hu_range=(lo, hi))
+    found = load_sample(table.paths[0], decided).numpy()
+    assert np.abs(found - np.clip(hu, -1100 if tolerance == 0 else -1000, 1500)).max() <= tolerance
+
+
+def test_files_with_one_fault_are_told_in_one_line(tmp_path: Path) -> None:
+    paths = [save(tmp_path / f"odd{i}.npz", image=chest(8, 9, 9) + np.int16(1100)) for i in range(3)]
+    with pytest.raises(BadInput, match=r"odd0\.npz has.*likewise .*odd1\.npz, .*odd2\.npz \(3 of 4 files") as caught:
+        decide_preprocessing(table_of(*paths, save(tmp_path / "good.npz", image=chest(8, 9, 9))), (8, 8, 8), CHEST)
+    assert len(caught.value.messages) == 1
+
+
 def test_a_mixture_stops_the_run_with_an_example_of_each(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"hu{i}.npz", image=chest(8, 9, 9).astype(np.float32)) for i in range(3)]
     paths.append(save(tmp_path / "unit.npz", image=unit(8, 9, 9).astype(np.float32)))
@@ -398,7 +430,7 @@ def test_bombs_are_refused_within_100_mb(tmp_path: Path) -> None:
     lie[at + 24 : at + 28] = struct.pack("<I", 4096)
     small = npy(PLAIN.replace("1, 2, 2, 2", "1, 2, 2, 1"))
     (tmp_path / "lie.npz").write_bytes(lie)
-    zipped(tmp_path / "deep.npz", [("image.npy", small + b"\0" * 8), *((f"m{i}.npy", b"") for i in range(60000))])
+    zipped(tmp_path / "deep.npz", [("image.npy", small + b"\0" * 8), *((f"m{i}.npy", b"") for i in range(3000))])
     code = (
         "import resource, sys, finetune_siglip as f\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -428,6 +460,20 @@ def test_headers_are_read_without_inflating_and_every_bad_file_is_named(tmp_path
     assert len(caught.value.messages) == 2
     assert "line 2" in caught.value.messages[0]
     assert "line 4" in caught.value.messages[1]
+
+
+def test_a_header_costs_the_same_few_reads_whatever_the_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    real = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, n, at: reads.append(len(data := real(file, n, at))) or data)
+    costs = []
+    for size in (8, 96):
+        path = save(tmp_path / f"{size}.npz", image=chest(size, size, size), orientation="SPL")
+        reads.clear()
+        read_headers(table_of(path))
+        costs.append(len(reads))
+        assert sum(reads) < 6000
+    assert costs[0] == costs[1] <= 8
 
 
 def test_npy_files_and_three_dimensions_are_read(tmp_path: Path) -> None:
@@ -478,6 +524,40 @@ def test_the_loader_yields_exactly_the_plan(scans: Table, workers: int) -> None:
     assert [batch["row"].tolist() for batch in batches] == [[4, 0], [2], [1, 3, 1]]
     assert batches[2]["targets"].isnan().all(dim=1).tolist() == [True, False, False]
     assert batches[0]["volume"].dtype == torch.int16
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float16])
+def test_volumes_are_stacked_in_shared_memory_as_torch_stacks_them(dtype: torch.dtype) -> None:
+    volumes = [
+        torch.randint(-1000, 1000, (1, 3, 5, 7)).to(dtype),
+        torch.ones((1, 5, 3, 7), dtype=dtype).transpose(1, 2),
+    ]
+    stacked = stack_shared(volumes)
+    assert torch.equal(stacked, torch.stack(volumes))
+    assert stacked.is_shared()
+    assert stacked.is_contiguous()
+
+
+def test_a_full_shared_memory_ends_the_run_in_one_line(
+    scans: Table, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(finetune_siglip.log, "propagate", True)
+    with pytest.raises(OSError, match="No space") as caught:
+        list(build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[0]], 1, CPU))
+    assert finetune_siglip.explain(caught.value) == 3
+    assert "see /dev/shm" in caplog.messages[-1]
+    assert "\n" not in caplog.messages[-1]
+
+
+def test_workers_are_as_many_as_shared_memory_has_room_for() -> None:
+    assert fit_shared_memory(10, 4, 1000) == (4, 2)  # 4 workers, 2 batches ahead, 1 in use: 90 of 800
+    assert fit_shared_memory(10, 4, 100) == (4, 1)  # 1 batch ahead: 50 of 80
+    assert fit_shared_memory(10, 4, 40) == (2, 1)
+    assert fit_shared_memory(10, 4, 10) == (0, 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -546,8 +626,10 @@ def test_augmented_batches_do_not_depend_on_the_number_of_workers(scans: Table) 
         loader = build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[3, 1], [0, 4, 2]], workers, CPU)
         return [augment(batch["volume"], batch["row"].tolist(), "light", 1, 2, "hu") for batch in loader]
 
-    for one, other in zip(epoch(0), epoch(2), strict=True):
-        assert torch.equal(one, other)
+    alone = epoch(0)
+    for workers in (2, 8):
+        for one, other in zip(alone, epoch(workers), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_moving_by_nothing_changes_nothing_and_sides_stay_sides() -> None:

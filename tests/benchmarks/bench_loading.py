@@ -6,14 +6,18 @@ The scan is a chest CT of 192 x 256 x 256 voxels, stored as float16 in a deflate
 resampled to that size, or a phantom where there is no such file. The usual pipeline loads it with NumPy, makes three
 windows in float16 and resizes the three channels to 160 x 224 x 224 with MONAI. Each side ends where the training
 process has the sample: a worker leaves it in shared memory, except for a volume of the cache, of which it sends the
-name. Then the growth of the first read with depth, and with one and two workers. The last line holds the ratios of the
-medians.
+name. As in an epoch, each side reads scan after scan, no two the same, for about a second before the next side's turn.
+Memory is managed as in the workers of each side: ours keep what they free, the usual ones are what glibc arrives at by
+itself with large arrays. Then the growth of the first read with depth, and with one and two workers, and how many
+headers a second the check reads. The last line holds the ratios of the medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -33,6 +37,7 @@ import finetune_siglip as fs
 import phantoms
 from helpers import CHEST
 
+COPIES = 24  # 385 MB in the cache
 SHAPE, GRID = (192, 256, 256), (160, 224, 224)
 
 
@@ -66,22 +71,37 @@ def shared(sample: torch.Tensor) -> torch.Tensor:
     return torch.stack([sample], out=sample.new(storage).resize_(1, *sample.shape))
 
 
-def interleaved(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """CPU milliseconds of each round of each side."""
+def manage_memory(kept: bool) -> None:
+    """As our workers do, or as glibc at its most generous does by itself."""
+    fs.one_thread_per_worker(0)
+    settings = () if kept else ((-4, 65536), (-3, 32 << 20), (-1, 64 << 20))  # M_MMAP_MAX, M_MMAP_THRESHOLD, M_TRIM_…
+    for setting, value in settings:
+        ctypes.CDLL(None).mallopt(setting, value)
+
+
+def interleaved(sides: dict[str, tuple[int, Callable[[int], object]]], rounds: int) -> dict[str, list[float]]:
+    """CPU milliseconds a scan, of each round of each side: (how many scans, what reads the i-th)."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for round_ in range(rounds + 1):
-        for name, side in sides.items():
+        for name, (n, read) in sides.items():
+            manage_memory(kept=name not in ("usual", "float32"))
             started = time.process_time()
-            side()
+            for i in range(n):
+                read(i)
             if round_:  # the first one warms up
-                times[name].append(1e3 * (time.process_time() - started))
+                times[name].append(1e3 * (time.process_time() - started) / n)
     return times
 
 
-def dataset_of(path: Path, prep: fs.Preprocessing, cache: Path | None = None, n: int = 1) -> fs.CTVolumeDataset:
-    """The scan n times, each with a target."""
-    ids = [str(i) for i in range(n)]
-    table = fs.Table(("A",), ids, ids, ["train"] * n, [path] * n, np.ones((n, 1), np.float32), list(range(n)))
+def table_of(paths: list[Path]) -> fs.Table:
+    """A row with one label for each path."""
+    n, ids = len(paths), [str(i) for i in range(len(paths))]
+    return fs.Table(("A",), ids, ids, ["train"] * n, paths, np.ones((n, 1), np.float32), list(range(n)))
+
+
+def dataset_of(paths: list[Path], prep: fs.Preprocessing, cache: Path | None = None) -> fs.CTVolumeDataset:
+    """The scans, each with a target."""
+    table = table_of(paths)
     return fs.CTVolumeDataset(table, prep, fs.VolumeCache(cache, prep, table.paths) if cache else None)
 
 
@@ -89,14 +109,29 @@ def print_growth(ct_folder: Path, folder: Path, prep: fs.Preprocessing) -> None:
     """Medians of the first read by depth, and scans per second by number of workers."""
     for depth in (96, 192, 384):
         path = write_scan(ct_folder, folder, depth)
-        median = statistics.median(interleaved({"": lambda path=path: fs.load_sample(path, prep)}, 5)[""])
+        median = statistics.median(interleaved({"": (1, lambda _, path=path: fs.load_sample(path, prep))}, 5)[""])
         print(f"depth {depth:4d}  {median:7.1f} ms, {median / depth:.2f} ms per slice")
-    dataset = dataset_of(folder / f"scan_{SHAPE[0]}.npz", prep, n=24)
+    dataset = dataset_of([folder / f"scan_{SHAPE[0]}.npz"] * 24, prep)
     for workers in (1, 2):
         started = time.perf_counter()
         for _ in fs.build_loader(dataset, [[i] for i in range(len(dataset))], workers, torch.device("cpu")):
             pass
         print(f"{workers} worker{'s' * (workers > 1)}  {len(dataset) / (time.perf_counter() - started):.1f} scans/s")
+
+
+def headers_per_second(folder: Path, n: int = 2000) -> float:
+    """The median of five rounds over n files that the system has in memory, with the threads that the check uses."""
+    rng = np.random.default_rng(0)
+    paths = [folder / f"header_{i}.npz" for i in range(n)]
+    np.savez_compressed(paths[0], image=rng.integers(-1000, 1000, (1, 20, 40, 40), np.int16), orientation="SPL")
+    for path in paths[1:]:
+        path.write_bytes(paths[0].read_bytes())
+    table, seconds = table_of(paths), []
+    for _ in range(5):
+        started = time.perf_counter()
+        fs.read_headers(table)
+        seconds.append(time.perf_counter() - started)
+    return n / statistics.median(seconds)
 
 
 def main() -> None:
@@ -105,27 +140,32 @@ def main() -> None:
     parser.add_argument("--ct", type=Path, default=Path(os.environ.get("CT_DATA", ROOT.parent / "shared/data/ct")))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    fs.one_thread_per_worker(0)
     prep = fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, GRID)
     with tempfile.TemporaryDirectory() as folder:
         path = write_scan(args.ct, Path(folder))
         print(f"{path.stat().st_size / 1e6:.1f} MB packed, {2 * np.prod(SHAPE) / 1e6:.1f} MB inflated")
-        cached = dataset_of(path, prep, Path(folder) / "cache")
-        sides: dict[str, Callable[[], object]] = {
-            "usual": lambda: shared(usual(path, np.float16)),
-            "float32": lambda: shared(usual(path, np.float32)),
-            "first": lambda: shared(fs.load_sample(path, prep)),
-            "cached": lambda: cached.collate([cached[0]])["volume"].assemble(),
+        paths = [Path(folder) / f"copy_{i}.npz" for i in range(COPIES)]
+        for copy in paths:
+            shutil.copy(path, copy)
+        cached = dataset_of(paths, prep, Path(folder) / "cache")
+        for i in range(COPIES):
+            cached[i]
+        sides: dict[str, tuple[int, Callable[[int], object]]] = {
+            "usual": (1, lambda i: shared(usual(paths[i], np.float16))),
+            "float32": (2, lambda i: shared(usual(paths[i], np.float32))),
+            "first": (10, lambda i: fs.stack_shared([fs.load_sample(paths[i], prep)])),
+            "cached": (COPIES * 10, lambda i: cached.collate(cached.__getitems__([i % COPIES]))["volume"].assemble()),
         }
         times = interleaved(sides, args.rounds)
         print_growth(args.ct, Path(folder), prep)
+        headers = headers_per_second(Path(folder))
     for name, values in times.items():
         print(f"{name:8} median {statistics.median(values):7.1f} ms, min {min(values):7.1f}, max {max(values):7.1f}")
     medians = {name: statistics.median(values) for name, values in times.items()}
     print(
         f"first_read_ratio={medians['usual'] / medians['first']:.2f} "
         f"first_read_vs_float32_ratio={medians['float32'] / medians['first']:.2f} "
-        f"cached_ratio={medians['usual'] / medians['cached']:.0f}"
+        f"cached_ratio={medians['usual'] / medians['cached']:.0f} headers_per_second={headers:.0f}"
     )
 
 

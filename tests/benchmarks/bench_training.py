@@ -2,30 +2,36 @@
 
     PYTHONPATH=.:tests python tests/benchmarks/bench_training.py [NAME ...] [--tower B] [--repeats 3] [--scans FOLDER]
 
-NAME: step, memory, depth, cache, air, inference (all). Towers (ViT-Ti, S or B/16 at 224) have random weights: figures
-of speed and memory do not depend on them. `memory` with ViT-B needs 14 GB free. Both sides run in
-this process, interleaved, and the medians' ratios stand on the last line. Memory is what a step adds to the process:
-the kernel's peak of the resident set (/proc/self/clear_refs, VmHWM) less what was resident before, gradients already
-there, with an allocator told to give every freed block back; on a GPU, the caching allocator's peak.
+NAME: step, memory, depth, cache, air, auroc, inference, layout (all). Towers (ViT-Ti, S or B/16 at 224) have random
+weights: figures of speed and memory do not depend on them. `memory` with ViT-B needs 14 GB free. Both sides run in this
+process, interleaved, and the medians' ratios stand on the last line. For `step`, `memory` and `inference` both sides
+compute the same function of the same weights, and `step` compares their gradients. Memory is what a step adds to the
+process: the kernel's peak of the resident set (/proc/self/clear_refs, VmHWM) less what was resident before, gradients
+already there, with an allocator told to give every freed block back; on a GPU, the caching allocator's peak. `auroc`
+trains the demo's toy tower on the demo's phantoms, with and without --skip-air.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
+import json
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import finetune_siglip as fs
-from helpers import CHEST, random_hu, small_state
+import phantoms
+from helpers import CHEST, TINY_SIGLIP, random_hu, small_state
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 RUNTIME = fs.Runtime(DEVICE)
@@ -42,9 +48,9 @@ def config_of(size: str) -> dict:
     }  # fmt: skip
 
 
-def our_model(size: str, **options: object) -> fs.SiglipClassifier:
+def our_model(config: dict, **options: object) -> fs.SiglipClassifier:
     torch.manual_seed(0)
-    model = fs.SiglipClassifier(fs.build_backbone(config_of(size)), CHEST, "hu", 18, "mean", 0.0, **options).to(DEVICE)
+    model = fs.SiglipClassifier(fs.build_backbone(config), CHEST, "hu", 18, "mean", 0.0, **options).to(DEVICE)
     model.slice_chunk = fs.usual_chunk(RUNTIME)
     return model
 
@@ -52,18 +58,36 @@ def our_model(size: str, **options: object) -> fs.SiglipClassifier:
 class PlainLoop(torch.nn.Module):
     """Slice by slice through `SiglipForImageClassification`; the scan's logits are the mean of its slices'."""
 
-    def __init__(self, ours: fs.SiglipClassifier):
+    def __init__(self, config: dict):
         super().__init__()
         from transformers import SiglipConfig, SiglipForImageClassification
 
-        settings = {k: v for k, v in ours.backbone.config.items() if k not in ("family", "vision_use_head")}
-        config = SiglipConfig(vision_config=settings | {"vision_use_head": False}, num_labels=18)
-        self.net = SiglipForImageClassification(config).to(DEVICE)
+        settings = {k: v for k, v in config.items() if k != "family"}
+        self.net = SiglipForImageClassification(SiglipConfig(vision_config=settings, num_labels=18)).to(DEVICE)
         self.windows = fs.CTWindows(CHEST).to(DEVICE)
 
     def forward(self, volume: Tensor) -> Tensor:
         images = self.windows(volume[0].transpose(0, 1)) * 2 - 1
         return torch.stack([self.net(pixel_values=image[None]).logits[0] for image in images]).mean(0, keepdim=True)
+
+
+def both_models(size: str) -> tuple[fs.SiglipClassifier, PlainLoop]:
+    """Ours and the plain loop as one function of equal weights: the mean of patches and slices, then a linear layer."""
+    config = config_of(size) | {"vision_use_head": False}
+    ours, plain = our_model(config), PlainLoop(config)
+    plain.net.vision_model.load_state_dict(ours.backbone.net.state_dict())
+    ours.head = copy.deepcopy(plain.net.classifier)
+    return ours, plain
+
+
+def gradient_error(ours: fs.SiglipClassifier, plain: PlainLoop) -> float:
+    """Norm of the difference of the towers' gradients, as a part of the plain one's norm."""
+    pairs = [
+        (p.grad, q.grad)
+        for p, q in zip(ours.backbone.net.parameters(), plain.net.vision_model.parameters(), strict=True)
+    ]
+    apart, norm = (torch.nn.utils.get_total_norm(x) for x in ([p - q for p, q in pairs], [q for _, q in pairs]))
+    return (apart / norm).item()
 
 
 def volume_of(slices: int) -> Tensor:
@@ -124,9 +148,16 @@ def has_bf16() -> bool:
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, float]:
-    ours, volume = our_model(args.tower), volume_of(8)
-    plain, amp = PlainLoop(ours), torch.bfloat16 if has_bf16() else None
+    (ours, plain), volume = both_models(args.tower), volume_of(8)
+    amp = torch.bfloat16 if has_bf16() else None
     print(f"step: 8 slices, ours in {'bfloat16' if amp else 'float32, for want of bfloat16 hardware'}")
+    errors = []
+    for precision, tolerance in ((None, 1e-4), (amp, 0.05)):
+        train_step(plain, volume)
+        train_step(ours, volume, precision)
+        errors.append(gradient_error(ours, plain))
+        assert errors[-1] < tolerance, f"the gradients are not the same: {errors[-1]:.1e} of their norm apart"
+    print(f"step: gradients apart by {errors[0]:.1e} of their norm in float32, {errors[1]:.1e} as timed")
     naive, mine = interleaved(
         lambda: train_step(plain, volume), lambda: train_step(ours, volume, amp), repeats=args.repeats
     )
@@ -136,12 +167,11 @@ def bench_step(args: argparse.Namespace) -> dict[str, float]:
 
 def bench_memory(args: argparse.Namespace) -> dict[str, float]:
     """Peak of a step at 64 slices: everything kept in float32, against chunks that are computed again."""
-    ours, volume = our_model(args.tower), volume_of(64)
+    (ours, plain), volume = both_models(args.tower), volume_of(64)
     ours.slice_chunk, ours.recompute = 8, True
     train_step(ours, volume_of(2))  # gradients are there from here on
     mine = peak_of(lambda: train_step(ours, volume))
-    plain = PlainLoop(ours)
-    ours.to("meta")  # one model at a time
+    ours.to("meta")  # its gradients go as well
     train_step(plain, volume_of(2))
     naive = peak_of(lambda: train_step(plain, volume))
     print(f"memory: plain loop {naive / 2**30:.2f} GiB, ours {mine / 2**30:.2f} GiB")
@@ -149,7 +179,8 @@ def bench_memory(args: argparse.Namespace) -> dict[str, float]:
 
 
 def bench_depth(args: argparse.Namespace) -> dict[str, float]:
-    ours = our_model(args.tower)
+    """Time at 128 slices against 16, and the peak of a step at 160 against 16."""
+    ours = our_model(config_of(args.tower))
     ours.slice_chunk, ours.recompute = 8, True
     train_step(ours, volume_of(16))
     low, high = (peak_of(lambda n=n: train_step(ours, volume_of(n))) for n in (16, 160))
@@ -163,7 +194,7 @@ def bench_depth(args: argparse.Namespace) -> dict[str, float]:
 
 def bench_cache(args: argparse.Namespace) -> dict[str, float]:
     """An epoch over four scans of 16 slices: features computed each time, against features read."""
-    ours = our_model(args.tower)
+    ours = our_model(config_of(args.tower))
     fs.freeze_up_to(ours.backbone, "all")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -192,7 +223,7 @@ def bench_air(args: argparse.Namespace) -> dict[str, float]:
     if not volumes:
         print(f"air: no scans in {args.scans}")
         return {}
-    whole, body = our_model(args.tower), our_model(args.tower, skip_air=True)
+    whole, body = our_model(config_of(args.tower)), our_model(config_of(args.tower), skip_air=True)
     kept = np.mean([fs.patches_in_body(volume[0, 0], 16).float().mean().item() for volume in volumes])
 
     def step(model: fs.SiglipClassifier) -> None:
@@ -204,10 +235,66 @@ def bench_air(args: argparse.Namespace) -> dict[str, float]:
     return {"skip_air_ratio": all_patches / some}
 
 
+def bench_auroc(args: argparse.Namespace) -> dict[str, float]:
+    """Macro AUROC on phantoms not trained on, with air less without, and its 95 % interval (bootstrap of the phantoms).
+
+    As `run_finetune.sh demo` does: the shipped toy tower, frozen, 160 phantoms, 30 epochs, averaged weights.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        table = phantoms.write_dataset(folder / "data", 160, 48, 64, seed=0)
+        labels = table.read_text().splitlines()[0].split(",")[3:]
+        argv = [
+            "--csv", table, "--pretrained", TINY_SIGLIP, "--label-columns", *labels, "--num-workers", 2, "--epochs", 30,
+            "--batch-size", 8, "--lr", 3e-3, "--scheduler", "cosine", "--warmup", 20, "--num-slices", 24, "--use-ema",
+            "--freeze-up-to", "all", "--cache-features", folder / "features", "--wandb-mode", "disabled",
+        ]  # fmt: skip
+        found = []
+        for side, more in (("all", []), ("body", ["--skip-air"])):
+            assert fs.main([*map(str, argv), "--output-dir", str(folder / side), *more]) == 0
+            found.append(json.loads((folder / side / "evaluation_test.json").read_text()))
+    n, rng = len(found[0]["targets"]), np.random.default_rng(0)
+    draws = np.vstack([np.ones(n), rng.multinomial(n, np.full(n, 1 / n), 2000)])  # the first is the sample itself
+    both = [macro_auroc(np.array(e["targets"], float), np.array(e["probabilities"]), draws) for e in found]
+    low, high = np.percentile((both[1] - both[0])[1:], [2.5, 97.5])
+    print(f"auroc: {both[0][0]:.4f} with all patches, {both[1][0]:.4f} with those in the body, on {n} phantoms")
+    return {"skip_air_auroc_gain": both[1][0] - both[0][0], "gain_low": low, "gain_high": high}
+
+
+def macro_auroc(targets: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean over labels of the share of pairs ranked right, for targets and scores (n, L) and weights (B, n) -> (B,)."""
+    figures = []
+    for y, p in zip(targets.T, scores.T, strict=True):
+        right = (p[:, None] > p) + 0.5 * (p[:, None] == p)
+        pairs = (weights * y).sum(1) * (weights * (1 - y)).sum(1)
+        figures.append(((weights * y) @ right * weights * (1 - y)).sum(1) / np.where(pairs > 0, pairs, np.nan))
+    return np.nanmean(figures, axis=0)
+
+
+def bench_layout(args: argparse.Namespace) -> dict[str, float]:
+    """A step of the 3D ResNet-152 under autocast on a CPU: maps laid out channels-last, against contiguous ones."""
+    if DEVICE.type != "cpu" or not has_bf16():
+        print("layout: only for a CPU that multiplies in bfloat16")
+        return {}
+    config = {
+        "family": "resnet3d", "layers": [3, 8, 36, 3], "block_inplanes": [64, 128, 256, 512], "num_channels": 3,
+        "conv1_t_size": (3, 7, 7), "bias_downsample": False, "image_size": 160,
+    }  # fmt: skip
+    model, volume = our_model(config), random_hu(1, 1, 32, 160, 160)
+
+    def contiguous() -> None:
+        with mock.patch.object(torch, "is_autocast_enabled", return_value=False):
+            train_step(model, volume, torch.bfloat16)
+
+    plain, ours = interleaved(contiguous, lambda: train_step(model, volume, torch.bfloat16), repeats=args.repeats)
+    print(f"layout: 32 x 160 x 160 voxels, contiguous {plain:.2f} s, channels-last {ours:.2f} s")
+    return {"channels_last_ratio": plain / ours}
+
+
 @torch.no_grad()
 def bench_inference(args: argparse.Namespace) -> dict[str, float]:
-    ours, volume = our_model(args.tower).eval(), volume_of(64)
-    plain, amp = PlainLoop(ours).eval(), torch.bfloat16 if has_bf16() else None
+    (ours, plain), volume = both_models(args.tower), volume_of(64)
+    amp = torch.bfloat16 if has_bf16() else None
 
     def mine() -> None:
         with torch.autocast(DEVICE.type, amp, enabled=amp is not None):
@@ -220,7 +307,7 @@ def bench_inference(args: argparse.Namespace) -> dict[str, float]:
 
 BENCHES = {
     "step": bench_step, "memory": bench_memory, "depth": bench_depth, "cache": bench_cache, "air": bench_air,
-    "inference": bench_inference,
+    "auroc": bench_auroc, "inference": bench_inference, "layout": bench_layout,
 }  # fmt: skip
 
 
@@ -239,7 +326,7 @@ def main() -> None:
     figures: dict[str, float] = {}
     for name in args.names or BENCHES:
         figures |= BENCHES[name](args)
-        print(" ".join(f"{key}={value:.2f}" for key, value in figures.items()), flush=True)
+        print(" ".join(f"{key}={value:.4g}" for key, value in figures.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -4559,7 +4559,8 @@ def digest_of(content: Any) -> str:
 def require_finite(content: Any, where: str) -> None:
     """Raises Diverged, naming the tensor, if any number in nested containers is NaN or infinite."""
     if isinstance(content, Tensor):
-        if content.is_floating_point() and not torch.isfinite(content).all():
+        numbers = content.is_floating_point() and content.numel()
+        if numbers and not torch.stack(content.aminmax()).isfinite().all():  # NaN comes through; one pass, no copy
             raise Diverged(f"{where} is not finite and is not saved; the last save stands: lower --lr or add --warmup")
     elif isinstance(content, (dict, list, tuple)):
         for name, value in content.items() if isinstance(content, dict) else enumerate(content):

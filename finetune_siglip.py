@@ -24,6 +24,7 @@ E feature width, L labels; n is any number of scans.
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import csv
 import ctypes
@@ -358,6 +359,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in those seconds is no traceback either
     parse_args()  # --help and a wrong flag are answered here, before the seconds that importing torch takes
 
 import numpy as np
@@ -368,7 +370,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # ── 2 Machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Device, precision, ranks, signals, random numbers, logging: the one place that reads the environment.
+# Device, precision, ranks, signals, random numbers, logging, files: the one place that reads the environment.
 
 
 @dataclass(frozen=True)
@@ -409,6 +411,8 @@ def init_runtime(amp: bool) -> Runtime:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises BadInput."""
+    if path.exists() and not path.is_file():
+        raise BadInput(f"{path}: not a regular file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -439,7 +443,7 @@ class StopRequest:
     """SIGTERM, SIGINT and SIGUSR1 ask for a stop; a second one leaves at once.
 
     While `patient`, a stop waits for the next point where the state can be saved, and whoever works polls
-    `signal_number`. Until then there is nothing to save and Interrupted is raised on the spot.
+    `signal_number`. Before and after that, and while data is waited for, Interrupted is raised on the spot.
     """
 
     ECHO = 0.5  # seconds: torchrun and srun pass on a Ctrl-C that has already come, and that is no second request
@@ -455,6 +459,17 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Nothing is half done while data is waited for, and that may take long: a stop doesn't wait for it."""
+        was_patient, self.patient = self.patient, False
+        try:
+            if self.signal_number:
+                raise Interrupted(self.signal_number)
+            yield
+        finally:
+            self.patient = was_patient
+
     def _ask(self, number: int, frame: object) -> None:
         now = time.monotonic()
         if not self.signal_number:
@@ -463,6 +478,26 @@ class StopRequest:
                 raise Interrupted(number)
         elif now - self.asked_at > self.ECHO:
             os._exit(128 + number)  # files are written aside and renamed, so nothing is torn by leaving here
+
+
+def end_readers() -> None:
+    """Kill the processes that read: nothing gentler reaches them, and a slow read would be waited for."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises for each of them
+    for child in torch.multiprocessing.active_children():
+        child.kill()
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold signals back; a process started here never gets them: a stop is sent to every process of a job, but the main
+    one saves and needs its data. At the latest it ends with this one."""
+    atexit.unregister(end_readers)
+    atexit.register(end_readers)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class RankWatch:
@@ -511,14 +546,20 @@ class RankWatch:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints above a progress bar rather than through it."""
+    """Prints above a progress bar rather than through it; a full disk, or nobody, behind it is no reason to stop."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
         urgent = record.levelno >= logging.WARNING
         text = f"{record.levelname.lower()}: {record.getMessage()}" if urgent else record.getMessage()
-        tqdm.write(text, file=sys.stderr if urgent else sys.stdout)
+        stream = sys.stderr if urgent else sys.stdout
+        try:
+            tqdm.write(text, file=stream)
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            with suppress(OSError, ValueError, AttributeError):  # lest the interpreter fails on the rest at its end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def setup_logging(output_dir: Path | None, is_main: bool) -> None:
@@ -542,6 +583,15 @@ def setup_logging(output_dir: Path | None, is_main: bool) -> None:
 def first_line(error: BaseException) -> str:
     """An exception for a one-line message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """For pictures and reports: one that fails is left out, which is said, and stops nothing."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s is left out: %s", what, first_line(error))
 
 
 def within(seconds: float, action: Callable[[], Any]) -> Any:
@@ -715,6 +765,51 @@ def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple
         rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(rows, kind="stable")
     return rows[order], values[order]
+
+
+def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk and only then give it its name.
+
+    Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, `path` is the old file or
+    the whole new one and nothing else is left.
+    """
+    temporary = temporary_name(path)
+    try:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        with open(temporary, "xb") as file:  # a leftover may be a second name of a good file: never write into it
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
+        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
+        why = getattr(error.__cause__ or error.__context__ or error, "strerror", None) or str(error).splitlines()[0]
+        needed = f"{size:,} bytes are needed and " if size else ""
+        raise BadEnvironment(f"{path} can't be written ({why}); {needed}{free:,} bytes are free there") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def save_bytes(path: Path, data: bytes) -> None:
+    """`save_atomic` of what is in memory."""
+    save_atomic(path, lambda file: file.write(data), len(data))
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it gets its name; TEMPORARY knows these names again."""
+    return path.with_name(f".{path.name}.{os.getpid()}.siglip.tmp")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a rename to the disk: without this a power cut can undo it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # ── 3 Table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2018,9 +2113,16 @@ class VolumeLoader(torch.utils.data.DataLoader):
     """Batches of a CTVolumeDataset. A bad scan raises BadVolume here, or is added to the dataset's `skipped`."""
 
     dataset: CTVolumeDataset
+    waiting: Callable[[], AbstractContextManager] = nullcontext  # the context in which a batch is waited for
 
     def __iter__(self) -> Any:
-        for batch in super().__iter__():
+        with signals_held():
+            batches = super().__iter__()
+        while True:
+            with self.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                return
             bad = {row: error for row, error in zip(batch["row"].tolist(), batch["error"], strict=True) if error}
             if bad and self.dataset.on_bad_volume == "stop":
                 raise BadVolume(*bad.values())
@@ -2044,10 +2146,9 @@ def write_skipped(path: Path, *left_out: tuple[Table, dict[int, str]]) -> None:
 
 def write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     """A CSV file, whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    with open(part, "w", newline="", encoding="utf-8") as stream:
-        csv.writer(stream, lineterminator="\n").writerows(rows)
-    os.replace(part, path)
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    save_bytes(path, buffer.getvalue().encode())
 
 
 def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[int, int]:
@@ -2065,6 +2166,7 @@ def build_loader(
     batches: Sequence[list[int]],
     num_workers: int,
     device: torch.device,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
 ) -> VolumeLoader:
     """A loader of exactly these batches of items, in this order, for a model on `device`."""
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores help on a network disk
@@ -2077,7 +2179,7 @@ def build_loader(
             "/dev/shm is too small for %d workers, so %d read: start the container with --shm-size or --ipc=host",
             num_workers, workers,
         )  # fmt: skip
-    return VolumeLoader(
+    loader = VolumeLoader(
         dataset,
         batch_sampler=list(batches),
         num_workers=workers,
@@ -2086,6 +2188,8 @@ def build_loader(
         worker_init_fn=one_thread_per_worker,
         collate_fn=dataset.collate,
     )
+    loader.waiting = waiting
+    return loader
 
 
 def one_thread_per_worker(_: int) -> None:
@@ -2095,8 +2199,6 @@ def one_thread_per_worker(_: int) -> None:
     threadpool_limits(1)
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: M_MMAP_MAX and M_TRIM_THRESHOLD. What one scan
         mallopt(-4, 0), mallopt(-1, 1 << 30)  # frees serves the next: new pages take a tenth of the time of reading it
-    for number in STOP_SIGNALS:  # a stop is sent to every process of a job, but the main one saves and needs its data
-        signal.signal(number, signal.SIG_IGN)
 
 
 @dataclass(frozen=True)
@@ -2184,8 +2286,10 @@ def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, s
     lines = [*describe_table(table), *describe_headers(headers, prep)]
     lines += [f"warning: {text}" for text in (*doubtful_pairs(table, headers), *doubtful_scans(table, samples, prep))]
     if picture:
-        draw_contact_sheet([(table.series_ids[row], samples[row]) for row in spread(list(samples), 6)], prep, picture)
-        lines.append(f"axial, coronal and sagittal slices as the model will see them: {picture}")
+        with optional(picture.name):
+            chosen = [(table.series_ids[row], samples[row]) for row in spread(list(samples), 6)]
+            draw_contact_sheet(chosen, prep, picture)
+            lines.append(f"axial, coronal and sagittal slices as the model will see them: {picture}")
     return lines
 
 
@@ -2299,7 +2403,7 @@ def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessin
                 if row == 0:
                     axis.set_title(f"{view}\n{name}", fontsize=7)
         line[0].set_ylabel(series[:24], fontsize=7)
-    figure.savefig(path, format="png", dpi=110)
+    save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 @dataclass
@@ -2381,7 +2485,9 @@ def prepare_table(
     for row in sorted({*range(len(table))} - {*raw}):  # what is prepared already is only looked at
         if isinstance(problem := header_or_error(table.paths[row]), BadVolume):
             bad[row] = f"series {table.series_ids[row]!r} (line {table.line_numbers[row]}): {problem}"
-    for row, problem in zip(raw, tqdm(loader, desc="prepare", unit="scan", disable=None), strict=True):
+    with signals_held():
+        done = iter(loader)
+    for row, problem in zip(raw, tqdm(done, desc="prepare", unit="scan", total=len(raw), disable=None), strict=True):
         if isinstance(problem, BadEnvironment):
             raise problem
         if problem:
@@ -2446,7 +2552,7 @@ def locate_weights(source: str) -> Path:
     path = Path(source).expanduser()
     if os.path.isdir(path):
         named = [path / name for name in WEIGHT_FILES if os.path.isfile(path / name)]
-        found = named[:1] or [file for file in sorted(path.iterdir()) if file.suffix in WEIGHT_SUFFIXES]
+        found = named[:1] or [f for f in sorted(path.iterdir()) if f.suffix in WEIGHT_SUFFIXES and f.is_file()]
         if len(found) != 1:
             names = ", ".join(file.name for file in found[:5]) or "none"
             raise BadInput(f"{path}: a folder should hold one weights file, found {names}: name the file")
@@ -2502,6 +2608,8 @@ def open_weights(path: Path) -> dict[str, Any]:
     """The content of a weights file: names and tensors, perhaps nested; memory-mapped, and nothing in it is run."""
     if path.suffix == ".json":
         return {k: v for name in shards_of(path) for k, v in flatten(open_weights(path.parent / name)).items()}
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: not a regular file")
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -3813,8 +3921,11 @@ def train_backbone(state: TrainState, wanted: bool, runtime: Runtime) -> None:
 def forward_backward(
     state: TrainState, batch: dict[str, Any], loss_fn: MultilabelBCELoss, recipe: Recipe, runtime: Runtime,
     known: int, last: bool,
-) -> None:  # fmt: skip
-    """Add the gradient of one forward pass; `known` is the label count of the whole step on all ranks."""
+) -> Tensor:  # fmt: skip
+    """Add the gradient of one forward pass; `known` is the label count of the whole step on all ranks.
+
+    Returns the sum of its losses. One that is not finite makes the gradient NaN, on all ranks.
+    """
     volume = batch["volume"].to(runtime.device, non_blocking=True)
     targets = batch["targets"].to(runtime.device, non_blocking=True)
     seed_everything(recipe.seed, state.epoch, state.micro, runtime.rank)  # dropout, the same after any interruption
@@ -3826,16 +3937,20 @@ def forward_backward(
             logits = state.model(volume)
         loss = loss_fn(logits, targets, reduction="sum")
         share = runtime.world_size / max(1, known)  # DistributedDataParallel averages over ranks: undo that
-        state.scaler.scale(loss * share).backward()
-    state.loss_sum += loss.detach()
+        state.scaler.scale(loss * (share + 0 * loss.detach())).backward()  # an infinite loss can have a finite gradient
     state.micro += 1
+    return loss.detach()
 
 
-def optimizer_step(state: TrainState, max_grad_norm: float) -> Later:
-    """Clip and step, unless a gradient is not finite: that is decided on the device. Returns a reader of the norm."""
+def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float = 0.0) -> Later:
+    """Clip and step, unless a gradient is not finite: that is decided on the device. Returns a reader of the norm.
+
+    `loss`, the sum over the step's labels, counts if the step is taken.
+    """
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    state.loss_sum += torch.where(norm.isfinite(), loss, 0.0)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     state.schedule.apply(state.optimizer)
@@ -3849,66 +3964,72 @@ def optimizer_step(state: TrainState, max_grad_norm: float) -> Later:
     return Later(norm)
 
 
-def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_skip: bool) -> None:
-    """Count the step taken, or the one skipped; one skipped in full precision, or ten in a row, end the run."""
+def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_skip: bool, known: int = 0) -> None:
+    """Count the step taken and its known labels, or the one skipped; in full precision one that is skipped, else ten in
+    a row, end the run."""
     if math.isfinite(norm):
         state.schedule.steps += 1
         state.skipped_in_row = 0
-        state.tally["norm"] += norm
-        state.tally["steps"] += 1
+        for name, value in (("norm", norm), ("steps", 1), ("known", known)):
+            state.tally[name] += value
         if state.ema:
             state.ema.update()
         return
     state.skipped += 1
     state.skipped_in_row += 1
+    where = f"epoch {state.epoch + 1}, after {state.schedule.steps} steps"
     if not may_skip or state.skipped_in_row >= 10:
-        where = f"epoch {state.epoch + 1}, after {state.schedule.steps} steps"
         raise Diverged(
             f"the gradient is {norm} in {where}, scans {scans()}: lower --lr, add --warmup or leave out --amp"
         )
+    log.warning("the gradient is %s in %s: a step is skipped, the %d. of this run", norm, where, state.skipped)
 
 
 def train_one_epoch(
     state: TrainState, dataset: CTVolumeDataset, loss_fn: MultilabelBCELoss, recipe: Recipe, runtime: Runtime,
-    after_step: Callable[[], None] = lambda: None,
+    after_step: Callable[[], None] = lambda: None, waiting: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, Any]:  # fmt: skip
     """Train from `state.micro` to the end of the epoch.
 
     Returns `lr`, `train_loss` (mean over known labels), `grad_norm` (mean over steps), `seconds` waited for data and
     spent on the rest, and how many `scans` that was. `after_step` is called between optimiser steps, where a settled
-    state can be saved. Raises Diverged.
+    state can be saved; in the context `waiting` the next batch is waited for. Raises Diverged.
     """
     done = math.ceil(state.micro / recipe.accumulation)  # the last window of an epoch may be a short one
     windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[done:]
-    loader = build_loader(dataset, [b for w in windows for b in w.batches], recipe.num_workers, runtime.device)
-    batches, waited, started, norm = iter(loader), 0.0, time.perf_counter(), None
+    plan = [b for w in windows for b in w.batches]
+    batches = iter(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting))
+    waited, started, norm, buffers = 0.0, time.perf_counter(), None, list(state.model.buffers())
     state.model.train()
-    bar = progress_bar(f"epoch {state.epoch + 1}", sum(len(b) for w in windows for b in w.batches), runtime)
+    bar = progress_bar(f"epoch {state.epoch + 1}", sum(map(len, plan)), runtime)
     for window in windows:
-        lost, whole = 0, (state.micro, state.loss_sum.clone())
+        loss, lost, micro = torch.zeros_like(state.loss_sum), 0, state.micro
+        before = [buffer.clone() for buffer in buffers] if len(window.batches) > 1 else []
         for position, rows in enumerate(window.batches):
-            waiting = time.perf_counter()
+            asked = time.perf_counter()
             try:
                 batch = next(batches)
-            except BadVolume:  # back to the last step, where the state can be saved
-                state.micro, state.loss_sum = whole
+            except (BadVolume, Interrupted):  # back to the last step, where the state can be saved
+                state.micro = micro
+                for buffer, value in zip(buffers, before, strict=False):  # running statistics have seen a part of it
+                    buffer.copy_(value)
                 state.optimizer.zero_grad(set_to_none=True)
                 raise
             lost += known_labels(dataset.table.targets[batch["row"][batch["bad"]].numpy()]) if "bad" in batch else 0
             if norm is None or norm.ready():  # else the GPU had work all the while, and no time was lost
-                waited += time.perf_counter() - waiting
+                waited += time.perf_counter() - asked
             last = position == len(window.batches) - 1
-            forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
+            loss += forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
             bar.update(len(rows))
         state.settle()
         known = window.known - forget_lost(state, dataset, window.known, lost, runtime)
-        norm = optimizer_step(state, recipe.max_grad_norm)
-        state.tally["known"] += known
-        scans = partial(name_scans, dataset.table, window)
-        state.unsettled = partial(lambda n, s: settle_step(state, n(), s, runtime.amp_dtype is not None), norm, scans)
+        norm = optimizer_step(state, recipe.max_grad_norm, loss)
+        taken = partial(settle_step, state, scans=partial(name_scans, dataset.table, window), known=known)
+        state.unsettled = partial(lambda t, n: t(n(), may_skip=runtime.amp_dtype is not None), taken, norm)
         if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
-            loss = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
+            state.settle()
+            mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
+            bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
         after_step()
     bar.close()
     state.settle()
@@ -3949,11 +4070,12 @@ def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
 
 def epoch_figures(state: TrainState, runtime: Runtime) -> dict[str, Any]:
     """The epoch's line so far; the loss is summed over ranks. The tallies stay, for validation may be interrupted."""
+    known, steps = state.tally["known"], state.tally["steps"]
     loss_sum = sum(rank_losses(state, runtime))
     return {
         "lr": state.optimizer.param_groups[0]["lr"],
-        "train_loss": loss_sum / max(1.0, state.tally["known"]),
-        "grad_norm": state.tally["norm"] / max(1.0, state.tally["steps"]),
+        "train_loss": loss_sum / known if known else None,  # no step was taken, or no label known
+        "grad_norm": state.tally["norm"] / steps if steps else None,
     }
 
 
@@ -3969,20 +4091,24 @@ def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
 def predict(
     model: nn.Module, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime, title: str = "predict",
     after_batch: Callable[[], None] = lambda: None, tta: int = 0,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
 ) -> np.ndarray:  # fmt: skip
     """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed by one of them.
 
     With `tta` they are the mean over the scan itself and that many copies of it, lightly augmented by a pure function
     of (seed, copy, row). The copies have negative numbers, so that they are none of those an epoch of training made.
+
+    `after_batch` is called as often on every rank; in the context `waiting` the next batch is waited for.
     """
     model = unwrap(model).eval()
     share_statistics(model, runtime)
     mine = list(range(len(dataset)))[runtime.rank :: runtime.world_size]
     plan = [mine[i : i + recipe.batch_size] for i in range(0, len(mine), recipe.batch_size)]
+    in_common = len(dataset) // runtime.world_size // recipe.batch_size
     rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1], device=runtime.device)]
     bar = progress_bar(title, len(mine), runtime)
-    for batch in build_loader(dataset, plan, recipe.num_workers, runtime.device):
+    for number, batch in enumerate(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting)):
         volumes = batch["volume"].to(runtime.device, non_blocking=True)
         output = torch.zeros(len(volumes), logits[0].shape[1], device=runtime.device)
         for copy in range(tta + 1):
@@ -3993,7 +4119,8 @@ def predict(
         rows.append(batch["row"])
         logits.append(output / (tta + 1))
         bar.update(len(output))
-        after_batch()
+        if number < in_common:
+            after_batch()
     bar.close()
     share_skipped(dataset, runtime)
     return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
@@ -4385,51 +4512,6 @@ def format_metrics_table(metrics: dict) -> str:
 MODEL_KIND, RUN_KIND, FORMAT = "finetune_siglip", "finetune_siglip.run", 1
 
 
-def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk and only then give it its name.
-
-    Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, `path` is the old file or
-    the whole new one and nothing else is left.
-    """
-    temporary = temporary_name(path)
-    try:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        with open(temporary, "xb") as file:  # a leftover may be a second name of a good file: never write into it
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
-        free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        why = getattr(error.__cause__ or error.__context__ or error, "strerror", None) or str(error).splitlines()[0]
-        needed = f"{size:,} bytes are needed and " if size else ""
-        raise BadEnvironment(f"{path} can't be written ({why}); {needed}{free:,} bytes are free there") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def save_bytes(path: Path, data: bytes) -> None:
-    """`save_atomic` of what is in memory."""
-    save_atomic(path, lambda file: file.write(data))
-
-
-def temporary_name(path: Path) -> Path:
-    """Where a file is written before it gets its name; TEMPORARY knows these names again."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk: without this a power cut can undo it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def link_atomic(source: Path, path: Path) -> None:
     """Make `path` the same file as `source`: a second name, or a copy where the file system has no links."""
     temporary = temporary_name(path)
@@ -4647,6 +4729,8 @@ class History:
     top: TopKCheckpoints = field(default_factory=TopKCheckpoints)
     digests: dict[str, str] = field(default_factory=dict)
     epochs_without_gain: int = 0
+    skipped: dict[str, dict[int, str]] = field(default_factory=dict)  # split -> row -> why it could not be read
+    lost: set[str] = field(default_factory=set)  # files of the top k to be written anew
 
 
 def pack_state(state: TrainState, losses: list[float], history: History, identity: dict[str, Any]) -> dict[str, Any]:
@@ -4673,6 +4757,7 @@ def pack_state(state: TrainState, losses: list[float], history: History, identit
             "entries": top.entries,
             "digests": {name: history.digests[name] for name in top.names if name in history.digests},
             "epochs_without_gain": history.epochs_without_gain,
+            "skipped": history.skipped,
         },
     }
 
@@ -4713,6 +4798,8 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
     history.lines, history.digests = content["history"]["lines"], content["history"]["digests"]
     history.top.entries = [(score, epoch) for score, epoch in content["history"]["entries"]]
     history.epochs_without_gain = content["history"]["epochs_without_gain"]
+    for split, rows in content["history"]["skipped"].items():
+        history.skipped.setdefault(split, {}).update(rows)
 
 
 class RunFolder:
@@ -4726,8 +4813,9 @@ class RunFolder:
     def has_state(self) -> bool:
         return self.last.exists() or self.previous.exists()
 
-    def holds_run(self) -> bool:
-        return self.has_state() or (self.path / "results.jsonl").exists()
+    def holds_run(self, *more: str) -> bool:
+        """Whether there is anything that a new run would replace, files of the patterns `more` included."""
+        return self.path.is_dir() and (self.has_state() or bool(self.ours(*DERIVED, *more)))
 
     def same_as(self, other: RunFolder) -> bool:
         return self.path.resolve() == other.path.resolve()
@@ -4754,7 +4842,8 @@ class RunFolder:
                 else:
                     handle.seek(0)
                     holder = handle.read().strip() or "another run"
-                    raise BadEnvironment(f"{self.path} is in use by {holder}; wait for it or stop it") from None
+                    why = f"{self.path} is in use by {holder}"
+                    raise BadEnvironment(f"{why}; wait for it, stop it or choose another --output-dir") from None
             handle.truncate(0)
             handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
@@ -4763,7 +4852,8 @@ class RunFolder:
     def ours(self, *patterns: str) -> list[Path]:
         """Files here, and no folders, whose whole names match: what a run makes and not what only looks like it."""
         wanted = re.compile("|".join(patterns))
-        return [file for file in self.path.iterdir() if wanted.fullmatch(file.name) and not file.is_dir()]
+        found = [*self.path.iterdir(), *(file for name in FOLDERS for file in (self.path / name).glob("*"))]
+        return [file for file in found if wanted.fullmatch(file.name) and not file.is_dir()]
 
     def clear(self) -> None:
         """Forget an earlier run (`--overwrite`): it is whole until last.ckpt goes, and from then on there is none."""
@@ -4798,8 +4888,9 @@ class RunFolder:
         save_bytes(self.path / "results.jsonl", lines)
         if history.top.entries:
             best = self.path / history.top.names[0]
-            if history.top.best and not best.exists():  # someone removed it; its content is in memory
+            if history.top.best and (best.name in history.lost or not best.exists()):  # its content is in memory
                 save_checked(best, history.top.best)
+                history.lost.discard(best.name)
             link_atomic(best, self.path / "best_model.pth")
         for file in self.ours(CHECKPOINT, TEMPORARY):
             if file.name not in history.top.names:
@@ -4819,27 +4910,38 @@ class RunFolder:
         self.fell_back = True
         return content
 
-    def load_top(self, history: History) -> None:
+    def load_top(self, history: History, thresholds: list[float]) -> None:
         """Check the files of the top k against their digests; the best one's weights go to memory.
 
-        A file that is damaged or gone leaves the ranking, with a warning: the run itself does not need it.
+        A file that is damaged or gone leaves the ranking, with a warning: the run itself does not need it. The best
+        one's content may still stand in best_model.pth, which a finished run gave other `thresholds`.
         """
         for _, epoch in reversed(list(history.top.entries)):
             name = history.top.name(epoch)
+            wanted = history.digests.get(name)
             try:
-                history.top.best = load_checked(self.path / name, MODEL_KIND, history.digests.get(name))
+                history.top.best = load_checked(self.path / name, MODEL_KIND, wanted)
             except BadInput as error:
+                with suppress(BadInput):
+                    content = load_checked(self.path / "best_model.pth", MODEL_KIND) | {"thresholds": thresholds}
+                    content.pop("tuned_for", None)
+                    if digest_of(content) == wanted:
+                        log.warning("%s; best_model.pth is the same", error)
+                        history.top.best = content
+                        history.lost.add(name)
+                        continue
                 log.warning("%s; epoch %d leaves the ranking", error, epoch)
                 history.top.forget(epoch)
 
 
-# names, as patterns, of the files that a run makes in its folder
+# names, as patterns, of the files that a run makes in its folder and in these below it
+FOLDERS = ("pictures", "explanations")
 CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
 DERIVED = (
     r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html", r"evaluation_\w+\.json", r"run\.json",
-    r"explanations_\w+\.json",
+    r"explanations_\w+\.json", r"skipped\.csv", r"test_predictions\.csv", r"[0-9a-f]{16}\.png",
 )  # fmt: skip
-TEMPORARY = r"last\.fresh\.ckpt|\.(" + "|".join((*DERIVED, CHECKPOINT, r"last(\.\w+)?\.ckpt")) + r")\.\d+\.tmp"
+TEMPORARY = r"last\.fresh\.ckpt|\..+\.\d+\.siglip\.tmp"
 
 
 def forget_cached(path: Path) -> None:
@@ -4855,7 +4957,7 @@ def forget_cached(path: Path) -> None:
 def read_results(path: Path) -> list[dict]:
     """The epochs in results.jsonl, in order; none where the file is not there. Raises BadInput."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} can't be read ({error}): one JSON object per line is needed") from error
 
@@ -5091,7 +5193,8 @@ def publish(
     )
     save_evaluation(folder, split, table, probabilities, thresholds, scored)
     wrong = most_wrong(table.targets, probabilities, thresholds)
-    save_pictures(folder, dataset, to_windows, [row for row, _ in wrong])
+    with optional("the report's pictures"):
+        save_pictures(folder, dataset, to_windows, [row for row, _ in wrong])
     log.info("%s", format_metrics_table(scored["metrics"]))
     for key, title in REPORT_HEADLINES.items():
         interval = scored["intervals"].get(key)
@@ -5539,7 +5642,7 @@ def wrong_scans(folder: Path, e: dict) -> str:
         for i in labels:
             kind = "missed" if e["targets"][row, i] == 1 else "called, not there"
             items += f"<li>{html.escape(e['labels'][i])}: {kind}, probability {e['probabilities'][row, i]:.3f}</li>"
-        if picture.exists():
+        if picture.is_file():
             alt = "feet to head from left to right, one line per intensity window"
             image = embedded(picture, f"Axial slices of scan {e['ids'][row]}, {alt}")
         cards += f'<li class="card"><h4>{name}</h4>{image}<ul>{items}</ul></li>'
@@ -5686,9 +5789,20 @@ class Run:
     saved: tuple[int, ...] = ()  # the position that the last commit holds
 
     def poll(self) -> None:
-        """Leave by Interrupted if a signal has come; with several ranks only `after_step` may, where they agree."""
-        if self.stop.signal_number and self.runtime.world_size == 1:
-            raise Interrupted(self.stop.signal_number)
+        """Leave by Interrupted, on all ranks, if a signal has come to one of them."""
+        (signal_number,) = agree(self.runtime, self.stop.signal_number)
+        if signal_number:
+            raise Interrupted(signal_number)
+
+    def waiting(self) -> AbstractContextManager:
+        """Where a stop need not wait for data; with several ranks it does, for the others go on to the next step."""
+        return self.stop.waiting() if self.runtime.world_size == 1 else nullcontext()
+
+    def predict(self, dataset: CTVolumeDataset, title: str, tta: int = 0) -> np.ndarray:
+        """Logits (n, L) of the model as it is now; may end in Interrupted."""
+        logits = predict(self.state.model, dataset, self.recipe, self.runtime, title, self.poll, tta, self.waiting)
+        self.poll()
+        return logits
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -5717,10 +5831,8 @@ class Run:
         """Bring what follows from the last commit in line with it; a picture is no reason to stop."""
         if self.runtime.is_main:
             self.folder.derive(self.history)
-            try:
+            with optional("progress.png"):
                 plot_progress(self.folder.path, [json.loads(line) for line in self.history.lines])
-            except Exception as error:
-                log.warning("progress.png is not drawn: %s", str(error).splitlines()[:1])
 
     @property
     def peak_bytes(self) -> int:
@@ -5843,7 +5955,8 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate, "skip_air": args.skip_air},
         "thresholds": resolve_thresholds(args.threshold, table.labels, np.full(len(table.labels), 0.5)).tolist(),
     }
-    identity = {**describe_run(args, table, model, preprocessing, runtime), "chunking": chunking}
+    identity = describe_run(args, table, model, preprocessing, runtime)
+    identity |= {"chunking": chunking, "thresholds (--threshold)": setup["thresholds"]}
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
     effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
     log.info(
@@ -5851,8 +5964,9 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         len(train), len(val), steps_per_epoch, effective, args.batch_size, runtime.world_size,
         args.gradient_accumulation_steps,
     )  # fmt: skip
+    history = History(skipped={name: part.skipped for name, part in zip(SPLITS, (train, val, test), strict=True)})
     return Run(
-        args, runtime, stop, folder, table, train, val, test, state, History(), loss_fn, recipe, setup, identity,
+        args, runtime, stop, folder, table, train, val, test, state, history, loss_fn, recipe, setup, identity,
     )  # fmt: skip
 
 
@@ -6001,12 +6115,11 @@ def run_epoch(run: Run) -> None:
     """Train, validate, rank, commit, and only then let the other files follow."""
     state, history = run.state, run.history
     train_backbone(state, state.epoch >= run.args.unfreeze_epoch, run.runtime)
-    figures = train_one_epoch(state, run.train, run.loss_fn, run.recipe, run.runtime, run.after_step)
+    figures = train_one_epoch(state, run.train, run.loss_fn, run.recipe, run.runtime, run.after_step, run.waiting)
     started, epoch = time.perf_counter(), state.epoch + 1
     seconds, scans = figures.pop("seconds"), figures.pop("scans")
     with state.weights:
-        logits = predict(state.model, run.val, run.recipe, run.runtime, "validate", run.poll)
-        run.poll()
+        logits = run.predict(run.val, "validate")
         metrics = score_split(run, run.val, logits)
         gained = history.top.offer(metrics["macro_f1"], epoch)
         if history.top.is_best(epoch) or gained:
@@ -6046,8 +6159,8 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scan
         return
     run.redo_files()
     log.info(
-        "epoch %d/%d  train loss %.4f  val loss %.4f  lr %.2e  grad norm %.3f%s", line["epoch"], run.args.epochs,
-        line["train_loss"], line["val_loss"], line["lr"], line["grad_norm"],
+        "epoch %d/%d  train loss %s  val loss %s  lr %.2e  grad norm %s%s", line["epoch"], run.args.epochs,
+        shown(line["train_loss"]), shown(line["val_loss"]), line["lr"], shown(line["grad_norm"]),
         "  ← best so far" if run.history.top.is_best(line["epoch"]) else "",
     )  # fmt: skip
     log.info("%s", format_metrics_table(line))
@@ -6065,9 +6178,10 @@ def finish_run(run: Run) -> None:
     drop_lora(model)  # what was saved is merged
     model.load_state_dict(best["model"])
     log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
-    logits = {"val": predict(model, run.val, run.recipe, run.runtime, "evaluate", run.poll, args.tta)}
+    logits = {"val": run.predict(run.val, "evaluate", args.tta)}
     if len(run.test):
-        logits["test"] = predict(model, run.test, run.recipe, run.runtime, "test", run.poll, args.tta)
+        logits["test"] = run.predict(run.test, "test", args.tta)
+    run.stop.patient = run.runtime.world_size > 1  # all is saved: from here on a stop need not wait
     logits = {split: aggregate_readable(getattr(run, split), x, args.aggregate) for split, x in logits.items()}
     auto = tune_thresholds(run.val.targets, sigmoid(logits["val"]), args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
@@ -6101,6 +6215,8 @@ def publish_split(
 ) -> tuple[Table, np.ndarray]:  # fmt: skip
     """Score the scans that could be read, keep what the report tells of them, and return them with probabilities."""
     kept = [row for row in range(len(dataset)) if row not in dataset.skipped]
+    if wrong := [dataset.table.series_ids[row] for row in kept if not np.isfinite(logits[row]).all()]:
+        raise Diverged(f"split {split}: the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
     volumes = CTVolumeDataset(dataset.table.subset(kept), dataset.prep, None, args.on_bad_volume)
     table, probabilities = volumes.table, sigmoid(logits[kept])
     if not np.isnan(table.targets).all():
@@ -6144,9 +6260,11 @@ def write_results(
     write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
     log.info("predictions of %d scans: %s", len(predicted), output)
     arguments = {name: value for name, value in sorted(vars(args).items()) if value is not None}
-    save_run(args.output_dir, title, arguments, table, str(runtime.device))
+    with optional("run.json"):
+        save_run(args.output_dir, title, arguments, table, str(runtime.device))
     if any(list(args.output_dir.glob(f"{kind}_*.json")) for kind in ("evaluation", "explanations")):
-        log.info("report: %s", write_report(args.output_dir))
+        with optional("report.html"):
+            log.info("report: %s", write_report(args.output_dir))
 
 
 def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
@@ -6170,6 +6288,7 @@ def train_to_the_end(run: Run) -> None:
     """Epoch after epoch until all are done, patience is over or a signal comes."""
     epochs, patience = run.args.epochs, run.args.early_stopping_patience
     try:
+        run.save()  # a new run: no file that counts is ever without a last.ckpt beside it
         while run.state.epoch < epochs:
             if 0 < patience <= run.history.epochs_without_gain:
                 log.info("no better macro F1 for %d epochs: stopping early", run.history.epochs_without_gain)
@@ -6190,7 +6309,7 @@ RESUME_MAY_CHANGE = {
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
     "check_data", "prepare", "tta", "explain", "explain_ids",
     # compared by what they lead to, in the other entries of the identity
-    "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "cache_features",
+    "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
 }  # fmt: skip
 
 
@@ -6201,7 +6320,8 @@ def check_folder(args: argparse.Namespace, folder: RunFolder) -> None:
     source = resume_source(args, folder) if args.resume else None
     if source and not source.has_state():
         raise BadInput(f"{source.path} holds no run to resume: leave out --resume to start one there")
-    if not (source and source.same_as(folder)) and not args.overwrite and folder.holds_run():
+    own = source and source.same_as(folder)
+    if not own and not args.overwrite and folder.holds_run(*([] if source else [CHECKPOINT])):
         raise BadInput(f"{folder.path} holds a run: --resume auto continues it, --overwrite replaces it")
 
 
@@ -6218,7 +6338,7 @@ def start_or_resume(run: Run) -> None:
     if run.args.resume:
         resume(run, resume_source(run.args, run.folder))
     elif run.runtime.is_main:
-        if run.folder.holds_run():
+        if run.folder.holds_run(CHECKPOINT):
             log.info("--overwrite: removing the run that %s holds", run.folder.path)
         run.folder.clear()
     if run.runtime.is_main:
@@ -6256,17 +6376,18 @@ def resume(run: Run, source: RunFolder) -> None:
         now["chunking"] = then.get("chunking", now["chunking"])  # free memory may differ; results must not
         now["tracker"] = then.get("tracker", now["tracker"])
         restore_state(content, run.state, history, run.runtime.rank)
-    source.load_top(history)
+    source.load_top(history, run.setup["thresholds"])
     positions = agree(run.runtime, *run.position, *(-x for x in run.position))  # nobody removes what another reads
     if positions[: len(run.position)] != [-x for x in positions[len(run.position) :]]:
         raise BadEnvironment(f"{source.path}: the processes of this run don't find the same state there")
     if run.runtime.is_main:
-        if source.fell_back:  # or the next commit would keep the damaged file as the previous one
-            link_atomic(source.previous, source.last)
         if not source.same_as(run.folder):
             for name in history.top.names:
-                link_atomic(source.path / name, run.folder.path / name)
+                if name not in history.lost:
+                    link_atomic(source.path / name, run.folder.path / name)
             run.folder.commit(content)
+        elif source.fell_back:  # or the next commit would keep the damaged file as the previous one
+            link_atomic(source.previous, source.last)
     run.saved = run.position
     run.redo_files()
     log.info("resumed after epoch %d, forward pass %d of the next one", run.state.epoch, run.state.micro)
@@ -6301,11 +6422,12 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     model.slice_chunk = args.slice_chunk or usual_chunk(runtime)
     log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
     recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity, seed=args.seed)
-    logits = predict(model, dataset, recipe, runtime, tta=args.tta)
-    logits = aggregate_readable(dataset, logits, args.aggregate)
     thresholds = resolve_thresholds(args.threshold, rows.labels, np.array(content["thresholds"]))
-    if runtime.is_main:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
+    with RunFolder(args.output_dir).locked() if runtime.is_main else nullcontext():
+        logits = predict(model, dataset, recipe, runtime, tta=args.tta)
+        logits = aggregate_readable(dataset, logits, args.aggregate)
+        if not runtime.is_main:
+            return 0
         flattered = split == "val" and args.threshold == "auto"  # the checkpoint's thresholds were tuned on this split
         tuned_for = content.get("tuned_for") if flattered else None
         predicted = publish_split(args, split, dataset, model, logits, thresholds, tuned_for)
@@ -6348,6 +6470,7 @@ def explain(error: BaseException) -> int:
         return error.code
     if isinstance(error, Interrupted):
         log.info("stopped by %s", error)
+        end_readers()
         return 128 + error.number
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         advice = "lower --batch-size, --image-size or --num-slices, or add --amp"
@@ -6373,15 +6496,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                     return work(args)
             runtime = init_runtime(args.amp)
             watch = RankWatch(runtime)
-            code = run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
-            watch.part()
-            return code
-        except RuntimeError as error:
-            if stop.signal_number:  # a worker that was starting when the signal came has died of it
-                return 128 + stop.signal_number
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # perhaps of another rank's death: its name is on the way
-                time.sleep(RankWatch.INTERVAL * (RankWatch.PATIENCE + 3))
-            return explain(error)
+            try:
+                code = run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
+                watch.part()
+                return code
+            except RuntimeError:
+                if stop.signal_number and not stop.patient:  # another rank has obeyed it and was missed here
+                    raise Interrupted(stop.signal_number) from None
+                if runtime.world_size > 1:  # perhaps of another rank's death: its name is on the way
+                    time.sleep(RankWatch.INTERVAL * (RankWatch.PATIENCE + 3))
+                raise
         except (Exception, Interrupted) as error:
             return explain(error)
 

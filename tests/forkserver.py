@@ -164,6 +164,9 @@ def run_child(request: dict, module) -> None:
             module.plot_progress = lambda folder, _: module.save_atomic(folder / "progress.png", lambda f: f.write(png))
         if limit := request.get("largest_file"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        if "hangs" in request:  # while there is such a file, no scan can be read
+            load, hangs = module.load_sample, Path(request["hangs"])
+            module.load_sample = lambda *a: time.sleep(600 * hangs.exists()) or load(*a)
         if "free_bytes" in request:
             module.shutil = SimpleNamespace(**vars(shutil))
             module.shutil.disk_usage = lambda _: SimpleNamespace(free=request["free_bytes"])

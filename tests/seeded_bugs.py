@@ -19,6 +19,7 @@ import transformers.models.siglip.modeling_siglip  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 KEEP, CRASH, FUZZ = "tests/test_keep.py", "tests/test_crash.py", "tests/test_fuzz.py"
+MACHINE, STEP = "tests/test_machine.py", "tests/test_step.py"
 EXPLAIN = "tests/test_explain.py"
 SAME = f"{KEEP} -k comes_back_whole"
 
@@ -52,8 +53,8 @@ BUGS = {
     "content not synced": ("            os.fsync(file.fileno())\n", "", f"{KEEP} -k reaches_the_disk"),
     "folder not synced": ("        os.replace(temporary, path)\n        sync_folder(path.parent)\n    except (OSError",
                           "        os.replace(temporary, path)\n    except (OSError", f"{KEEP} -k reaches_the_disk"),
-    "half a file left over": ("    finally:\n        with suppress(OSError):\n            temporary.unlink()\n\n\ndef temp",
-                              "    finally:\n        pass\n\n\ndef temp", f"{KEEP} -k failed_write"),
+    "half a file left over": ("    finally:\n        with suppress(OSError):\n            temporary.unlink()\n\n\ndef save_b",
+                              "    finally:\n        pass\n\n\ndef save_b", f"{KEEP} -k failed_write"),
     "copied over a second name": (
         "        os.link(source, temporary)\n    except OSError:\n",
         "        os.link(source, temporary)\n        os.replace(temporary, path)\n    except OSError:\n", f"{KEEP} -k wherever",
@@ -84,8 +85,32 @@ BUGS = {
     "damaged state kept as the previous one": (
         "            link_atomic(source.previous, source.last)\n", "            pass\n", f"{CRASH} -k falling_back",
     ),
-    "workers die of the signal": ("        signal.signal(number, signal.SIG_IGN)\n", "        pass\n",
-                                  f"{CRASH} -k a_signal_saves"),
+    "workers die of the signal": ("pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)", "pthread_sigmask(signal.SIG_BLOCK, ())",
+                                  f"{MACHINE} -k reach_the_processes"),
+    "readers outlive the run": ("    atexit.register(end_readers)\n", "", f"{MACHINE} -k holds_its_readers"),
+    "a full disk behind the console ends the run": (
+        "        except (OSError, ValueError, AttributeError):\n", "        except KeyError:\n", f"{MACHINE} -k behind_the_console",
+    ),
+    "a stop waits for data": ("return self.stop.waiting() if self.runtime.world_size == 1 else nullcontext()",
+                              "return nullcontext()", f"{CRASH} -k do_not_come"),
+    "ranks asked unevenly": ("        if number < in_common:\n            after_batch()", "        after_batch()", f"{STEP} -k are_asked"),
+    "loss of a skipped step counted": ("torch.where(norm.isfinite(), loss, 0.0)", "loss", f"{STEP} -k spoils_no_figure"),
+    "infinite loss stepped on": ("(share + 0 * loss.detach())", "share", f"{STEP} -k infinite_loss"),
+    "statistics of half a step kept": ("                    buffer.copy_(value)\n", "                    pass\n",
+                                       f"{STEP} -k lacks_a_scan"),
+    "skipped scans forgotten": ("        history.skipped.setdefault(split, {}).update(rows)\n", "        pass\n", SAME),
+    "best model not looked at": ("if digest_of(content) == wanted:", "if False:", f"{KEEP} -k survives_in_best"),
+    "first files before the first commit": (
+        "        run.save()  # a new run: no file that counts is ever without a last.ckpt beside it\n", "", f"{CRASH} -k power_cut",
+    ),
+    "a kept model removed by a start": ("folder.holds_run(*([] if source else [CHECKPOINT]))", "folder.has_state()",
+                                        f"{CRASH} -k somebody_kept"),
+    "another folder changed on falling back": ("        elif source.fell_back:", "        if source.fell_back:",
+                                               f"{CRASH} -k falling_back_in_another"),
+    "values of thresholds not compared": (', "thresholds (--threshold)": setup["thresholds"]', "", f"{CRASH} -k file_of_thresholds"),
+    "prediction without the lock": ("with RunFolder(args.output_dir).locked() if runtime.is_main else nullcontext():\n        logits",
+                                    "with nullcontext():\n        args.output_dir.mkdir(parents=True, exist_ok=True)\n        logits",
+                                    f"{CRASH} -k second_run"),
     "map not turned back from SRA": (
         'grid.transpose(1, 2).flip(1, 2) if self.backbone.orientation == "SRA" else grid', "grid",
         f"{EXPLAIN} -k convolutional",

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import phantoms
-from benchmarks.crash_test import Bench, one_save, outcome, random_moments, torn_files
+from benchmarks.crash_test import LABELS, Bench, one_save, outcome, random_moments, torn_files
 from finetune_siglip import RUN_KIND, load_checked, save_checked
 from forkserver import ForkServer
 
@@ -85,15 +86,39 @@ def test_what_a_save_does_comes_in_an_order_that_a_power_cut_respects(bench):
         for start in ("replace checkpoint_epoch", "replace last.fresh", "replace last.ckpt", "replace results.jsonl")
     ]
     assert order == sorted(order)
+    assert operations.index("replace last.ckpt") < next(i for i, o in enumerate(operations) if "checkpoint_epoch" in o)
     removed = [i for i, line in enumerate(save) if line.startswith("unlink checkpoint_epoch")]
     assert all(i > order[-1] for i in removed)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--optimizer", "sgd", "--unfreeze-epoch", "2", "--balance-sampler", "--amp", "--loss", "balanced"],
+        ["--lora-rank", "2", "--layer-decay", "0.7", "--threshold", "auto"],
+        ["--freeze-up-to", "all", "--cache-features", "features"],
+    ],
+)
+def test_killed_and_resumed_other_ways_to_train_give_the_very_same(bench, tmp_path, more):
+    more = [str(tmp_path / word) if word == "features" else word for word in more]
+    config = ("plateau", True, 3, 0)
+    whole = run(bench, tmp_path / "whole", *more, config=config, folder=str(tmp_path / "whole"))
+    assert whole.code == 0, whole.text
+    out, half = tmp_path / "run", len(whole.operations) // 2
+    number = random.Random(len(more)).randrange(half, 2 * half)
+    assert run(bench, out, *more, config=config, folder=str(out), at=number).code == -signal.SIGKILL
+    if "features" in "".join(more):  # where they lie is no part of the run
+        more[-1] = str((tmp_path / "features").rename(tmp_path / "features moved"))
+    ended = run(bench, out, *more, "--resume", "auto", config=config)
+    assert ended.code == 0, ended.text
+    assert outcome(bench, out) == outcome(bench, tmp_path / "whole")
 
 
 # signals
 
 
-def seconds_until_stopped(bench, out, number, config, when, more=()):
-    pid = bench.server.start(bench.arguments(config, out, *more), out.with_suffix(".log"))
+def seconds_until_stopped(bench, out, number, config, when, **shim):
+    pid = bench.server.start(bench.arguments(config, out), out.with_suffix(".log"), **shim)
     deadline = time.monotonic() + 60
     while not when(out) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -101,7 +126,7 @@ def seconds_until_stopped(bench, out, number, config, when, more=()):
     started = time.monotonic()
     for target in (*children, pid):  # as a scheduler does: to every process of the job
         os.kill(target, number)
-    ended = bench.server.wait(pid)
+    ended = bench.server.wait(pid, timeout=60)
     return ended, time.monotonic() - started
 
 
@@ -116,10 +141,63 @@ def test_a_signal_saves_the_state_and_the_resumed_run_gives_the_very_same(bench,
     assert "Traceback" not in ended.text
     assert "the state is saved" in ended.text
     assert seconds < 20
+    log = (out / "training.log").read_text()
     assert load_checked(out / "last.ckpt", RUN_KIND)["progress"]["epoch"] < 4
     ended = run(bench, out, "--resume", "auto", config=config)
     assert ended.code == 0, ended.text
     assert outcome(bench, out) == wanted
+    assert (out / "training.log").read_text().startswith(log)
+
+
+@pytest.mark.parametrize("config", [PLAIN, RICH])
+def test_a_signal_does_not_wait_for_scans_that_do_not_come(bench, tmp_path, config):
+    wanted = bench.reference(config)[0]
+    out, hangs = tmp_path / "run", tmp_path / "hangs"
+
+    def stuck(out):
+        if (out / "results.jsonl").exists() and not hangs.exists():
+            hangs.touch()
+            time.sleep(1)
+        return hangs.exists()
+
+    ended, seconds = seconds_until_stopped(bench, out, signal.SIGTERM, config, stuck, hangs=str(hangs))
+    assert ended.code == 143, ended.text
+    assert "Traceback" not in ended.text
+    assert seconds < 20
+    ended = run(bench, out, "--resume", "auto", config=config)
+    assert ended.code == 0, ended.text
+    assert outcome(bench, out) == wanted
+
+
+def test_a_signal_while_results_are_written_leaves_a_run_to_be_finished(bench, tmp_path):
+    wanted, _, operations = bench.reference(PLAIN)
+    out, at = tmp_path / "run", next(i for i, line in enumerate(operations) if "test_predictions.csv" in line) + 1
+    ended = run(bench, out, folder=str(out), at=at, how="signal")
+    assert ended.code == 143, ended.text
+    assert "Traceback" not in ended.text
+    assert not [file for file in out.iterdir() if "test_predictions" in file.name]
+    assert run(bench, out, "--resume", "auto").code == 0
+    assert (out / "test_predictions.csv").exists()
+    assert outcome(bench, out) == wanted
+
+
+@pytest.mark.parametrize("what", ["prediction", "features"])
+def test_a_signal_ends_what_comes_before_or_without_training_at_once(bench, done, tmp_path, what):
+    out, features = tmp_path / "out", tmp_path / "features"
+    more = {"prediction": ["--test-only", str(done / "best_model.pth")],
+            "features": ["--freeze-up-to", "all", "--cache-features", str(features)]}[what]  # fmt: skip
+    hangs = {"prediction": out / ".lock", "features": features}[what]  # from when this is there, no scan can be read
+    pid = bench.server.start(bench.arguments(RICH, out, *more), tmp_path / "log", hangs=str(hangs))
+    while not hangs.exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    started = time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    ended = bench.server.wait(pid)
+    assert (ended.code, "Traceback" in ended.text) == (143, False), ended.text
+    assert time.monotonic() - started < 20
+    assert {file.name for file in out.iterdir()} <= {".lock", "training.log", "data_check.png"}
+    assert not features.exists() or not list(features.iterdir())
 
 
 def test_a_signal_before_training_ends_at_once_and_leaves_no_run(bench, tmp_path):
@@ -157,6 +235,7 @@ def test_a_failed_write_leaves_the_old_files_whole_and_says_so(bench, tmp_path, 
     assert len(errors) == 1
     assert str(out) in errors[0]
     assert os.strerror(getattr(__import__("errno"), how)) in errors[0]
+    assert kind != "write" or re.search(r"[\d,]+ bytes are needed and [\d,]+ bytes are free", errors[0])
     assert not torn_files(out)
     assert not [file.name for file in out.iterdir() if ".tmp" in file.name or "fresh" in file.name]
     assert run(bench, out, "--resume", "auto").code == 0
@@ -180,12 +259,15 @@ def test_the_room_for_the_largest_moment_is_looked_for_before_training(bench, tm
 
 def test_logs_and_pictures_that_fail_stop_nothing(bench, tmp_path):
     out = tmp_path / "run"
-    for name in ("training.log", "progress.png"):
+    names = ("data_check.png", "progress.png", "report.html")
+    for name in ("training.log", *names):
         (out / name / "in the way").mkdir(parents=True)
+    (out / "pictures").touch()
     ended = run(bench, out, "--epochs", "1", pictures=True)
     assert ended.code == 0, ended.text
     assert "no training.log" in ended.text
-    assert "progress.png is not drawn" in ended.text
+    assert all(f"warning: {name} is left out: " in ended.text for name in (*names, "the report's pictures"))
+    assert (out / "test_predictions.csv").exists()
 
 
 # damage
@@ -220,6 +302,16 @@ def test_after_falling_back_a_kill_at_any_operation_of_the_first_commit_finds_a_
         assert outcome(bench, out) == bench.reference(PLAIN)[0]
 
 
+def test_falling_back_in_another_folder_leaves_that_one_as_it_is(bench, tmp_path):
+    there, here = fell(bench, tmp_path / "there"), tmp_path / "here"
+    flip(there / "last.ckpt")
+    before = {file.name: file.read_bytes() for file in there.iterdir()}
+    ended = run(bench, here, "--resume", str(there))
+    assert ended.code == 0, ended.text
+    assert outcome(bench, here) == bench.reference(PLAIN)[0]
+    assert {file.name: file.read_bytes() for file in there.iterdir()} == before
+
+
 def test_both_states_damaged_is_refused(bench, done, tmp_path):
     out = copy(done, tmp_path)
     for name in ("last.ckpt", "last.previous.ckpt"):
@@ -239,6 +331,26 @@ def test_a_damaged_checkpoint_of_the_top_3_leaves_the_ranking_with_a_warning(ben
     assert f"epoch {entries[0][1]} leaves the ranking" in ended.text
     assert not torn_files(out)
     assert (out / "best_model.pth").exists()
+
+
+def test_a_damaged_model_is_no_model_to_predict_with(bench, done, tmp_path):
+    model = shutil.copy(done / "best_model.pth", tmp_path)
+    flip(Path(model))
+    ended = run(bench, tmp_path / "out", "--test-only", model)
+    assert ended.code == 2, ended.text
+    assert f"{model}: damaged" in ended.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_ends_with_4_naming_the_scans_and_saves_no_such_number(bench, tmp_path):
+    out = tmp_path / "run"
+    ended = run(bench, out, "--lr", "1e30")
+    assert ended.code == 4, ended.text
+    assert "Traceback" not in ended.text
+    (error,) = [line for line in ended.text.splitlines() if line.startswith("error: ")]
+    assert "phantom_" in error
+    assert not torn_files(out)
+    assert all(t.isfinite().all() for t in load_checked(out / "last.ckpt", RUN_KIND)["model"].values())
 
 
 def edit(path, change):
@@ -285,6 +397,18 @@ def test_changed_arguments_that_affect_numbers_stop_the_resume(bench, done, tmp_
     assert [sum(name in error for error in errors) for name in expected] == [1] * len(expected), ended.text
     assert all(str(out) in error for error in errors)
     assert run(bench, out, "--resume", "auto", "--freeze-up-to", "2").code == 2
+
+
+def test_changed_values_in_a_file_of_thresholds_stop_the_resume(bench, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "thresholds.json"
+    file.write_text(json.dumps(dict.fromkeys(LABELS, 0.41)))
+    assert run(bench, out, "--epochs", "1", "--threshold", str(file)).code == 0
+    moved = file.rename(tmp_path / "moved.json")
+    assert run(bench, out, "--epochs", "2", "--threshold", str(moved), "--resume", "auto").code == 0
+    moved.write_text(json.dumps(dict.fromkeys(LABELS, 0.5)))
+    ended = run(bench, out, "--epochs", "3", "--threshold", str(moved), "--resume", "auto")
+    assert ended.code == 2, ended.text
+    assert "thresholds (--threshold) was [0.41" in ended.text
 
 
 def test_changed_data_or_pretrained_weights_stop_the_resume(bench, done, tmp_path):
@@ -370,6 +494,18 @@ def test_resume_with_nothing_there_and_a_start_into_a_run_are_refused(bench, don
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["best_model.pth", "checkpoint_epoch_002.pth", "test_predictions.csv"])
+def test_what_somebody_kept_of_a_run_is_not_removed_by_a_start(bench, done, tmp_path, name):
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(done / name, out)
+    before = (out / name).read_bytes()
+    ended = run(bench, out)
+    assert ended.code == 2, ended.text
+    assert "--overwrite" in ended.text
+    assert (out / name).read_bytes() == before
+
+
 def test_overwrite_replaces_the_run_and_spares_what_is_not_its_own(bench, done, tmp_path):
     out = copy(done, tmp_path)
     (out / "notes.txt").write_text("mine")
@@ -382,17 +518,20 @@ def test_overwrite_replaces_the_run_and_spares_what_is_not_its_own(bench, done, 
     assert (out / "notes.txt").exists()
 
 
-def test_a_second_run_is_refused_naming_pid_and_host(bench, tmp_path):
+def test_a_second_run_and_a_prediction_are_refused_naming_pid_and_host(bench, done, tmp_path):
     out = tmp_path / "run"
     pid = bench.server.start(bench.arguments(PLAIN, out), tmp_path / "first.log")
     while not (out / "last.ckpt").exists():
         time.sleep(0.01)
     with ForkServer() as other:
         os.kill(pid, signal.SIGSTOP)
-        ended = other.run(bench.arguments(PLAIN, out, "--resume", "auto"), tmp_path / "second.log")
+        second = other.run(bench.arguments(PLAIN, out, "--resume", "auto"), tmp_path / "second.log")
+        model = ["--test-only", str(done / "best_model.pth")]
+        predicted = other.run(bench.arguments(PLAIN, out, *model), tmp_path / "third.log")
         os.kill(pid, signal.SIGCONT)
-    assert ended.code == 3, ended.text
-    assert f"pid {pid} on {socket.gethostname()}" in ended.text
+    for ended in (second, predicted):
+        assert ended.code == 3, ended.text
+        assert f"pid {pid} on {socket.gethostname()}" in ended.text
     bench.server.log = tmp_path / "first.log"
     assert bench.server.wait(pid).code == 0
 

@@ -164,7 +164,8 @@ def check_table(path):
         try:
             table = read_table(path, LABELS)
         except BadInput as error:
-            assert all(str(path) in message for message in error.messages), error
+            places = (f"{path}, line ", "lines ", f"{path}: is UTF-16")
+            assert all(any(place in message for place in places) for message in error.messages), error
             return False
     rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
     assert table.series_ids == [row["series_id"] for row in rows]
@@ -352,6 +353,33 @@ def test_any_command_line_ends_with_a_reason(tmp_path, capsys, more, table):
     assert "error: " in told.err if code else "--help" in argv or "-h" in argv, (argv, told)
     made = {path for path in set(tmp_path.rglob("*")) - set(before) if (folder / "out") not in (path, *path.parents)}
     assert not made or any(flag in argv for flag in ("--output-dir", "--test-output")) or len(more) > 0, made
+
+
+# what is opened
+
+
+@pytest.mark.parametrize(
+    "name", ["table.csv", "scan.npz", "tower.pth", "tower/model.bin", "thresholds.json", "model.pth", "last.ckpt"]
+)
+def test_a_pipe_is_refused_by_name_and_never_waited_for(tmp_path, capsys, tower, name):
+    table = tmp_path / "table.csv"
+    voxels = np.random.default_rng(0).integers(-1000, 500, (2, 1, 4, 16, 16), np.int16)
+    for scan, volume in zip(("scan", "other"), voxels, strict=True):
+        np.savez(tmp_path / f"{scan}.npz", image=volume)
+    table.write_text("series_id,split,img_path,A\na,train,scan.npz,1\nb,val,other.npz,1\n")
+    (tmp_path / "tower").mkdir()
+    path = tmp_path / name
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    flag = {"tower.pth": "--pretrained", "model.bin": "--pretrained", "thresholds.json": "--threshold",
+            "model.pth": "--test-only", "last.ckpt": "--resume"}  # fmt: skip
+    given = path.parent if name.startswith("tower/") else path
+    more = [flag[path.name], str(given)] if path.name in flag else []
+    argv = ["--csv", str(table), "--label-columns", "A", "--pretrained", str(tower), "--num-slices", "4",
+            "--wandb-mode", "disabled", "--output-dir", str(tmp_path / "out"), *more]  # fmt: skip
+    with no_hang():
+        assert main(argv) == 2
+    assert str(given) in capsys.readouterr().err
 
 
 # the source

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from finetune_siglip import (
     FIELDS,
     MODEL_KIND,
+    RESUME_MAY_CHANGE,
     RUN_KIND,
     BadEnvironment,
     BadInput,
@@ -21,9 +23,11 @@ from finetune_siglip import (
     digest_of,
     load_checked,
     pack_state,
+    parse_args,
     restore_state,
     save_atomic,
     save_checked,
+    temporary_name,
 )
 from helpers import random_hu, small_classifier, small_state
 
@@ -110,6 +114,22 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [f.name for f in tmp_path.iterdir()] == ["x.bin"]
 
 
+def test_a_save_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
+    path, begun = tmp_path / "x.pth", []
+    save_checked(path, content(number=1))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20 - 1))
+    monkeypatch.setattr(torch, "save", lambda *_: begun.append(1))
+    with pytest.raises(BadEnvironment, match="1,048,603 bytes are needed there, 1,048,575 are free"):
+        save_checked(path, content(number=2))
+    assert not begun
+    assert load_checked(path, MODEL_KIND)["number"] == 1
+
+
+def test_what_a_resumed_run_may_change_are_arguments_that_exist():
+    given = vars(parse_args(["--csv", "x", "--pretrained", "y", "--label-columns", "A"]))
+    assert set(given) >= RESUME_MAY_CHANGE
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(BadEnvironment, match="nowhere"):
         save_atomic(tmp_path / "nowhere" / "x", lambda file: file.write(b""))
@@ -145,17 +165,20 @@ def test_deriving_removes_what_is_left_over_and_rewrites_results(tmp_path):
         save_checked(tmp_path / history.top.name(epoch), content(epoch=epoch))
         history.lines.append(f'{{"epoch": {epoch}}}')
     leftovers = [
-        "checkpoint_epoch_009.pth", ".last.ckpt.123.tmp", ".last.fresh.ckpt.9.tmp", "last.fresh.ckpt",
-        ".best_model.pth.1.tmp", ".results.jsonl.77.tmp", ".checkpoint_epoch_002.pth.5.tmp", ".progress.png.5.tmp",
+        "checkpoint_epoch_009.pth", "last.fresh.ckpt", "pictures/.00ff00ff00ff00ff.png.3.siglip.tmp",
+        *(temporary_name(tmp_path / name).name for name in ("last.ckpt", "best_model.pth", "x.csv", "run.json")),
     ]  # fmt: skip
     others = ["checkpoint_epoch_best.pth", "checkpoint_epoch_001.pth.bak", ".notes.tmp", ".other.ckpt.123.tmp"]
+    (tmp_path / "pictures").mkdir()
     for name in leftovers + others:
         (tmp_path / name).write_bytes(b"half")
     (tmp_path / "checkpoint_epoch_007.pth").mkdir()
     (tmp_path / "results.jsonl").write_text('{"epoch": 1}\n{"epo')
     folder.derive(history)
     expected = ["best_model.pth", "checkpoint_epoch_001.pth", "checkpoint_epoch_002.pth", "results.jsonl"]
-    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([*expected, *others, "checkpoint_epoch_007.pth"])
+    kept = ["checkpoint_epoch_007.pth", "pictures"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([*expected, *others, *kept])
+    assert not list((tmp_path / "pictures").iterdir())
     assert load_checked(tmp_path / "best_model.pth", MODEL_KIND)["epoch"] == 2
     assert (tmp_path / "results.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
 
@@ -198,6 +221,7 @@ def used_state(steps=3, seed=0):
         state.loss_sum.fill_(0.1)
     history = History(lines=['{"epoch": 1}'], epochs_without_gain=2, digests={"checkpoint_epoch_001.pth": "d"})
     history.top.entries = [(0.5, 1)]
+    history.skipped = {"train": {3: "damaged"}}
     return state, history if steps else History()
 
 
@@ -302,9 +326,44 @@ def test_a_file_of_the_top_3_must_be_the_very_one_that_was_committed(tmp_path):
         name = history.top.name(epoch)
         history.digests[name] = save_checked(tmp_path / name, content(epoch=epoch))
     save_checked(tmp_path / "checkpoint_epoch_001.pth", content(epoch=1, more="from another run"))
-    folder.load_top(history)
+    folder.load_top(history, [])
     assert history.top.entries == [(0.2, 2)]
     assert history.top.best["epoch"] == 2
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+@pytest.mark.parametrize("damage", ["removed", "damaged"])
+def test_the_best_epoch_survives_in_best_model(tmp_path, damage, tuned):
+    """People remove checkpoints and keep the best model: going on must not put a worse one in its place."""
+    folder, history = RunFolder(tmp_path), History()
+    for epoch, score in ((1, 0.3), (2, 0.2)):
+        history.top.offer(score, epoch)
+        saved = content(epoch=epoch, thresholds=[0.5])
+        history.digests[history.top.name(epoch)] = save_checked(tmp_path / history.top.name(epoch), saved)
+    folder.derive(history)
+    best, digest = tmp_path / "checkpoint_epoch_001.pth", history.digests["checkpoint_epoch_001.pth"]
+    if tuned:
+        save_checked(tmp_path / "best_model.pth", content(epoch=1, thresholds=[0.3]) | {"tuned_for": "f1"})
+    best.unlink()
+    if damage == "damaged":
+        best.write_bytes(b"half")
+    folder.load_top(history, [0.5])
+    assert history.top.entries == [(0.3, 1), (0.2, 2)]
+    folder.derive(history)
+    for name in ("checkpoint_epoch_001.pth", "best_model.pth"):
+        assert load_checked(tmp_path / name, MODEL_KIND, digest)["epoch"] == 1
+
+
+@pytest.mark.parametrize("name", ["best_model.pth", "evaluation_test.json", "test_predictions.csv", "last.ckpt"])
+def test_what_a_new_run_would_replace_counts_as_a_run(tmp_path, name):
+    folder = RunFolder(tmp_path / "out")
+    assert not folder.holds_run()
+    folder.path.mkdir()
+    for harmless in ("training.log", "data_check.png", "notes.txt", ".lock", "checkpoint_epoch_best.pth"):
+        (folder.path / harmless).touch()
+    assert not folder.holds_run()
+    (folder.path / name).touch()
+    assert folder.holds_run()
 
 
 def test_a_disk_without_links_gets_copies(tmp_path, monkeypatch):

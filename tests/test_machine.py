@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_siglip import Runtime, StopRequest, derive_seed, gather_rows, init_runtime, seed_everything
+from finetune_siglip import (
+    Interrupted,
+    Runtime,
+    StopRequest,
+    build_loader,
+    derive_seed,
+    gather_rows,
+    init_runtime,
+    seed_everything,
+)
+from helpers import small_scans
 
 
 def test_seeds_are_functions_of_all_their_parts():
@@ -52,6 +62,56 @@ def test_a_second_signal_leaves_at_once():
         [sys.executable, "-c", program], timeout=60, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
     )
     assert done.returncode == 143
+
+
+def test_a_signal_does_not_wait_for_data():
+    with StopRequest() as stop:
+        with pytest.raises(Interrupted), stop.waiting():
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.patient
+        with pytest.raises(Interrupted), stop.waiting():
+            pytest.fail("one that has come already is found at once")
+
+
+def test_signals_never_reach_the_processes_that_read_not_even_while_they_start(tmp_path):
+    loader = build_loader(small_scans(tmp_path, 2), [[0], [1]], 1, torch.device("cpu"))
+    batches = iter(loader)
+    next(batches)
+    (child,) = torch.multiprocessing.active_children()
+    with open(f"/proc/{child.pid}/status") as file:
+        blocked = int(next(line for line in file if line.startswith("SigBlk")).split()[1], 16)
+    assert all(blocked >> (number - 1) & 1 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1))
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_a_process_ends_though_somebody_still_holds_its_readers(tmp_path):
+    program = (
+        "import pathlib, sys, torch, finetune_siglip as fs\n"
+        "from helpers import small_scans\n"
+        "scans = small_scans(pathlib.Path(sys.argv[1]), 8)\n"
+        "batches = iter(fs.build_loader(scans, [[row] for row in range(8)], 2, torch.device('cpu')))\n"
+        "next(batches)\n"
+        "sys.last_exc = batches\n"  # as a traceback holds what its frames hold
+        "raise SystemExit(5)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=60)
+    assert done.returncode == 5
+
+
+def test_a_full_disk_or_nobody_behind_the_console_stops_nothing():
+    program = (
+        "import finetune_siglip as fs\n"
+        "fs.setup_logging(None, True)\n"
+        "for _ in range(3): fs.log.info('x' * 9999); fs.log.error('x' * 9999)\n"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open("/dev/full", "w") as full:
+        environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=writer, env=environment, timeout=60)
+    os.close(writer)
+    assert done.returncode == 0
 
 
 def test_precision_of_this_machine():

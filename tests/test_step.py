@@ -8,6 +8,7 @@ import torch
 
 import finetune_siglip as fs
 from finetune_siglip import (
+    BadVolume,
     Diverged,
     MultilabelBCELoss,
     Recipe,
@@ -179,6 +180,62 @@ def test_divergence_in_full_precision_names_the_scans_and_spoils_no_weight(tmp_p
     assert all(torch.equal(a, b) for a, b in zip(seen[1], model.parameters(), strict=True))
 
 
+def test_a_loss_that_is_not_finite_is_skipped_in_mixed_precision_and_spoils_no_figure(tmp_path):
+    """The epoch is that of a plain loop over the steps that were taken: its loss, and every weight."""
+    dataset, recipe = small_scans(tmp_path, 6, unknown=0.4), Recipe(2)
+    mixed = Runtime(CPU.device, torch.bfloat16)
+    state, plain = (small_state(small_classifier(dropout=0.0), ema=True) for _ in range(2))
+    figures = train_one_epoch(state, dataset, Spoilt(2), recipe, mixed)
+    assert (state.skipped, state.schedule.steps, state.ema.steps) == (1, 2, 2)
+    first, _, third = plan_epoch(dataset.table.targets, recipe, CPU, 0)
+    losses = []
+    for window in (first, third):
+        batch = dataset.collate([dataset[row] for row in window.batches[0]])
+        losses.append(fs.forward_backward(plain, batch, MultilabelBCELoss(), recipe, mixed, window.known, True))
+        settle_step(plain, optimizer_step(plain, 1.0)(), lambda: "", True)
+    assert figures["train_loss"] == pytest.approx(sum(losses).item() / (first.known + third.known))
+    assert all(torch.equal(a, b) for a, b in zip(state.model.parameters(), plain.model.parameters(), strict=True))
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_not_stepped_on(tmp_path):
+    class Infinite(MultilabelBCELoss):
+        def forward(self, logits, targets, reduction="mean"):
+            return super().forward(logits, targets, reduction) + math.inf
+
+    dataset, state = small_scans(tmp_path, 2), small_state(small_classifier())
+    with pytest.raises(Diverged, match="scan_00"):
+        train_one_epoch(state, dataset, Infinite(), Recipe(2), CPU)
+
+
+def test_a_step_that_lacks_a_scan_is_taken_back_to_its_beginning(tmp_path, monkeypatch):
+    """Weights, figures and running statistics are then those of the last whole step, and can be saved."""
+    monkeypatch.setattr(fs, "READ_DELAYS", ())
+    dataset, model = small_scans(tmp_path, 8), small_classifier(dropout=0.0)
+    model.register_buffer("seen", torch.zeros(()))
+
+    def count(*_):  # as BatchNorm does
+        model.seen += 1
+
+    model.register_forward_hook(count)
+    state, recipe = small_state(model, ema=True), Recipe(1, accumulation=3)
+    plan = plan_epoch(dataset.table.targets, recipe, CPU, 0)
+    dataset.table.paths[plan[1].batches[2][0]].unlink()
+    after = []
+
+    def keep():
+        state.settle()
+        after.append([t.clone() for t in (*model.state_dict().values(), state.loss_sum)] + [dict(state.tally)])
+
+    with pytest.raises(BadVolume):
+        train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, CPU, keep)
+    state.settle()
+    assert (state.micro, state.schedule.steps, model.seen.item()) == (3, 1, 3)
+    found = [*model.state_dict().values(), state.loss_sum]
+    assert all(torch.equal(a, b) for a, b in zip(after[0], found, strict=False))
+    assert after[0][-1] == state.tally
+    assert all(p.grad is None for p in model.parameters())
+
+
 def test_ten_skipped_steps_in_a_row_end_a_run_in_mixed_precision():
     state = small_state(small_classifier(), amp=True)
     for _ in range(9):
@@ -213,6 +270,19 @@ def test_predict_returns_each_row_once_in_order_whatever_the_batches(tmp_path, b
     with torch.no_grad():
         for row in range(7):
             assert np.array_equal(logits[row], model(dataset[row]["volume"][None])[0].numpy())
+
+
+@pytest.mark.parametrize(("n", "batch_size", "ranks"), [(7, 1, 2), (7, 2, 3), (6, 3, 2), (2, 1, 3)])
+def test_ranks_are_asked_after_the_same_batches_of_a_prediction(tmp_path, monkeypatch, n, batch_size, ranks):
+    """Or a question to all of them would wait for ever."""
+    monkeypatch.setattr(fs, "gather_rows", lambda runtime, rows, values: (rows, values))
+    dataset, model, asked = small_scans(tmp_path, n), small_classifier(), []
+    for rank in range(ranks):
+        calls = []
+        runtime = Runtime(CPU.device, None, rank, ranks)
+        predict(model, dataset, Recipe(batch_size), runtime, after_batch=lambda calls=calls: calls.append(1))
+        asked.append(len(calls))
+    assert asked == [n // ranks // batch_size] * ranks
 
 
 @pytest.fixture

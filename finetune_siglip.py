@@ -934,6 +934,7 @@ def find_columns(
         elif name not in header and name not in optional:
             near = difflib.get_close_matches(name, header, n=1, cutoff=0.75)
             hint = f"the nearest one is {near[0]!r}" if near else f"it has {', '.join(map(repr, header))}"
+            hint += "; add it, or leave it out of --label-columns" if name not in TABLE_COLUMNS else ""
             if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
                 hint = "the cells seem to be separated by something else than commas"
             wrong.add("columns", 1, f"the header has no column {name!r}: {hint}")
@@ -1715,17 +1716,21 @@ def decide_orientation(table: Table, headers: Sequence[Header], asked: str | Non
         if not (asked or header.orientation) and across[0] != across[1] and len(set(sizes)) == 2:
             wrong.append(row)
     if wrong:
-        first = wrong[0]
+        first, mixed = wrong[0], "store all files alike, or " if len(wrong) < len(headers) else ""
         raise BadInput(
             f"{table.paths[first]} (row on line {table.line_numbers[first]}) has shape {headers[first].shape}: its two "
-            f"equal axes are not rows and columns under --orientation {orientation} ({len(wrong)} such files): "
-            f"name the order on purpose, {'--orientation RAS for (C, X, Y, Z)' if depth == 0 else '--orientation SPL'}"
+            f"equal axes are not rows and columns under --orientation {orientation} ({len(wrong)} of {len(headers)} "
+            f"files): {mixed}name the order on purpose, "
+            f"{'--orientation RAS for (C, X, Y, Z)' if depth == 0 else '--orientation SPL'}"
         )
     return orientation
 
 
-def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) -> str:
-    """ "hu", "unit" or "windowed", from the ranges of a sample that holds every kind of file in the table."""
+def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12, skip: bool = False) -> str:
+    """ "hu", "unit" or "windowed", from the ranges of a sample that holds every kind of file in the table.
+
+    A damaged file raises BadVolume; with `skip` it is passed over while there are others.
+    """
     kinds: dict[tuple[str, int], list[int]] = {}
     for row, header in enumerate(headers):
         kinds.setdefault((header.dtype.kind, header.shape[0]), []).append(row)
@@ -1733,7 +1738,12 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) 
     seen: dict[str, list[str]] = {}
     doubts: dict[str, list[tuple[Path, str]]] = {}
     for row in rows:
-        header, stored = read_volume(table.paths[row])
+        try:
+            header, stored = read_volume(table.paths[row])
+        except BadVolume:
+            if skip and (seen or row != rows[-1]):
+                continue
+            raise
         low, high = float(stored.min()), float(stored.max())
         verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
         if verdict == "hu" and soft_tissue(stored) < 0.01:
@@ -1775,10 +1785,11 @@ def decide_preprocessing(
     intensity: str = "auto",
     hu_range: Sequence[float] = (-1000.0, 1500.0),
     spacing: Sequence[float] = (1.5, 1.5, 3.0),
+    skip: bool = False,
 ) -> Preprocessing:
     """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt."""
     headers = read_headers(table)
-    decided = decide_intensity(table, headers) if intensity == "auto" else intensity
+    decided = decide_intensity(table, headers, skip=skip) if intensity == "auto" else intensity
     channels = headers[0].shape[0] if decided == "windowed" else 1
     odd = [path for path, header in zip(table.paths, headers, strict=True) if header.shape[0] != channels]
     if decided == "windowed" and odd:
@@ -1817,8 +1828,14 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     headers = read_headers(table)
     decided = decide_orientation(table, headers, args.orientation, prep.orientation)
     prep = dataclasses.replace(prep, orientation=decided)
-    for row in spread(range(len(table)), 4):
-        load_sample(table.paths[row], prep)  # raises where the values are of another kind
+    problems = []
+    for row in (rows := spread(range(len(table)), 4)):
+        try:
+            load_sample(table.paths[row], prep)  # raises where the values are of another kind
+        except BadVolume as problem:
+            problems.append(str(problem))
+    if problems and (args.on_bad_volume == "stop" or len(problems) == len(rows)):
+        raise BadInput(*problems)
     return prep
 
 
@@ -2268,10 +2285,13 @@ def move_volume(
 # The check: what a person should know of the data before a long run, and a picture that shows a wrong axis at once.
 
 
-def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, sample: int = 12) -> list[str]:
+def check_data(
+    table: Table, prep: Preprocessing, picture: Path | None = None, sample: int = 12, skip: bool = False
+) -> list[str]:
     """Lines of a report on the table, the headers of all files and the voxels of a sample, worst news last.
 
-    Writes the contact sheet of the sample to `picture`. Raises BadInput with all files that are not as they should be.
+    Writes the contact sheet of the sample to `picture`. Raises BadInput with all files that are not as they should be;
+    with `skip`, a damaged one of the sample is a warning while there are others.
     """
     headers = read_headers(table)
     rows = spread(range(len(table)), sample)
@@ -2281,9 +2301,10 @@ def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, s
             samples[row] = load_sample(table.paths[row], prep)
         except BadVolume as problem:
             messages.append(f"series {table.series_ids[row]!r} (line {table.line_numbers[row]}): {problem}")
-    if messages:
+    if messages and not (skip and samples):
         raise BadInput(*messages)
     lines = [*describe_table(table), *describe_headers(headers, prep)]
+    lines += [f"warning: {text}" for text in messages]
     lines += [f"warning: {text}" for text in (*doubtful_pairs(table, headers), *doubtful_scans(table, samples, prep))]
     if picture:
         with optional(picture.name):
@@ -2339,7 +2360,8 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
     from scipy import ndimage
 
     lines = []
-    for row, sample in samples.items() if prep.intensity != "windowed" else ():
+    tells = prep.intensity != "windowed" and min(prep.grid[1:]) >= 48  # pixels: coarser ones close the lungs
+    for row, sample in samples.items() if tells else ():
         steps = [max(1, n // 96) for n in sample.shape[1:]]
         volume = sample[0, :: steps[0], :: steps[1], :: steps[2]].numpy()
         filled = np.stack([ndimage.binary_fill_holes(plane > -400) for plane in volume])
@@ -2369,7 +2391,7 @@ def window_names(prep: Preprocessing) -> list[str]:
 
 def spine_ahead(volume: np.ndarray) -> float:
     """How far the bones of an SPL volume in HU lie before the middle of its tissue, in heights of the body."""
-    tissue, bone = ((volume > limit).sum((0, 2)) for limit in (-400, 300))
+    tissue, bone = ((volume > limit).sum((0, 2)) for limit in (-400, 200))
     rows = np.arange(len(tissue))
     middles = [(rows * part).sum() / max(1, part.sum()) for part in (tissue, bone)]
     return float((middles[0] - middles[1]) / max(1, np.ptp(np.flatnonzero(tissue)))) if bone.any() else 0.0
@@ -5853,13 +5875,14 @@ def preprocessing_from(args: argparse.Namespace, table: Table, default_grid: Seq
         intensity=args.intensity,
         hu_range=args.hu_range,
         spacing=args.spacing,
+        skip=args.on_bad_volume == "skip",
     )
 
 
-def show_data(table: Table, prep: Preprocessing, folder: Path) -> None:
+def show_data(table: Table, prep: Preprocessing, folder: Path, skip: bool) -> None:
     """Log the check of the data and draw `data_check.png`: a wrong axis is seen in a second."""
     folder.mkdir(parents=True, exist_ok=True)
-    for line in check_data(table, prep, folder / "data_check.png"):
+    for line in check_data(table, prep, folder / "data_check.png", skip=skip):
         level = logging.WARNING if line.startswith("warning: ") else logging.INFO
         log.log(level, "%s", line.removeprefix("warning: "))
 
@@ -5928,7 +5951,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     chunking = plan_memory(args, model, shape, runtime)
     maybe_compile(model, args.compile, runtime)
     if runtime.is_main:
-        show_data(table, preprocessing, folder.path)
+        show_data(table, preprocessing, folder.path, args.on_bad_volume == "skip")
     train, val, test = build_datasets(args, [table.split(name) for name in SPLITS], preprocessing)
     recipe = Recipe(
         args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
@@ -6443,7 +6466,7 @@ def run_check(args: argparse.Namespace) -> int:
     """Report on table and volumes, and draw some of them as a model will see them."""
     table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
     prep = preprocessing_from(args, table, (64, 224, 224))
-    show_data(table, prep, args.output_dir)
+    show_data(table, prep, args.output_dir, args.on_bad_volume == "skip")
     return 0
 
 

@@ -371,8 +371,9 @@ def write_dataset(
     findings: Sequence[str] = FINDINGS,
     save_masks: bool = False,
     all_columns: bool = False,
+    prevalence: float = PREVALENCE,
 ) -> Path:
-    """Write phantoms and their CSV; each finding is present with probability 0.4, independently of the others.
+    """Write phantoms and their CSV; each finding is present with probability `prevalence`, whatever the others are.
 
     The CSV has one 0/1 column per finding in `findings`; `all_columns` adds the rest of the 18 CT-RATE labels with
     empty cells (= unknown: nobody planted or looked for them). `save_masks` adds `{series_id}_mask.npz` beside each
@@ -386,7 +387,7 @@ def write_dataset(
     rows = []
     for number, split in enumerate(["train"] * n_train + ["val"] * n_val + ["test"] * n_test, start=1):
         rng = np.random.default_rng([seed, number])
-        present = [label for label in planted if rng.random() < PREVALENCE]
+        present = [label for label in planted if rng.random() < prevalence]
         volume, masks = make_phantom(rng, present, shape)
         series_id = f"phantom_{number}_a_1"
         np.savez(folder / "volumes" / f"{series_id}.npz", image=volume[None])
@@ -408,12 +409,15 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=48, help="scans of split val [48]")
     parser.add_argument("--test", type=int, default=64, help="scans of split test [64]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prevalence", type=float, default=PREVALENCE, help="share of scans with each finding [0.4]")
     parser.add_argument("--shape", type=int, nargs=3, default=SHAPE, metavar=("D", "H", "W"))
     parser.add_argument("--save-masks", action="store_true", help="also write the mask of each finding")
     parser.add_argument("--all-columns", action="store_true", help="18 columns; never-planted findings stay empty")
     args = parser.parse_args()
-    path = write_dataset(args.out_dir, args.train, args.val, args.test, args.seed, tuple(args.shape),
-                         save_masks=args.save_masks, all_columns=args.all_columns)  # fmt: skip
+    path = write_dataset(
+        args.out_dir, args.train, args.val, args.test, args.seed, tuple(args.shape),
+        save_masks=args.save_masks, all_columns=args.all_columns, prevalence=args.prevalence,
+    )  # fmt: skip
     print(path)
 
 

@@ -254,22 +254,23 @@ def plant_emphysema(rng: np.random.Generator, body: Body) -> np.ndarray:
 
 
 def plant_atelectasis(rng: np.random.Generator, body: Body) -> np.ndarray:
-    """One to three plates of collapsed lung near the base."""
+    """One to three plates of collapsed lung near the base, denser than consolidation: collapsed lung enhances more."""
     plates = np.zeros(body.hu.shape, bool)
     for _ in range(rng.integers(1, 4)):
         z, y, x = body.lung_point(rng, -110, 0)
         angle = rng.uniform(-0.9, 0.9)
         across = (body.y - y) * np.cos(angle) + (body.x - x) * np.sin(angle) + 0.3 * (body.z - z)
-        plates |= (np.abs(across) < rng.uniform(4.5, 6)) & body.ball(z, y, x, 30, 70, 70)
-    return body.fill(plates & body.air, rng.uniform(20, 50))
+        plates |= (np.abs(across) < rng.uniform(5.5, 7.5)) & body.ball(z, y, x, 30, 70, 70)
+    return body.fill(plates & body.air, rng.uniform(80, 115))
 
 
 def plant_lung_nodule(rng: np.random.Generator, body: Body) -> np.ndarray:
+    """One to three round nodules of 20 to 30 mm, as dense as granulomas that begin to calcify."""
     nodules = np.zeros(body.hu.shape, bool)
     for _ in range(rng.integers(1, 4)):
         r = rng.uniform(10, 15)
         nodules |= body.ball(*body.lung_point(rng), r + 2, r, r) & body.lungs
-    return body.fill(nodules, rng.uniform(20, 80))
+    return body.fill(nodules, rng.uniform(120, 220))
 
 
 def plant_coronary_calcification(rng: np.random.Generator, body: Body) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     python tests/assets/tiny-siglip/pretrain.py --out tests/assets/tiny-siglip
 
-Runs on 2 CPU cores in about ten minutes, always with the same seed. Needs torch, transformers and tests/phantoms.py.
+Runs as two processes, one core each, always with the same seed. Needs torch, transformers and tests/phantoms.py.
 
 Texts of a step: the caption of every slice (all findings visible on it, in random order and wording) and one short
 sentence per finding. Slices with the same findings share one caption, so a batch holds no text twice. A slice and a
@@ -196,7 +196,8 @@ def average_over_processes(model: SiglipModel) -> None:
 def build_optimizers(model: SiglipModel, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of attention and MLPs, AdamW for the rest.
 
-    In 240 steps from random weights Muon came as far as AdamW alone does in 350, for 15 % more time a step.
+    From random weights 180 steps of it got further than 240 of AdamW alone (patch loss 0.50 against 0.52), for 15 %
+    more CPU time a step.
     """
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if p.ndim == 2 and "embedding" not in name]

@@ -159,6 +159,7 @@ demo() {
   local out=$OUTPUT_BASE_DIR/demo script=$HERE/finetune_siglip.py found started took kept=0
   set_up
   system_information
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait by spinning quadruple the time on shared cores
   started=$SECONDS
   say "" "1/3 making phantom chest CTs in $out/data …"
   "$PYTHON" "$HERE/tests/phantoms.py" "$out/data" --train 240 --val 60 --test 100 --prevalence 0.3 --seed "${DEMO_SEED:-0}"

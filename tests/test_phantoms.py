@@ -124,7 +124,7 @@ def test_toy_tower_tells_findings_from_captions():
     model = transformers.SiglipModel.from_pretrained(TINY_SIGLIP)
     words = (TINY_SIGLIP / "vocab.txt").read_text().splitlines()
     length = model.config.text_config.max_position_embeddings
-    for label in ("Cardiomegaly", "Pleural effusion", "Coronary artery wall calcification"):
+    for label in phantoms.FINDINGS:
         ids = [words.index(word) for word in label.lower().split()]
         tokens = torch.tensor([ids + [0] * (length - len(ids))])
         shown, healthy = [], []

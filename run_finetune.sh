@@ -18,7 +18,7 @@ LABELS=(
 )
 
 # ── Messages ────────────────────────────────────────────────────────────────────────────────────────────────────────
-say() { printf '%s\n' "$*"; }
+say() { printf '%s\n' "$@"; }
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 2
@@ -162,7 +162,7 @@ demo() {
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait by spinning quadruple the time on shared cores
   started=$SECONDS
   say "" "1/3 making phantom chest CTs in $out/data …"
-  "$PYTHON" "$HERE/tests/phantoms.py" "$out/data" --train 240 --val 60 --test 100 --prevalence 0.3 --seed "${DEMO_SEED:-0}"
+  "$PYTHON" "$HERE/tests/phantoms.py" "$out/data" --train 400 --val 60 --test 100 --prevalence 0.3 --seed "${DEMO_SEED:-0}"
   mapfile -t found < <(head -n 1 "$out/data/phantoms.csv" | tr -d '\r' | tr ',' '\n' | tail -n +4)
   say "" "2/3 fine-tuning the toy tower in tests/assets/tiny-siglip on split train …"
   "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --pretrained "$HERE/tests/assets/tiny-siglip" \

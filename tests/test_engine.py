@@ -664,13 +664,8 @@ RICH = (
 
 @pytest.fixture(scope="module")
 def rich(scans, tower, tmp_path_factory):
-    """A finished run with adapters, unfrozen after its first epoch, on balanced draws without air.
-
-    What it tells the tracker is in tracked.json.
-    """
-    folder, tracked = tmp_path_factory.mktemp("rich"), []
-    tracker = Namespace(log=lambda figures, step: tracked.append((step, figures)), finish=lambda: None)
-
+    """A finished run with adapters, unfrozen after its first epoch, on balanced draws without air."""
+    folder = tmp_path_factory.mktemp("rich")
     with pytest.MonkeyPatch.context() as patch:
 
         def finish(run, finish=fs.finish_run):
@@ -678,15 +673,8 @@ def rich(scans, tower, tmp_path_factory):
             finish(run)
 
         patch.setattr(fs, "finish_run", finish)
-        patch.setattr(fs, "start_wandb", lambda *_: fs.Tracker(tracker))
         run(scans, tower, folder, *RICH)
-    (folder / "tracked.json").write_text(json.dumps(tracked))
     return folder
-
-
-def test_the_tracker_is_told_what_the_results_hold(rich):
-    lines = [json.loads(line) for line in (rich / "results.jsonl").read_text().splitlines()]
-    assert json.loads((rich / "tracked.json").read_text()) == [[line["epoch"], line] for line in lines]
 
 
 def test_adapters_late_unfreezing_and_skipped_air_end_in_a_plain_checkpoint(scans, rich, tmp_path):

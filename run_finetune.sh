@@ -222,7 +222,8 @@ run_tests() {
   "$PYTHON" -m codespell_lib finetune_siglip.py run_finetune.sh README.md tests/*.py
   "$VENV_DIR/bin/shellcheck" run_finetune.sh .ci/run
   "$PYTHON" -m mypy
-  exec "$PYTHON" -m pytest -m "not slow" "$@"
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests share the cores by processes
+  exec "$PYTHON" -m pytest -n 2 -m "not slow" "$@"
 }
 
 # ── Modes ───────────────────────────────────────────────────────────────────────────────────────────────────────────

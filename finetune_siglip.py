@@ -412,7 +412,7 @@ def init_runtime(amp: bool) -> Runtime:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises BadInput."""
     if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: not a regular file")
+        raise BadInput(f"{path}: not a regular file, name a JSON file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -4037,7 +4037,7 @@ def train_one_epoch(
                     buffer.copy_(value)
                 state.optimizer.zero_grad(set_to_none=True)
                 raise
-            lost += known_labels(dataset.table.targets[batch["row"][batch["bad"]].numpy()]) if "bad" in batch else 0
+            lost += known_labels(dataset.table.targets[batch["row"][batch["bad"]].numpy()])
             if norm is None or norm.ready():  # else the GPU had work all the while, and no time was lost
                 waited += time.perf_counter() - asked
             last = position == len(window.batches) - 1
@@ -4066,7 +4066,7 @@ def known_labels(targets: np.ndarray) -> int:
 
 def forget_lost(state: TrainState, dataset: CTVolumeDataset, known: int, lost: int, runtime: Runtime) -> int:
     """Take the labels of scans that could not be read out of a step's mean, on all ranks; returns how many."""
-    if getattr(dataset, "on_bad_volume", "stop") != "skip":
+    if dataset.on_bad_volume != "skip":
         return 0
     total = torch.tensor(lost)
     if runtime.world_size > 1:
@@ -4158,7 +4158,7 @@ def share_statistics(model: nn.Module, runtime: Runtime) -> None:
 
 def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
     """Let every rank know of the scans that others could not read."""
-    if runtime.world_size > 1 and getattr(dataset, "on_bad_volume", "stop") == "skip":
+    if runtime.world_size > 1 and dataset.on_bad_volume == "skip":
         found: list[Any] = [None] * runtime.world_size
         torch.distributed.all_gather_object(found, dataset.skipped)
         for skipped in found:
@@ -5397,12 +5397,9 @@ def read_evaluation(path: Path) -> dict:
         shape = (len(content["ids"]), len(content["labels"]))
         content |= {k: np.array(content[k], np.float64).reshape(shape) for k in ("targets", "probabilities")}
         content["cuts"] = np.array([content["thresholds"][label] for label in content["labels"]], np.float64)
-        (
-            content["split"],
+        _ = (
+            [content[name] for name in ("split", "intervals", "patients", "tuned_here")],
             content["metrics"]["per_label"],
-            content["intervals"],
-            content["patients"],
-            OBJECTIVES.get(content["tuned_here"]),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise BadInput(f"{path} is no evaluation of ours ({error!r}); delete it or run again what wrote it") from error

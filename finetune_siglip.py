@@ -37,6 +37,7 @@ import hashlib
 import html
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -3056,8 +3057,8 @@ class SiglipBackbone(Backbone):
 def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
     """Pack the tokens to keep to the front, padded to the longest row: (n, P, E) to (n, M, E), and which are real.
 
-    M is rounded up to a multiple of 16, so that few different shapes occur and attention kernels stay aligned. Without
-    the `counts` of each row the host waits for the device here.
+    M is rounded up to a multiple of 8, which attention kernels like. Without the `counts` of each row the host waits
+    for the device here.
     """
     if keep is None:
         return x, None
@@ -3065,7 +3066,7 @@ def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> t
     keep = keep | (first & ~keep.any(1, keepdim=True))
     lengths = keep.sum(1)
     counts = lengths.tolist() if counts is None else counts
-    longest = min(-(-max(counts) // 16) * 16, keep.shape[1])
+    longest = min(-(-max(counts) // 8) * 8, keep.shape[1])
     order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
     real = torch.arange(longest, device=x.device) < lengths[:, None]
@@ -3391,25 +3392,30 @@ class SlicePool(nn.Module):
 def patches_in_body(hu: Tensor, patch: int) -> Tensor:
     """Which patches a ViT has to see: (n, H, W) HU -> (n, P) bool, P in row order.
 
-    A cell (a quarter of a patch wide) is inside where it is enclosed by tissue along its row or its column, and also by
-    something thick, of which clothes and the table's shells are not: what remains after opening all that is no air.
-    Lungs are enclosed by the chest wall and, above -950 HU on average even with emphysema, thick as well: they stay.
+    The body is what is connected, cell by cell (a quarter of a patch), with soft tissue of 3 cm and more: neither the
+    table's shells nor a mattress, which is as dense as a lung. What it encloses along a row or a column is inside, the
+    lungs above all, and so is a cell around that. Where the field of view cuts the body, its edge encloses as well.
     """
     cell = max(d for d in range(1, max(1, patch // 4) + 1) if patch % d == 0)
-    hu = hu.float()[:, None]
-    tissue = (F.max_pool2d(hu, cell) > -500).float()
-    thick = (F.avg_pool2d(hu, cell) > -950).float()
-    size = max(3, thick.shape[-1] // 20 | 1)  # cells; about a twentieth of the field of view, 15 to 20 mm
+    mean = F.avg_pool2d(hu.float()[:, None], cell)
+    soft, n = (mean > -500).float(), mean.shape[-1]
 
-    def grow(x: Tensor) -> Tensor:
+    def grow(x: Tensor, size: int = 3) -> Tensor:
         return F.max_pool2d(x, size, 1, size // 2)
 
     def enclosed(x: Tensor) -> Tensor:
         column, row = (x.cummax(d).values * x.flip(d).cummax(d).values.flip(d) for d in (2, 3))
         return torch.maximum(column, row)
 
-    opened = grow(1 - grow(1 - thick))
-    return F.max_pool2d(enclosed(tissue) * grow(enclosed(opened)), patch // cell).flatten(1) > 0
+    core = 1 - grow((mean <= -300).float(), max(3, n // 11 | 1))  # a field of view is 30 to 50 cm wide
+    body = torch.where(core.amax((2, 3), keepdim=True) > 0, core, soft)
+    for _ in range(n):  # on to all that is connected
+        body = grow(body) * soft
+    for y, x in itertools.product((0, -1), (0, -1)):  # lung in a corner, the body's wall being cut off on both sides
+        cut = (mean[..., y, x] > -950) * body[..., y, :].amax(-1) * body[..., :, x].amax(-1)
+        body[..., y, x] = torch.maximum(body[..., y, x], cut)
+    inside = grow(enclosed(enclosed(body)))  # twice: cells at a cut edge, once inside, enclose their row
+    return F.max_pool2d(inside, patch // cell).flatten(1) > 0
 
 
 class SiglipClassifier(nn.Module):
@@ -3473,7 +3479,7 @@ class SiglipClassifier(nn.Module):
         if not self.skip_air:
             return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (len(volume), -1))
         patch = self.backbone.config["patch_size"]
-        keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(16)])
+        keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(64)])
         counts, order = keep.sum(1).clamp(min=1).sort(stable=True)  # a chunk is padded to its longest: like with like
         sizes, n = counts.tolist(), self.slice_chunk  # the host waits for the device here, once for all chunks
         chunks = [(order[i : i + n], sizes[i : i + n]) for i in range(0, len(sizes), n)]

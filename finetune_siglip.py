@@ -37,6 +37,7 @@ import hashlib
 import html
 import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -412,7 +413,7 @@ def init_runtime(amp: bool) -> Runtime:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises BadInput."""
     if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: not a regular file")
+        raise BadInput(f"{path}: not a regular file, name a JSON file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -934,6 +935,7 @@ def find_columns(
         elif name not in header and name not in optional:
             near = difflib.get_close_matches(name, header, n=1, cutoff=0.75)
             hint = f"the nearest one is {near[0]!r}" if near else f"it has {', '.join(map(repr, header))}"
+            hint += "; add it, or leave it out of --label-columns" if name not in TABLE_COLUMNS else ""
             if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
                 hint = "the cells seem to be separated by something else than commas"
             wrong.add("columns", 1, f"the header has no column {name!r}: {hint}")
@@ -1715,17 +1717,21 @@ def decide_orientation(table: Table, headers: Sequence[Header], asked: str | Non
         if not (asked or header.orientation) and across[0] != across[1] and len(set(sizes)) == 2:
             wrong.append(row)
     if wrong:
-        first = wrong[0]
+        first, mixed = wrong[0], "store all files alike, or " if len(wrong) < len(headers) else ""
         raise BadInput(
             f"{table.paths[first]} (row on line {table.line_numbers[first]}) has shape {headers[first].shape}: its two "
-            f"equal axes are not rows and columns under --orientation {orientation} ({len(wrong)} such files): "
-            f"name the order on purpose, {'--orientation RAS for (C, X, Y, Z)' if depth == 0 else '--orientation SPL'}"
+            f"equal axes are not rows and columns under --orientation {orientation} ({len(wrong)} of {len(headers)} "
+            f"files): {mixed}name the order on purpose, "
+            f"{'--orientation RAS for (C, X, Y, Z)' if depth == 0 else '--orientation SPL'}"
         )
     return orientation
 
 
-def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) -> str:
-    """ "hu", "unit" or "windowed", from the ranges of a sample that holds every kind of file in the table."""
+def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12, skip: bool = False) -> str:
+    """ "hu", "unit" or "windowed", from the ranges of a sample that holds every kind of file in the table.
+
+    A damaged file raises BadVolume; with `skip` it is passed over while there are others.
+    """
     kinds: dict[tuple[str, int], list[int]] = {}
     for row, header in enumerate(headers):
         kinds.setdefault((header.dtype.kind, header.shape[0]), []).append(row)
@@ -1733,7 +1739,12 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12) 
     seen: dict[str, list[str]] = {}
     doubts: dict[str, list[tuple[Path, str]]] = {}
     for row in rows:
-        header, stored = read_volume(table.paths[row])
+        try:
+            header, stored = read_volume(table.paths[row])
+        except BadVolume:
+            if skip and (seen or row != rows[-1]):
+                continue
+            raise
         low, high = float(stored.min()), float(stored.max())
         verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
         if verdict == "hu" and soft_tissue(stored) < 0.01:
@@ -1775,10 +1786,11 @@ def decide_preprocessing(
     intensity: str = "auto",
     hu_range: Sequence[float] = (-1000.0, 1500.0),
     spacing: Sequence[float] = (1.5, 1.5, 3.0),
+    skip: bool = False,
 ) -> Preprocessing:
     """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt."""
     headers = read_headers(table)
-    decided = decide_intensity(table, headers) if intensity == "auto" else intensity
+    decided = decide_intensity(table, headers, skip=skip) if intensity == "auto" else intensity
     channels = headers[0].shape[0] if decided == "windowed" else 1
     odd = [path for path, header in zip(table.paths, headers, strict=True) if header.shape[0] != channels]
     if decided == "windowed" and odd:
@@ -1817,8 +1829,14 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     headers = read_headers(table)
     decided = decide_orientation(table, headers, args.orientation, prep.orientation)
     prep = dataclasses.replace(prep, orientation=decided)
-    for row in spread(range(len(table)), 4):
-        load_sample(table.paths[row], prep)  # raises where the values are of another kind
+    problems = []
+    for row in (rows := spread(range(len(table)), 4)):
+        try:
+            load_sample(table.paths[row], prep)  # raises where the values are of another kind
+        except BadVolume as problem:
+            problems.append(str(problem))
+    if problems and (args.on_bad_volume == "stop" or len(problems) == len(rows)):
+        raise BadInput(*problems)
     return prep
 
 
@@ -2268,10 +2286,13 @@ def move_volume(
 # The check: what a person should know of the data before a long run, and a picture that shows a wrong axis at once.
 
 
-def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, sample: int = 12) -> list[str]:
+def check_data(
+    table: Table, prep: Preprocessing, picture: Path | None = None, sample: int = 12, skip: bool = False
+) -> list[str]:
     """Lines of a report on the table, the headers of all files and the voxels of a sample, worst news last.
 
-    Writes the contact sheet of the sample to `picture`. Raises BadInput with all files that are not as they should be.
+    Writes the contact sheet of the sample to `picture`. Raises BadInput with all files that are not as they should be;
+    with `skip`, a damaged one of the sample is a warning while there are others.
     """
     headers = read_headers(table)
     rows = spread(range(len(table)), sample)
@@ -2281,9 +2302,10 @@ def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, s
             samples[row] = load_sample(table.paths[row], prep)
         except BadVolume as problem:
             messages.append(f"series {table.series_ids[row]!r} (line {table.line_numbers[row]}): {problem}")
-    if messages:
+    if messages and not (skip and samples):
         raise BadInput(*messages)
     lines = [*describe_table(table), *describe_headers(headers, prep)]
+    lines += [f"warning: {text}" for text in messages]
     lines += [f"warning: {text}" for text in (*doubtful_pairs(table, headers), *doubtful_scans(table, samples, prep))]
     if picture:
         with optional(picture.name):
@@ -2339,7 +2361,8 @@ def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing
     from scipy import ndimage
 
     lines = []
-    for row, sample in samples.items() if prep.intensity != "windowed" else ():
+    tells = prep.intensity != "windowed" and min(prep.grid[1:]) >= 48  # pixels: coarser ones close the lungs
+    for row, sample in samples.items() if tells else ():
         steps = [max(1, n // 96) for n in sample.shape[1:]]
         volume = sample[0, :: steps[0], :: steps[1], :: steps[2]].numpy()
         filled = np.stack([ndimage.binary_fill_holes(plane > -400) for plane in volume])
@@ -2369,7 +2392,7 @@ def window_names(prep: Preprocessing) -> list[str]:
 
 def spine_ahead(volume: np.ndarray) -> float:
     """How far the bones of an SPL volume in HU lie before the middle of its tissue, in heights of the body."""
-    tissue, bone = ((volume > limit).sum((0, 2)) for limit in (-400, 300))
+    tissue, bone = ((volume > limit).sum((0, 2)) for limit in (-400, 200))
     rows = np.arange(len(tissue))
     middles = [(rows * part).sum() / max(1, part.sum()) for part in (tissue, bone)]
     return float((middles[0] - middles[1]) / max(1, np.ptp(np.flatnonzero(tissue)))) if bone.any() else 0.0
@@ -3034,8 +3057,8 @@ class SiglipBackbone(Backbone):
 def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
     """Pack the tokens to keep to the front, padded to the longest row: (n, P, E) to (n, M, E), and which are real.
 
-    M is rounded up to a multiple of 16, so that few different shapes occur and attention kernels stay aligned. Without
-    the `counts` of each row the host waits for the device here.
+    M is rounded up to a multiple of 8, which attention kernels like. Without the `counts` of each row the host waits
+    for the device here.
     """
     if keep is None:
         return x, None
@@ -3043,7 +3066,7 @@ def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> t
     keep = keep | (first & ~keep.any(1, keepdim=True))
     lengths = keep.sum(1)
     counts = lengths.tolist() if counts is None else counts
-    longest = min(-(-max(counts) // 16) * 16, keep.shape[1])
+    longest = min(-(-max(counts) // 8) * 8, keep.shape[1])
     order = keep.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     x = x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))
     real = torch.arange(longest, device=x.device) < lengths[:, None]
@@ -3369,25 +3392,30 @@ class SlicePool(nn.Module):
 def patches_in_body(hu: Tensor, patch: int) -> Tensor:
     """Which patches a ViT has to see: (n, H, W) HU -> (n, P) bool, P in row order.
 
-    A cell (a quarter of a patch wide) is inside where it is enclosed by tissue along its row or its column, and also by
-    something thick, of which clothes and the table's shells are not: what remains after opening all that is no air.
-    Lungs are enclosed by the chest wall and, above -950 HU on average even with emphysema, thick as well: they stay.
+    The body is what is connected, cell by cell (a quarter of a patch), with soft tissue of 3 cm and more: neither the
+    table's shells nor a mattress, which is as dense as a lung. What it encloses along a row or a column is inside, the
+    lungs above all, and so is a cell around that. Where the field of view cuts the body, its edge encloses as well.
     """
     cell = max(d for d in range(1, max(1, patch // 4) + 1) if patch % d == 0)
-    hu = hu.float()[:, None]
-    tissue = (F.max_pool2d(hu, cell) > -500).float()
-    thick = (F.avg_pool2d(hu, cell) > -950).float()
-    size = max(3, thick.shape[-1] // 20 | 1)  # cells; about a twentieth of the field of view, 15 to 20 mm
+    mean = F.avg_pool2d(hu.float()[:, None], cell)
+    soft, n = (mean > -500).float(), mean.shape[-1]
 
-    def grow(x: Tensor) -> Tensor:
+    def grow(x: Tensor, size: int = 3) -> Tensor:
         return F.max_pool2d(x, size, 1, size // 2)
 
     def enclosed(x: Tensor) -> Tensor:
         column, row = (x.cummax(d).values * x.flip(d).cummax(d).values.flip(d) for d in (2, 3))
         return torch.maximum(column, row)
 
-    opened = grow(1 - grow(1 - thick))
-    return F.max_pool2d(enclosed(tissue) * grow(enclosed(opened)), patch // cell).flatten(1) > 0
+    core = 1 - grow((mean <= -300).float(), max(3, n // 11 | 1))  # a field of view is 30 to 50 cm wide
+    body = torch.where(core.amax((2, 3), keepdim=True) > 0, core, soft)
+    for _ in range(n):  # on to all that is connected
+        body = grow(body) * soft
+    for y, x in itertools.product((0, -1), (0, -1)):  # lung in a corner, the body's wall being cut off on both sides
+        cut = (mean[..., y, x] > -950) * body[..., y, :].amax(-1) * body[..., :, x].amax(-1)
+        body[..., y, x] = torch.maximum(body[..., y, x], cut)
+    inside = grow(enclosed(enclosed(body)))  # twice: cells at a cut edge, once inside, enclose their row
+    return F.max_pool2d(inside, patch // cell).flatten(1) > 0
 
 
 class SiglipClassifier(nn.Module):
@@ -3451,7 +3479,7 @@ class SiglipClassifier(nn.Module):
         if not self.skip_air:
             return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (len(volume), -1))
         patch = self.backbone.config["patch_size"]
-        keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(16)])
+        keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(64)])
         counts, order = keep.sum(1).clamp(min=1).sort(stable=True)  # a chunk is padded to its longest: like with like
         sizes, n = counts.tolist(), self.slice_chunk  # the host waits for the device here, once for all chunks
         chunks = [(order[i : i + n], sizes[i : i + n]) for i in range(0, len(sizes), n)]
@@ -4015,7 +4043,7 @@ def train_one_epoch(
                     buffer.copy_(value)
                 state.optimizer.zero_grad(set_to_none=True)
                 raise
-            lost += known_labels(dataset.table.targets[batch["row"][batch["bad"]].numpy()]) if "bad" in batch else 0
+            lost += known_labels(dataset.table.targets[batch["row"][batch["bad"]].numpy()])
             if norm is None or norm.ready():  # else the GPU had work all the while, and no time was lost
                 waited += time.perf_counter() - asked
             last = position == len(window.batches) - 1
@@ -4044,7 +4072,7 @@ def known_labels(targets: np.ndarray) -> int:
 
 def forget_lost(state: TrainState, dataset: CTVolumeDataset, known: int, lost: int, runtime: Runtime) -> int:
     """Take the labels of scans that could not be read out of a step's mean, on all ranks; returns how many."""
-    if getattr(dataset, "on_bad_volume", "stop") != "skip":
+    if dataset.on_bad_volume != "skip":
         return 0
     total = torch.tensor(lost)
     if runtime.world_size > 1:
@@ -4136,7 +4164,7 @@ def share_statistics(model: nn.Module, runtime: Runtime) -> None:
 
 def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
     """Let every rank know of the scans that others could not read."""
-    if runtime.world_size > 1 and getattr(dataset, "on_bad_volume", "stop") == "skip":
+    if runtime.world_size > 1 and dataset.on_bad_volume == "skip":
         found: list[Any] = [None] * runtime.world_size
         torch.distributed.all_gather_object(found, dataset.skipped)
         for skipped in found:
@@ -5376,12 +5404,9 @@ def read_evaluation(path: Path) -> dict:
         shape = (len(content["ids"]), len(content["labels"]))
         content |= {k: np.array(content[k], np.float64).reshape(shape) for k in ("targets", "probabilities")}
         content["cuts"] = np.array([content["thresholds"][label] for label in content["labels"]], np.float64)
-        (
-            content["split"],
+        _ = (
+            [content[name] for name in ("split", "intervals", "patients", "tuned_here")],
             content["metrics"]["per_label"],
-            content["intervals"],
-            content["patients"],
-            OBJECTIVES.get(content["tuned_here"]),
         )
     except (KeyError, ValueError, TypeError) as error:
         raise BadInput(f"{path} is no evaluation of ours ({error!r}); delete it or run again what wrote it") from error
@@ -5854,13 +5879,14 @@ def preprocessing_from(args: argparse.Namespace, table: Table, default_grid: Seq
         intensity=args.intensity,
         hu_range=args.hu_range,
         spacing=args.spacing,
+        skip=args.on_bad_volume == "skip",
     )
 
 
-def show_data(table: Table, prep: Preprocessing, folder: Path) -> None:
+def show_data(table: Table, prep: Preprocessing, folder: Path, skip: bool) -> None:
     """Log the check of the data and draw `data_check.png`: a wrong axis is seen in a second."""
     folder.mkdir(parents=True, exist_ok=True)
-    for line in check_data(table, prep, folder / "data_check.png"):
+    for line in check_data(table, prep, folder / "data_check.png", skip=skip):
         level = logging.WARNING if line.startswith("warning: ") else logging.INFO
         log.log(level, "%s", line.removeprefix("warning: "))
 
@@ -5929,7 +5955,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     chunking = plan_memory(args, model, shape, runtime)
     maybe_compile(model, args.compile, runtime)
     if runtime.is_main:
-        show_data(table, preprocessing, folder.path)
+        show_data(table, preprocessing, folder.path, args.on_bad_volume == "skip")
     train, val, test = build_datasets(args, [table.split(name) for name in SPLITS], preprocessing)
     recipe = Recipe(
         args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
@@ -6444,7 +6470,7 @@ def run_check(args: argparse.Namespace) -> int:
     """Report on table and volumes, and draw some of them as a model will see them."""
     table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
     prep = preprocessing_from(args, table, (64, 224, 224))
-    show_data(table, prep, args.output_dir)
+    show_data(table, prep, args.output_dir, args.on_bad_volume == "skip")
     return 0
 
 

@@ -18,7 +18,7 @@ LABELS=(
 )
 
 # ── Messages ────────────────────────────────────────────────────────────────────────────────────────────────────────
-say() { printf '%s\n' "$*"; }
+say() { printf '%s\n' "$@"; }
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 2
@@ -156,40 +156,60 @@ inference() {
 }
 
 demo() {
-  local out=$OUTPUT_BASE_DIR/demo script=$HERE/finetune_siglip.py found started
+  local out=$OUTPUT_BASE_DIR/demo script=$HERE/finetune_siglip.py found started took kept=0
   set_up
   system_information
+  export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait by spinning quadruple the time on shared cores
   started=$SECONDS
-  say "" "1/3 making phantom chest CTs …"
-  "$PYTHON" "$HERE/tests/phantoms.py" "$out/data" --train 160 --val 48 --test 64 --seed 0
+  say "" "1/3 making phantom chest CTs in $out/data …"
+  "$PYTHON" "$HERE/tests/phantoms.py" "$out/data" --train 400 --val 60 --test 100 --prevalence 0.3 --seed "${DEMO_SEED:-0}"
   mapfile -t found < <(head -n 1 "$out/data/phantoms.csv" | tr -d '\r' | tr ',' '\n' | tail -n +4)
-  say "" "2/3 fine-tuning the toy tower in tests/assets/tiny-siglip …"
+  say "" "2/3 fine-tuning the toy tower in tests/assets/tiny-siglip on split train …"
   "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --pretrained "$HERE/tests/assets/tiny-siglip" \
     --label-columns "${found[@]}" --output-dir "$out/run" --overwrite --num-workers 2 --wandb-mode disabled \
     --epochs 30 --batch-size 8 --lr 3e-3 --scheduler cosine --warmup 20 --num-slices 24 --use-ema \
     --freeze-up-to all --cache-features "$out/features" "$@"
-  say "" "3/3 predicting phantoms that were not trained on …"
+  say "" "3/3 predicting split test, phantoms that were not trained on …"
   "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --test-only "$out/run/best_model.pth" \
     --label-columns "${found[@]}" --output-dir "$out/run" --num-workers 2
-  say "" "the demo took $((SECONDS - started)) s after the set-up"
-  say "  phantoms      $out/data (data_check.png in the next folder shows some of them)"
-  say "  model         $out/run/best_model.pth"
+  took=$((SECONDS - started))
+  say ""
+  judge_demo "$out/run/evaluation_test.json" || kept=$?
+  say "the demo took $took s after the set-up; on 2 free cores it is promised to take less than 300"
+  say "" "where everything is:"
+  say "  report        $out/run/report.html (open it in a browser)"
   say "  predictions   $out/run/test_predictions.csv"
-  say "  report        $out/run/report.html"
-  say "next, with your own scans:"
+  say "  model         $out/run/best_model.pth"
+  say "  log           $out/run/training.log"
+  say "  phantoms      $out/data/phantoms.csv; some are drawn in $out/run/data_check.png"
+  say "next, with your own scans (README.md, \"Data\", says what CSV and volumes look like):"
+  say "  CSV_FILE=your.csv ./run_finetune.sh check       # is the table sound, do the volumes look right?"
   say "  CSV_FILE=your.csv PRETRAINED_PATH=google/siglip-base-patch16-224 ./run_finetune.sh basic"
-  judge_demo "$out/run/evaluation_test.json"
+  say "  CSV_FILE=your.csv ./run_finetune.sh inference   # predict with the newest model"
+  return "$kept"
 }
 
-# The demo's promise, measured on each run.
+# The demo's promise, measured on each run: exit 1 when it is missed.
 judge_demo() {
   "$PYTHON" - "$1" <<'EOF'
 import json, sys
-metrics = json.load(open(sys.argv[1]))["metrics"]
-reached, findings = metrics["macro_auc"], metrics["labels_averaged"]["auc"]
-print(f"macro AUROC on {metrics['n_scans']} phantoms not trained on: {reached:.3f} over {findings} findings", end="; ")
-print("0.90 was promised" + ("" if reached >= 0.90 else " and missed"))
-sys.exit(reached < 0.90)
+content = json.load(open(sys.argv[1]))
+metrics, spread = content["metrics"], content["intervals"]
+def row(name, figure, ends, note):
+    between = "{:.3f} to {:.3f}".format(*ends) if ends else ""
+    print(f"  {name:36}{figure:.3f}  {between:16}{note}")
+labels = {label: each for label, each in metrics["per_label"].items() if each["auc"] is not None}
+print(f"AUROC on {metrics['n_scans']} phantoms not trained on, and its 95 % interval:")
+for label, each in labels.items():
+    row(label, each["auc"], spread.get("per_label", {}).get(label, {}).get("auc"), f"{each['n_positive']} have it")
+macro = metrics["macro_auc"] or 0.0
+row("macro", macro, spread.get("macro_auc"), f"over {len(labels)} findings")
+missed = [] if macro >= 0.90 else [f"macro AUROC is {macro:.3f}"]
+missed += [] if len(labels) >= 8 else [f"{len(labels)} findings could be averaged"]
+missed += [f"no {small} among them" for small in ("nodule", "calcification") if not any(small in label for label in labels)]
+print("promised: macro AUROC of at least 0.90 over at least 8 findings, a nodule and a calcification among them: ", end="")
+print("missed, " + ", ".join(missed) if missed else "kept")
+sys.exit(bool(missed))
 EOF
 }
 
@@ -202,7 +222,8 @@ run_tests() {
   "$PYTHON" -m codespell_lib finetune_siglip.py run_finetune.sh README.md tests/*.py
   "$VENV_DIR/bin/shellcheck" run_finetune.sh .ci/run
   "$PYTHON" -m mypy
-  exec "$PYTHON" -m pytest -m "not slow" "$@"
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests share the cores by processes
+  exec "$PYTHON" -m pytest -n 2 -m "not slow" "$@"
 }
 
 # ── Modes ───────────────────────────────────────────────────────────────────────────────────────────────────────────

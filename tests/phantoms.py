@@ -254,22 +254,23 @@ def plant_emphysema(rng: np.random.Generator, body: Body) -> np.ndarray:
 
 
 def plant_atelectasis(rng: np.random.Generator, body: Body) -> np.ndarray:
-    """One to three plates of collapsed lung near the base."""
+    """One to three plates of collapsed lung near the base, denser than consolidation: collapsed lung enhances more."""
     plates = np.zeros(body.hu.shape, bool)
     for _ in range(rng.integers(1, 4)):
         z, y, x = body.lung_point(rng, -110, 0)
         angle = rng.uniform(-0.9, 0.9)
         across = (body.y - y) * np.cos(angle) + (body.x - x) * np.sin(angle) + 0.3 * (body.z - z)
-        plates |= (np.abs(across) < rng.uniform(4.5, 6)) & body.ball(z, y, x, 30, 70, 70)
-    return body.fill(plates & body.air, rng.uniform(20, 50))
+        plates |= (np.abs(across) < rng.uniform(5.5, 7.5)) & body.ball(z, y, x, 30, 70, 70)
+    return body.fill(plates & body.air, rng.uniform(80, 115))
 
 
 def plant_lung_nodule(rng: np.random.Generator, body: Body) -> np.ndarray:
+    """One to three round nodules of 20 to 30 mm, as dense as granulomas that begin to calcify."""
     nodules = np.zeros(body.hu.shape, bool)
     for _ in range(rng.integers(1, 4)):
         r = rng.uniform(10, 15)
         nodules |= body.ball(*body.lung_point(rng), r + 2, r, r) & body.lungs
-    return body.fill(nodules, rng.uniform(20, 80))
+    return body.fill(nodules, rng.uniform(120, 220))
 
 
 def plant_coronary_calcification(rng: np.random.Generator, body: Body) -> np.ndarray:
@@ -371,8 +372,9 @@ def write_dataset(
     findings: Sequence[str] = FINDINGS,
     save_masks: bool = False,
     all_columns: bool = False,
+    prevalence: float = PREVALENCE,
 ) -> Path:
-    """Write phantoms and their CSV; each finding is present with probability 0.4, independently of the others.
+    """Write phantoms and their CSV; each finding is present with probability `prevalence`, whatever the others are.
 
     The CSV has one 0/1 column per finding in `findings`; `all_columns` adds the rest of the 18 CT-RATE labels with
     empty cells (= unknown: nobody planted or looked for them). `save_masks` adds `{series_id}_mask.npz` beside each
@@ -386,7 +388,7 @@ def write_dataset(
     rows = []
     for number, split in enumerate(["train"] * n_train + ["val"] * n_val + ["test"] * n_test, start=1):
         rng = np.random.default_rng([seed, number])
-        present = [label for label in planted if rng.random() < PREVALENCE]
+        present = [label for label in planted if rng.random() < prevalence]
         volume, masks = make_phantom(rng, present, shape)
         series_id = f"phantom_{number}_a_1"
         np.savez(folder / "volumes" / f"{series_id}.npz", image=volume[None])
@@ -408,12 +410,15 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=48, help="scans of split val [48]")
     parser.add_argument("--test", type=int, default=64, help="scans of split test [64]")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prevalence", type=float, default=PREVALENCE, help="share of scans with each finding [0.4]")
     parser.add_argument("--shape", type=int, nargs=3, default=SHAPE, metavar=("D", "H", "W"))
     parser.add_argument("--save-masks", action="store_true", help="also write the mask of each finding")
     parser.add_argument("--all-columns", action="store_true", help="18 columns; never-planted findings stay empty")
     args = parser.parse_args()
-    path = write_dataset(args.out_dir, args.train, args.val, args.test, args.seed, tuple(args.shape),
-                         save_masks=args.save_masks, all_columns=args.all_columns)  # fmt: skip
+    path = write_dataset(
+        args.out_dir, args.train, args.val, args.test, args.seed, tuple(args.shape),
+        save_masks=args.save_masks, all_columns=args.all_columns, prevalence=args.prevalence,
+    )  # fmt: skip
     print(path)
 
 

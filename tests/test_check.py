@@ -107,6 +107,30 @@ def test_scans_that_cannot_be_read_are_all_listed(phantom: np.ndarray, tmp_path:
         assert f"line {line}" in message
 
 
+def test_damaged_scans_are_warnings_where_they_may_be_skipped(phantom: np.ndarray, tmp_path: Path) -> None:
+    good, damaged = save(tmp_path / "good.npz", image=phantom), tmp_path / "damaged.npz"
+    whole = good.read_bytes()
+    damaged.write_bytes(whole[:2000] + bytes(50) + whole[2050:])
+    table = table_of(damaged, good)
+    with pytest.raises(BadInput, match="damaged"):
+        decide_preprocessing(table, GRID, CHEST)
+    decided = decide_preprocessing(table, GRID, CHEST, skip=True)
+    assert decided.intensity == "hu"
+    found = check_data(table, decided, tmp_path / "data_check.png", skip=True)
+    assert any(line.startswith("warning: series 's0' (line 2): ") and "damaged" in line for line in found)
+    for alone in (lambda: decide_preprocessing(table_of(damaged), GRID, CHEST, skip=True),
+                  lambda: check_data(table_of(damaged), decided, skip=True)):  # fmt: skip
+        with pytest.raises(BadInput, match="damaged"):
+            alone()
+
+
+def test_no_anatomy_is_suspected_on_a_grid_too_coarse_to_show_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    paths = [save(tmp_path / f"{i}.npz", image=make_phantom(rng, ["Lung nodule"])[0][None]) for i in range(6)]
+    for grid in ((4, 16, 16), (8, 32, 32), (24, 48, 48), (64, 64, 64)):
+        assert "warning" not in "\n".join(check_data(table_of(*paths), prep(grid)))
+
+
 def test_a_wrong_axis_is_seen_in_the_picture(
     phantom: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

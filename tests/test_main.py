@@ -314,7 +314,7 @@ def test_a_scan_that_is_bad_from_the_start_is_found_by_the_check(scans, tower, t
     folder = shutil.copytree(scans.parent, tmp_path / "broken")
     row = read_rows(scans)[2]
     damage(folder / row["img_path"])
-    more = ("--epochs", "1", "--intensity", "hu", "--on-bad-volume", "skip")
+    more = ("--epochs", "1", "--intensity", "hu")
     assert main(arguments(folder / scans.name, tower, tmp_path / "out", *more)) == 2
     assert row["series_id"] in capsys.readouterr().err
     assert not (tmp_path / "out" / "last.ckpt").exists()

@@ -124,7 +124,8 @@ def test_toy_tower_tells_findings_from_captions():
     model = transformers.SiglipModel.from_pretrained(TINY_SIGLIP)
     words = (TINY_SIGLIP / "vocab.txt").read_text().splitlines()
     length = model.config.text_config.max_position_embeddings
-    for label in ("Cardiomegaly", "Pleural effusion", "Coronary artery wall calcification"):
+    normal = [draw([], 900 + seed)[0] for seed in range(6)]
+    for label in phantoms.FINDINGS:
         ids = [words.index(word) for word in label.lower().split()]
         tokens = torch.tensor([ids + [0] * (length - len(ids))])
         shown, healthy = [], []
@@ -132,7 +133,7 @@ def test_toy_tower_tells_findings_from_captions():
             volume, masks = draw([label], 900 + seed)
             slice_index = int(masks[label].sum((1, 2)).argmax())
             shown.append(volume[slice_index])
-            healthy.append(draw([], 900 + seed)[0][slice_index])
+            healthy.append(normal[seed][slice_index])
         hu = torch.from_numpy(np.stack(shown + healthy)).float()
         windows = ((-600, 1000), (40, 400), (700, 1500))
         pixels = torch.stack([((hu - c) / w + 0.5).clamp(0, 1) for c, w in windows], 1) * 2 - 1

@@ -67,7 +67,7 @@ def test_links_within_the_readme_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
-OTHER_PROGRAMS = """--kills --nnodes --nproc-per-node --standalone --rdzv-backend --rdzv-endpoint --rdzv-id
+OTHER_PROGRAMS = """--kills --cov --nnodes --nproc-per-node --standalone --rdzv-backend --rdzv-endpoint --rdzv-id
 --shm-size --ipc --nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue --open-mode --time
 --gres"""  # flags of the benchmarks, torchrun, docker and SLURM
 

@@ -13,6 +13,7 @@ from finetune_siglip import (
     MultilabelBCELoss,
     Recipe,
     Runtime,
+    Schedule,
     augment,
     optimizer_step,
     plan_epoch,
@@ -150,6 +151,43 @@ def test_a_first_step_that_is_skipped_leaves_no_rubbish_behind(name):
         optimizer_step(state, 1.0)
     for got, expected in zip(model.parameters(), reference.parameters(), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("amp", [False, True])
+def test_a_step_takes_the_gradient_clipped_as_pytorch_does_and_tells_the_norm_before(amp, limit):
+    model, reference, taken = small_classifier(), small_classifier(), []
+    state = small_state(model, amp=amp)
+    state.optimizer.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in model.parameters()))
+    state.scaler.scale(torch.zeros(()))
+    generator = torch.Generator().manual_seed(0)
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        q.grad = torch.randn(p.shape, generator=generator)
+        p.grad = q.grad * state.scaler.get_scale()
+    norm = optimizer_step(state, limit)()
+    expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), limit or math.inf)
+    assert norm == pytest.approx(expected.item(), rel=1e-5)
+    for got, q in zip(taken, reference.parameters(), strict=True):
+        torch.testing.assert_close(got, q.grad, rtol=1e-5, atol=1e-7)
+
+
+def test_the_schedule_counts_optimiser_steps_whatever_the_accumulation(tmp_path):
+    from transformers import get_cosine_schedule_with_warmup
+
+    dataset, state, rates = small_scans(tmp_path, 7), small_state(small_classifier(), lr=0.3), []
+    recipe = Recipe(1, 3)  # steps of 3, 3 and 1 scans
+    state.schedule = Schedule("cosine", 2, 2 * 3)
+    state.optimizer.register_step_pre_hook(lambda o, *_: rates.append(o.param_groups[0]["lr"]))
+    for _ in range(2):
+        train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, CPU)
+        state.next_epoch()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    reference, expected = get_cosine_schedule_with_warmup(optimizer, 2, 6), []
+    for _ in range(6):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        reference.step()
+    assert rates == pytest.approx(expected)
 
 
 class Spoilt(MultilabelBCELoss):

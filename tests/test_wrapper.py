@@ -1,5 +1,6 @@
 """run_finetune.sh: each mode's command is one that the script accepts, and mistakes are named."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -112,3 +113,43 @@ def test_help_names_every_mode():
     for mode in modes:
         assert f"\n  {mode} " in text
     assert wrapper().stdout == text
+
+
+def judged(folder, aurocs, intervals=True):
+    """What the demo says of these AUROCs (label -> figure or None), as its own function prints it."""
+    defined = [figure for figure in aurocs.values() if figure is not None]
+    each = {label: {"auc": figure, "n_positive": 30} for label, figure in aurocs.items()}
+    metrics = {"macro_auc": sum(defined) / len(defined) if defined else None, "n_scans": 100, "per_label": each}
+    spread = {"macro_auc": [0.8, 0.99], "per_label": {label: {"auc": [0.7, 1.0]} for label in aurocs}}
+    path = folder / "evaluation_test.json"
+    path.write_text(json.dumps({"metrics": metrics, "intervals": spread if intervals else {}}))
+    text = (ROOT / "run_finetune.sh").read_text()
+    judge = text[text.index("judge_demo() {") : text.index("run_tests() {")]
+    command = ["bash", "-c", judge + 'judge_demo "$1"', "-", path]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PYTHON": sys.executable})
+    assert not done.stderr
+    return done.returncode, done.stdout
+
+
+@pytest.mark.parametrize("intervals", [True, False])
+def test_the_demo_prints_every_auroc_and_keeps_its_promise_only_with_small_findings_among_eight(tmp_path, intervals):
+    others = {label: 0.95 for label in LABELS if "calcification" not in label and "nodule" not in label}
+    six = dict(list(others.items())[:6])
+    small = {"Lung nodule": 0.85, "Coronary artery wall calcification": 0.9}
+    code, said = judged(tmp_path, {**six, **small}, intervals)
+    assert code == 0
+    assert said.rstrip().endswith("kept")
+    for label, figure in small.items():
+        assert any(label in line and f"{figure:.3f}" in line for line in said.splitlines())
+    assert ("0.800 to 0.990" in said) == intervals
+    for aurocs, reason in (
+        (dict.fromkeys([*six, *small], 0.89), "0.890"),
+        ({**dict(list(others.items())[:5]), **small}, "7 findings"),
+        ({**others, "Lung nodule": None, "Arterial wall calcification": 0.99}, "no nodule"),
+        ({**others, "Lung nodule": 0.9}, "no calcification"),
+        (dict.fromkeys(small), "0 findings"),
+    ):
+        code, said = judged(tmp_path, aurocs, intervals)
+        assert code == 1
+        assert "missed" in said.splitlines()[-1]
+        assert reason in said.splitlines()[-1]

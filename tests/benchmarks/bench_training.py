@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -217,7 +218,10 @@ def bench_cache(args: argparse.Namespace) -> dict[str, float]:
 
 
 def bench_air(args: argparse.Namespace) -> dict[str, float]:
-    """Forward and backward on the real scans, 16 slices each, with and without what lies outside the body."""
+    """Forward and backward on the real scans, 16 slices each, with and without what lies outside the body.
+
+    In float32, and under autocast where the machine multiplies in bfloat16.
+    """
     prep = fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (16, 224, 224))
     volumes = [fs.load_sample(path, prep)[None].to(DEVICE) for path in sorted(args.scans.glob("*.npz"))]
     if not volumes:
@@ -226,13 +230,17 @@ def bench_air(args: argparse.Namespace) -> dict[str, float]:
     whole, body = our_model(config_of(args.tower)), our_model(config_of(args.tower), skip_air=True)
     kept = np.mean([fs.patches_in_body(volume[0, 0], 16).float().mean().item() for volume in volumes])
 
-    def step(model: fs.SiglipClassifier) -> None:
+    def step(model: fs.SiglipClassifier, amp: torch.dtype | None) -> None:
         for volume in volumes:
-            train_step(model, volume)
+            train_step(model, volume, amp)
 
-    all_patches, some = interleaved(lambda: step(whole), lambda: step(body), repeats=args.repeats)
-    print(f"air: {kept:.1%} of patches kept; {all_patches:.2f} s with all, {some:.2f} s with those")
-    return {"skip_air_ratio": all_patches / some}
+    figures = {}
+    for suffix, amp in (("", None), ("_bfloat16", torch.bfloat16))[: 1 + has_bf16()]:
+        sides = [partial(step, model, amp) for model in (whole, body)]
+        all_patches, some = interleaved(*sides, repeats=args.repeats)
+        print(f"air: {kept:.1%} of patches kept, {amp or 'float32'}: all {all_patches:.2f} s, those {some:.2f} s")
+        figures[f"skip_air_ratio{suffix}"] = all_patches / some
+    return figures
 
 
 def bench_auroc(args: argparse.Namespace) -> dict[str, float]:

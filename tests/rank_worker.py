@@ -51,7 +51,7 @@ def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     if "cache" in options:
         dataset = cache_features(folder / "features", model, dataset, recipe, runtime)
     losses, norms, synchronised = [], [], []
-    untrained = predict(state.model, dataset, recipe, runtime, tta=1)
+    untrained = predict(state.model, dataset, recipe, runtime, tta=int("cache" not in options))
     for epoch in range(2):
         train_backbone(state, epoch > 0 or "hold" not in options, runtime)
         figures = train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, runtime)

@@ -95,8 +95,8 @@ def test_what_a_save_does_comes_in_an_order_that_a_power_cut_respects(bench):
     "more",
     [
         ["--optimizer", "sgd", "--unfreeze-epoch", "1", "--balance-sampler", "--amp", "--loss", "balanced"],
-        ["--lora-rank", "2", "--layer-decay", "0.7", "--threshold", "auto"],
-        ["--freeze-up-to", "all", "--cache-features", "features"],
+        pytest.param(["--lora-rank", "2", "--layer-decay", "0.7", "--threshold", "auto"], marks=pytest.mark.slow),
+        pytest.param(["--freeze-up-to", "all", "--cache-features", "features"], marks=pytest.mark.slow),
     ],
 )
 def test_killed_and_resumed_other_ways_to_train_give_the_very_same(bench, tmp_path, more):

@@ -3512,7 +3512,6 @@ def drop_lora(model: nn.Module) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take: the GPU's, or its share of the machine's and of its control group's."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what earlier passes have left with PyTorch is free as well
         return torch.cuda.mem_get_info(device)[0]
     free = 4 * 2**30  # where neither is told
     with suppress(OSError, KeyError):
@@ -6066,8 +6065,8 @@ class FeatureDataset(CTVolumeDataset):
 
 def write_features(file: BinaryIO, features: np.ndarray) -> None:
     """(S, E) float16, then the checksum of these bytes."""
-    content = features.tobytes()
-    file.write(content + checksum_of(content))
+    file.write(features.tobytes())
+    file.write(hashlib.blake2b(features.tobytes(), digest_size=16).digest())
 
 
 def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -6078,13 +6077,9 @@ def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except (OSError, ValueError):
         return None
     content, checksum = mapped[:-16], mapped[-16:]
-    if len(content) != 2 * math.prod(shape) or checksum_of(content.tobytes()) != checksum.tobytes():
+    if len(content) != 2 * math.prod(shape) or hashlib.blake2b(content, digest_size=16).digest() != checksum.tobytes():
         return None
     return content.view(np.float16).reshape(shape)
-
-
-def checksum_of(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 @torch.no_grad()

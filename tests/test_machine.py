@@ -49,7 +49,7 @@ def test_a_signal_asks_for_a_stop_and_handlers_come_back(number):
     assert signal.getsignal(number) == before
 
 
-def test_a_second_signal_leaves_at_once(tmp_path):
+def test_a_second_signal_leaves_at_once():
     program = (
         "import os, signal, time, finetune_siglip\n"
         "with finetune_siglip.StopRequest():\n"
@@ -59,9 +59,8 @@ def test_a_second_signal_leaves_at_once(tmp_path):
         "    time.sleep(60)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], timeout=60, cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
-    )  # fmt: skip
+        [sys.executable, "-c", program], timeout=60, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
+    )
     assert done.returncode == 143
 
 
@@ -96,11 +95,11 @@ def test_a_process_ends_though_somebody_still_holds_its_readers(tmp_path):
         "raise SystemExit(5)\n"
     )
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=60, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=60)
     assert done.returncode == 5
 
 
-def test_a_full_disk_or_nobody_behind_the_console_stops_nothing(tmp_path):
+def test_a_full_disk_or_nobody_behind_the_console_stops_nothing():
     program = (
         "import finetune_siglip as fs\n"
         "fs.setup_logging(None, True)\n"
@@ -109,8 +108,8 @@ def test_a_full_disk_or_nobody_behind_the_console_stops_nothing(tmp_path):
     reader, writer = os.pipe()
     os.close(reader)
     with open("/dev/full", "w") as full:
-        options = {"env": {**os.environ, "PYTHONPATH": ":".join(sys.path)}, "cwd": tmp_path, "timeout": 60}
-        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=writer, **options)
+        environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=writer, env=environment, timeout=60)
     os.close(writer)
     assert done.returncode == 0
 

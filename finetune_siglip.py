@@ -460,6 +460,11 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
+    @property
+    def overdue(self) -> bool:
+        """A stop was asked for that needn't wait: whatever has gone wrong since, this is why the process ends."""
+        return bool(self.signal_number) and not self.patient
+
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Nothing is half done while data is waited for, and that may take long: a stop doesn't wait for it."""
@@ -6528,12 +6533,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 watch.part()
                 return code
             except RuntimeError:
-                if stop.signal_number and not stop.patient:  # another rank has obeyed it and was missed here
-                    raise Interrupted(stop.signal_number) from None
-                if runtime.world_size > 1:  # perhaps of another rank's death: its name is on the way
+                if runtime.world_size > 1 and not stop.overdue:  # perhaps a rank has died: its name is on the way
                     time.sleep(RankWatch.INTERVAL * (RankWatch.PATIENCE + 3))
                 raise
-        except (Exception, Interrupted) as error:
+        except (Exception, Interrupted):
+            if stop.overdue:  # C code can turn Interrupted into an error of its own, and
+                error = Interrupted(stop.signal_number)  # a rank that has obeyed the stop is missed by the others
             return explain(error)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import finetune_siglip as fs
 from finetune_siglip import (
     Interrupted,
     Runtime,
@@ -47,6 +48,19 @@ def test_a_signal_asks_for_a_stop_and_handlers_come_back(number):
         os.kill(os.getpid(), number)
         assert stop.signal_number == number
     assert signal.getsignal(number) == before
+
+
+def test_a_stop_that_foreign_code_turns_into_another_error_is_still_a_stop(monkeypatch, tmp_path):
+    """As PyTorch's C++ does when the signal comes while it converts an argument."""
+
+    def work(args):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Interrupted:
+            raise fs.BadInput("could not determine the shape") from None
+
+    monkeypatch.setattr(fs, "run_report", work)
+    assert fs.main(["--report", str(tmp_path)]) == 128 + signal.SIGTERM
 
 
 def test_a_second_signal_leaves_at_once():

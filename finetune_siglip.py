@@ -3517,6 +3517,7 @@ def drop_lora(model: nn.Module) -> None:
 def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take: the GPU's, or its share of the machine's and of its control group's."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier passes have left with PyTorch is free as well
         return torch.cuda.mem_get_info(device)[0]
     free = 4 * 2**30  # where neither is told
     with suppress(OSError, KeyError):
@@ -6070,8 +6071,8 @@ class FeatureDataset(CTVolumeDataset):
 
 def write_features(file: BinaryIO, features: np.ndarray) -> None:
     """(S, E) float16, then the checksum of these bytes."""
-    file.write(features.tobytes())
-    file.write(hashlib.blake2b(features.tobytes(), digest_size=16).digest())
+    content = features.tobytes()
+    file.write(content + checksum_of(content))
 
 
 def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -6082,9 +6083,13 @@ def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except (OSError, ValueError):
         return None
     content, checksum = mapped[:-16], mapped[-16:]
-    if len(content) != 2 * math.prod(shape) or hashlib.blake2b(content, digest_size=16).digest() != checksum.tobytes():
+    if len(content) != 2 * math.prod(shape) or checksum_of(content.tobytes()) != checksum.tobytes():
         return None
     return content.view(np.float16).reshape(shape)
+
+
+def checksum_of(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 @torch.no_grad()
@@ -6536,10 +6541,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if runtime.world_size > 1 and not stop.overdue:  # perhaps a rank has died: its name is on the way
                     time.sleep(RankWatch.INTERVAL * (RankWatch.PATIENCE + 3))
                 raise
-        except (Exception, Interrupted):
-            if stop.overdue:  # C code can turn Interrupted into an error of its own, and
-                error = Interrupted(stop.signal_number)  # a rank that has obeyed the stop is missed by the others
-            return explain(error)
+        except (Exception, Interrupted) as error:
+            # C code can turn Interrupted into an error of its own, and a rank that has obeyed a stop is missed by others
+            return explain(Interrupted(stop.signal_number) if stop.overdue else error)
 
 
 if __name__ == "__main__":

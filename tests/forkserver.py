@@ -1,7 +1,8 @@
 """Runs of the script as real processes, without seconds of imports for each: a server imports once and forks.
 
 `ForkServer` starts this file as a program. For each line of JSON on its standard input it forks a child that calls
-`main(argv)`; a child can be told to kill itself at its k-th file operation, or to run into a disk error there.
+`main(argv)`; a child can be told to kill itself at its k-th file operation, or to run into a disk error there. Its
+clock goes on by a quarter of a second whenever the script looks at it, so that saves come after the same steps always.
 progress.png is a stand-in, and the final pictures are left out, unless `pictures` is asked for.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import json
 import os
 import resource
@@ -164,6 +166,18 @@ def run_child(request: dict, module) -> None:
             module.plot_progress = lambda folder, _: module.save_atomic(folder / "progress.png", lambda f: f.write(png))
         if limit := request.get("largest_file"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        ticks = itertools.count()
+        module.time = SimpleNamespace(**vars(time))
+        module.time.monotonic = lambda: next(ticks) / 4
+        if "signal_in" in request:  # the predictions of this title
+            predict = module.predict
+
+            def stopped(*args, **more):
+                if request["signal_in"] in args:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return predict(*args, **more)
+
+            module.predict = stopped
         if "hangs" in request:  # while there is such a file, no scan can be read
             load, hangs = module.load_sample, Path(request["hangs"])
             module.load_sample = lambda *a: time.sleep(600 * hangs.exists()) or load(*a)

@@ -81,7 +81,7 @@ BUGS = {
                            'map_location="cpu", weights_only=False)\n    except Exception as error:  # the unpickler',
                            f"{FUZZ} -k unpickled"),
     "short last window trained twice": ("math.ceil(state.micro / recipe.accumulation)", "state.micro // recipe.accumulation",
-                                        f"{CRASH} -k between_validation"),
+                                        f"{CRASH} -k in_validation"),
     "damaged state kept as the previous one": (
         "            link_atomic(source.previous, source.last)\n", "            pass\n", f"{CRASH} -k falling_back",
     ),

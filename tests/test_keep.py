@@ -144,6 +144,7 @@ def test_the_top_3_are_ranked_best_first_with_ties_to_the_earlier_epoch():
     assert top.names == ["checkpoint_epoch_002.pth", "checkpoint_epoch_003.pth", "checkpoint_epoch_007.pth"]
     assert top.is_best(2)
     assert not top.is_best(3)
+    assert not any(TopKCheckpoints().offer(score, 1) for score in (None, float("nan"), float("inf")))
 
 
 def test_a_commit_keeps_the_one_before_and_falls_back_to_it_when_damaged(tmp_path, caplog):
@@ -240,6 +241,8 @@ def test_a_state_comes_back_whole_into_a_fresh_run(tmp_path):
     again = packed(fresh, empty)
     for name, part in content.items():
         assert digest_of(part) == digest_of(again[name]), name
+    counts = ("epoch", "micro", "skipped", "skipped_in_row", "tally")
+    assert [getattr(fresh, name) for name in counts] == [getattr(state, name) for name in counts]
     raw = dict(state.model.state_dict())
     assert all(torch.equal(raw[name], tensor) for name, tensor in content["model"].items())  # not the averaged weights
     assert any(not torch.equal(content["ema"]["average"][name], raw[name]) for name in content["ema"]["average"])

@@ -218,11 +218,11 @@ def bench_cache(args: argparse.Namespace) -> dict[str, float]:
 
 
 def bench_air(args: argparse.Namespace) -> dict[str, float]:
-    """Forward and backward on the real scans, 16 slices each, with and without what lies outside the body.
+    """Forward and backward on the real scans, 32 slices each, with and without what lies outside the body.
 
     In float32, and under autocast where the machine multiplies in bfloat16.
     """
-    prep = fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (16, 224, 224))
+    prep = fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (32, 224, 224))
     volumes = [fs.load_sample(path, prep)[None].to(DEVICE) for path in sorted(args.scans.glob("*.npz"))]
     if not volumes:
         print(f"air: no scans in {args.scans}")

@@ -804,6 +804,13 @@ def save_bytes(path: Path, data: bytes) -> None:
     save_atomic(path, lambda file: file.write(data), len(data))
 
 
+def write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> None:
+    """A CSV file, whole or not at all."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    save_bytes(path, buffer.getvalue().encode())
+
+
 def temporary_name(path: Path) -> Path:
     """Where a file is written before it gets its name; TEMPORARY knows these names again."""
     return path.with_name(f".{path.name}.{os.getpid()}.siglip.tmp")
@@ -1649,7 +1656,7 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
         header, prep = Header(stored.shape, stored.dtype, raw=True), dataclasses.replace(prep, intensity="hu")
     else:
         header, stored = read_stored(path)
-    orientation = "SPL" if header.raw else checked_orientation(header, prep.orientation, prep.spacing, path)
+    orientation = checked_orientation(header, prep.orientation, prep.spacing, path)
     if prep.intensity == "windowed" and len(stored) != prep.channels:
         raise BadVolume(f"{path}: has {len(stored)} channels where the others have {prep.channels}")
     lo, hi = prep.hu_range
@@ -1740,31 +1747,23 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12, 
     kinds: dict[tuple[str, int], list[int]] = {}
     for row, header in enumerate(headers):
         kinds.setdefault((header.dtype.kind, header.shape[0]), []).append(row)
-    rows = [row for group in kinds.values() for row in spread(group, max(2, sample // len(kinds)))]
+    paths = [table.paths[row] for group in kinds.values() for row in spread(group, max(2, sample // len(kinds)))]
     seen: dict[str, list[str]] = {}
     doubts: dict[str, list[tuple[Path, str]]] = {}
-    for row in rows:
+    for path in paths:
         try:
-            header, stored = read_volume(table.paths[row])
+            verdict, reason, values = judge_intensity(path)
         except BadVolume:
-            if skip and (seen or row != rows[-1]):
+            if skip and (seen or path != paths[-1]):
                 continue
             raise
-        low, high = float(stored.min()), float(stored.max())
-        verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
-        if verdict == "hu" and soft_tissue(stored) < 0.01:
-            verdict, reason = (
-                "",
-                "has hardly a voxel of soft tissue (-200 to 300 HU): --intensity hu if that is right, ",
-            )
-            reason += "--intensity unit --hu-range 1024 1025 if its intercept was applied twice"
         if not verdict:
-            doubts.setdefault(reason.partition(": ")[2], []).append((table.paths[row], reason))
-        seen.setdefault(verdict, []).append(f"{table.paths[row]} ({header.dtype}, {low:g} to {high:g})")
+            doubts.setdefault(reason.partition(": ")[2], []).append((path, reason))
+        seen.setdefault(verdict, []).append(f"{path} ({values})")
     if doubts:
         raise BadInput(*(
             f"{path} {reason}" + (f"; likewise {', '.join(str(other) for other, _ in others[:3])}" if others else "")
-            + f" ({len(others) + 1} of {len(rows)} files looked at)" for (path, reason), *others in doubts.values()
+            + f" ({len(others) + 1} of {len(paths)} files looked at)" for (path, reason), *others in doubts.values()
         ))  # fmt: skip
     if len(seen) > 1:
         examples = "; ".join(f"{verdict}: {files[0]}" for verdict, files in seen.items())
@@ -1774,6 +1773,18 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12, 
     verdict, files = seen.popitem()
     log.info("intensity: %s, decided from %d files such as %s", verdict, len(files), files[0])
     return verdict
+
+
+def judge_intensity(path: Path) -> tuple[str, str, str]:
+    """What `guess_intensity` says of a scan, unless its tissues speak against it; and its type and range in words."""
+    header, stored = read_volume(path)
+    low, high = float(stored.min()), float(stored.max())
+    verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
+    if verdict == "hu" and soft_tissue(stored) < 0.01:
+        verdict = ""
+        reason = "has hardly a voxel of soft tissue (-200 to 300 HU): --intensity hu if that is right, "
+        reason += "--intensity unit --hu-range 1024 1025 if its intercept was applied twice"
+    return verdict, reason, f"{header.dtype}, {low:g} to {high:g}"
 
 
 def soft_tissue(stored: np.ndarray) -> float:
@@ -2167,13 +2178,6 @@ def write_skipped(path: Path, *left_out: tuple[Table, dict[int, str]]) -> None:
     write_rows(path, [["series_id", "split", "line", "reason"], *rows])
 
 
-def write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """A CSV file, whole or not at all."""
-    buffer = io.StringIO(newline="")
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    save_bytes(path, buffer.getvalue().encode())
-
-
 def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[int, int]:
     """(workers, batches ahead of each) that fit; a full shared memory kills workers (bus error), and containers often
     have 64 MB of it."""
@@ -2463,30 +2467,21 @@ class PrepareScans(torch.utils.data.Dataset):
                     return None
             members = {"image": prepare_volume(path, self.spacing), "source": source}
             members |= {"spacing": np.array(self.spacing, np.float32), "orientation": np.array("SPL")}
-            write_npz(target, members)
+            save_atomic(target, partial(write_npz, members=members))
         except BadVolume as problem:
             series, line = self.table.series_ids[row], self.table.line_numbers[row]
             return BadVolume(f"series {series!r} (line {line}): {problem}")
-        except OSError as problem:
-            return BadEnvironment(f"{target}: cannot be written ({problem.strerror}): free some space and repeat")
+        except BadEnvironment as problem:
+            return problem
         return None
 
 
-def write_npz(path: Path, members: dict[str, np.ndarray]) -> None:
-    """As savez_compressed does, whole or not at all, at the level that is 2.7 times as fast and 1.5 % larger."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        with open(part, "wb") as stream:
-            with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-                for name, array in members.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+def write_npz(file: BinaryIO, members: dict[str, np.ndarray]) -> None:
+    """As savez_compressed does, at the level that is 2.7 times as fast and makes files 1.5 % larger."""
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, array in members.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
 
 
 def prepare_table(
@@ -2727,6 +2722,21 @@ class Found:
         return {name: self.tensors.pop(name) for name in list(self.tensors) if name.split(".")[0] in parts}
 
 
+TIMM_NAMES = (
+    (r"^patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
+    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
+    (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
+    (r"^norm\.", "post_layernorm."),
+    (r"^attn_pool\.latent", "head.probe"),
+    (r"^attn_pool\.proj", "head.attention.out_proj"),
+    (r"^attn_pool\.norm", "head.layernorm"),
+    (r"^attn_pool\.mlp", "head.mlp"),
+)
+HF_ANCHOR, TIMM_ANCHOR = "embeddings.patch_embedding.weight", "patch_embed.proj.weight"
+RESNET_ANCHOR, BIOVIL_ANCHOR = "layer3.35.conv3.weight", "encoder.encoder.layer4.1.conv2.weight"
+
+
 def read_hf_siglip(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Hugging Face's names are the ones kept."""
     kept = found.take("embeddings", "encoder", "post_layernorm", "head")
@@ -2827,19 +2837,6 @@ def read_biovil(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}, kept
 
 
-TIMM_NAMES = (
-    (r"^patch_embed\.proj", "embeddings.patch_embedding"),
-    (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
-    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
-    (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
-    (r"^norm\.", "post_layernorm."),
-    (r"^attn_pool\.latent", "head.probe"),
-    (r"^attn_pool\.proj", "head.attention.out_proj"),
-    (r"^attn_pool\.norm", "head.layernorm"),
-    (r"^attn_pool\.mlp", "head.mlp"),
-)
-HF_ANCHOR, TIMM_ANCHOR = "embeddings.patch_embedding.weight", "patch_embed.proj.weight"
-RESNET_ANCHOR, BIOVIL_ANCHOR = "layer3.35.conv3.weight", "encoder.encoder.layer4.1.conv2.weight"
 READERS: dict[str, Callable[[Found], tuple[dict[str, Any], dict[str, Tensor]]]] = {  # by the name that ends any prefix
     HF_ANCHOR: read_hf_siglip,
     TIMM_ANCHOR: read_timm_siglip,
@@ -3427,7 +3424,8 @@ class SiglipClassifier(nn.Module):
     """A CT volume (N, C, S, H, W) in SPL, or its slice features (N, S, E), -> logits (N, L).
 
     `slice_chunk` slices at a time go through the backbone and, with `recompute`, are computed again in the backward
-    pass, so that memory does not grow with S. With `skip_air` the backbone is given the patches in the body only.
+    pass, so that memory does not grow with S. With `skip_air` the backbone is given the patches in the body only, and
+    as many slices at a time as have no more of these than `slice_chunk` whole ones.
     """
 
     def __init__(
@@ -3486,8 +3484,12 @@ class SiglipClassifier(nn.Module):
         patch = self.backbone.config["patch_size"]
         keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(64)])
         counts, order = keep.sum(1).clamp(min=1).sort(stable=True)  # a chunk is padded to its longest: like with like
-        sizes, n = counts.tolist(), self.slice_chunk  # the host waits for the device here, once for all chunks
-        chunks = [(order[i : i + n], sizes[i : i + n]) for i in range(0, len(sizes), n)]
+        sizes, room = counts.tolist(), self.slice_chunk * keep.shape[1]  # the host waits here, once for all chunks
+        ends = [0]  # of chunks: as many slices as have together no more patches than a chunk of whole ones
+        for i, size in enumerate(sizes):
+            if (i + 1 - ends[-1]) * size > room:
+                ends.append(i)
+        chunks = [(order[a:b], sizes[a:b]) for a, b in itertools.pairwise([*ends, len(sizes)])]
         features = torch.cat([run(slices[rows], keep[rows], counted) for rows, counted in chunks])
         return features[order.argsort()].unflatten(0, (len(volume), -1))
 
@@ -3612,6 +3614,23 @@ def apply_memory_plan(model: SiglipClassifier, chunk: int, recompute: int) -> No
     what = "kept" if not recompute else "computed again in the backward pass"
     unit = "volumes whole" if model.backbone.volumetric else f"{chunk} slices at a time"
     log.info("backbone: %s, activations %s", unit, what)
+
+
+def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
+    """Compile the repeated block of the backbone in place; `auto` does so on a GPU that Triton supports.
+
+    Where that fails, for want of a compiler or for a block's own reasons, the run goes on without.
+    """
+    capable = runtime.device.type == "cuda" and torch.cuda.get_device_capability(runtime.device) >= (7, 0)
+    if mode == "off" or (mode == "auto" and not (capable and find_spec("triton"))):
+        return
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=runtime.device))
+    except Exception as error:  # each layer of a compiler has its own
+        return log.warning("nothing is compiled, torch.compile fails here: %s", first_line(error))
+    torch._dynamo.config.suppress_errors = True  # a block that can't be compiled runs as it is
+    for block in model.backbone.blocks():
+        block.compile()
 
 
 # ── 7 Loss ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4307,8 +4326,10 @@ def compute_metrics(
             f"row {row} has no finite probability for {label_columns[column]}: the model's output overflowed"
         )
     once = np.ones((len(targets), 1))
-    figures = {k: v[0] for k, v in _weighted_figures(targets, probabilities, thresholds, once).items()}
-    metrics = _arrange({k: [None if np.isnan(x) else float(x) for x in v] for k, v in figures.items()}, label_columns)
+    figures = {k: v[0] for k, v in weighted_figures(targets, probabilities, thresholds, once).items()}
+    metrics = arrange_figures(
+        {k: [None if np.isnan(x) else float(x) for x in v] for k, v in figures.items()}, label_columns
+    )
     metrics["n_scans"] = len(targets)
     metrics["labels_averaged"] = {k: int(np.isfinite(v[:-2]).sum()) for k, v in figures.items()}
     for i, row in enumerate(metrics["per_label"].values()):
@@ -4316,14 +4337,14 @@ def compute_metrics(
     return metrics
 
 
-def _arrange(figures: dict[str, list], label_columns: Sequence[str]) -> dict:
+def arrange_figures(figures: dict[str, list], label_columns: Sequence[str]) -> dict:
     """The nested result, from name -> one value per label, then micro, then macro."""
     out = {f"{kind}_{k}": v[i] for kind, i in (("macro", -1), ("micro", -2)) for k, v in figures.items()}
     out |= {"accuracy": figures["accuracy"][-2], "crg": figures["crg"][-2]}
     return out | {"per_label": {c: {k: v[i] for k, v in figures.items()} for i, c in enumerate(label_columns)}}
 
 
-def _weighted_figures(
+def weighted_figures(
     targets: np.ndarray, probabilities: np.ndarray, thresholds: float | np.ndarray, weights: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Figures under B weightings of the scans: name -> (B, L + 2), NaN where undefined; last two columns: micro, macro.
@@ -4358,7 +4379,9 @@ def _weighted_figures(
     # The scans of each label's known entries, then of all known entries pooled.
     flat = [np.nonzero(k)[0] for k in known.T] + [np.nonzero(known)[0]]
     pairs = [(truth[k, i], probabilities[k, i]) for i, k in enumerate(known.T)] + [(truth[known], probabilities[known])]
-    ranked = np.array([_ranking(*pair, rows, weights) for pair, rows in zip(pairs, flat, strict=True)])  # (L + 1, 2, B)
+    ranked = np.array(
+        [ranking_figures(*pair, rows, weights) for pair, rows in zip(pairs, flat, strict=True)]
+    )  # (L + 1, 2, B)
     out |= {"auc": ranked[:, 0].T, "average_precision": ranked[:, 1].T}
     for name, values in out.items():
         defined = np.isfinite(values[:, :-1])
@@ -4368,7 +4391,9 @@ def _weighted_figures(
     return out
 
 
-def _ranking(truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray) -> Sequence[np.ndarray]:
+def ranking_figures(
+    truth: np.ndarray, scores: np.ndarray, rows: np.ndarray, weights: np.ndarray
+) -> Sequence[np.ndarray]:
     """(AUROC, average precision), each (B,), of entries that belong to the given rows of weights (n, B); ties exact.
 
     Only the distinct scores of positives matter: at each, the negatives strictly above and those at or above it.
@@ -4415,16 +4440,16 @@ def bootstrap_metrics(
         weights[:, 1 + b] = np.bincount(row, minlength=len(members))[patient]
     step = max(1, 2**22 // targets.size)  # a block's largest array holds 32 MB: large ones leave the cache
     blocks = [
-        _weighted_figures(targets, probabilities, thresholds, weights[:, i : i + step])
+        weighted_figures(targets, probabilities, thresholds, weights[:, i : i + step])
         for i in range(0, 1 + resamples, step)
     ]
     figures = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     once, ece = figures["ece"][0], figures["ece"][1:]  # a mean of absolute values: noise from resampling biases it
     figures["ece"][1:] = np.maximum(0, ece - (ece.mean(axis=0) - once))
-    return _arrange({name: _intervals(values[1:]) for name, values in figures.items()}, label_columns)
+    return arrange_figures({name: percentile_intervals(values[1:]) for name, values in figures.items()}, label_columns)
 
 
-def _intervals(values: np.ndarray) -> list[list[float] | None]:
+def percentile_intervals(values: np.ndarray) -> list[list[float] | None]:
     """The 2.5th and 97.5th percentile of each column of (B, columns) over its defined values."""
     enough = np.isfinite(values).mean(axis=0) >= 0.9
     return [np.nanquantile(v, (0.025, 0.975)).tolist() if ok else None for v, ok in zip(values.T, enough, strict=True)]
@@ -4523,6 +4548,11 @@ def aggregate_logits(
     sums = np.zeros((group.max(initial=-1) + 1, logits.shape[1]))
     np.add.at(sums, group, logits)
     return (sums / np.bincount(group)[:, None])[group]
+
+
+def shown(value: float | None) -> str:
+    """Three decimals, or a dash for what is undefined."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def format_metrics_table(metrics: dict) -> str:
@@ -4837,6 +4867,16 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
         history.skipped.setdefault(split, {}).update(rows)
 
 
+# names, as patterns, of the files that a run makes in its folder and in these below it
+FOLDERS = ("pictures", "explanations")
+CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
+DERIVED = (
+    r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html", r"evaluation_\w+\.json", r"run\.json",
+    r"explanations_\w+\.json", r"skipped\.csv", r"test_predictions\.csv", r"[0-9a-f]{16}\.png",
+)  # fmt: skip
+TEMPORARY = r"last\.fresh\.ckpt|\..+\.\d+\.siglip\.tmp"
+
+
 class RunFolder:
     """`--output-dir` of one run: `last.ckpt` is the single point of commit, all other files follow from it."""
 
@@ -4969,24 +5009,120 @@ class RunFolder:
                 history.top.forget(epoch)
 
 
-# names, as patterns, of the files that a run makes in its folder and in these below it
-FOLDERS = ("pictures", "explanations")
-CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
-DERIVED = (
-    r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html", r"evaluation_\w+\.json", r"run\.json",
-    r"explanations_\w+\.json", r"skipped\.csv", r"test_predictions\.csv", r"[0-9a-f]{16}\.png",
-)  # fmt: skip
-TEMPORARY = r"last\.fresh\.ckpt|\..+\.\d+\.siglip\.tmp"
-
-
 def forget_cached(path: Path) -> None:
     """Let the next read come from the disk rather than from memory, where the system can do so."""
     with suppress(OSError, AttributeError), path.open("rb") as file:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+# The slice features of a frozen backbone, kept as volumes are: later epochs train the head from them.
+
+
+class FeatureDataset(CTVolumeDataset):
+    """Scans whose `volume` is what a frozen backbone makes of them: (S, E) float16 from a file of its own each."""
+
+    def __init__(self, source: CTVolumeDataset, files: Sequence[Path], shape: tuple[int, int]):
+        super().__init__(source.table, source.prep, on_bad_volume=source.on_bad_volume)
+        self.skipped, self.shape = source.skipped, shape
+        self.files = dict(zip(source.table.paths, files, strict=True))
+        self.without = {source.table.paths[row] for row in source.skipped}
+
+    def blank(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=torch.float16)
+
+    def read(self, path: Path) -> tuple[Tensor, bool]:
+        return self.load(path) if path in self.without else super().read(path)  # waiting brings no features
+
+    def load(self, path: Path) -> tuple[Tensor, bool]:
+        features = read_features(self.files[path], self.shape)
+        if features is None:
+            raise BadVolume(f"{path}: its features, {self.files[path]}, are gone or damaged; a new start computes them")
+        return torch.from_numpy(features), False
+
+
+def write_features(file: BinaryIO, features: np.ndarray) -> None:
+    """(S, E) float16, then the checksum of these bytes."""
+    content = features.tobytes()
+    file.write(content + checksum_of(content))
+
+
+def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+    """Features (S, E), mapped and not copied, or None where there is no such file or its checksum does not fit."""
+    try:
+        with open(file, "rb") as stream:
+            mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
+    except (OSError, ValueError):
+        return None
+    content, checksum = mapped[:-16], mapped[-16:]
+    if len(content) != 2 * math.prod(shape) or checksum_of(content.tobytes()) != checksum.tobytes():
+        return None
+    return content.view(np.float16).reshape(shape)
+
+
+def checksum_of(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+@torch.no_grad()
+def cache_features(
+    folder: Path, model: SiglipClassifier, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime
+) -> FeatureDataset:
+    """Compute the slice features that `folder` does not hold yet, one file a scan, and read them from there.
+
+    A file's name is a digest of the backbone's weights, preprocessing, precision and what the scan's file is known by.
+    Raises BadInput where the backbone is not frozen or its features do not fit float16, BadEnvironment without room.
+    """
+    if any(p.requires_grad for p in model.backbone.parameters()):
+        raise BadInput("--cache-features needs a backbone that stays as it is: --freeze-up-to all")
+    how = [dataset.prep.to_dict(), model.backbone.config, model.skip_air, str(runtime.amp_dtype)]
+    key, paths = digest_of([how, model.backbone.state_dict()]), dataset.table.paths
+    shape = (1 if model.backbone.volumetric else dataset.prep.grid[0], model.backbone.width)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadEnvironment(f"--cache-features {folder}: {error.strerror}") from None
+    files = [folder / f"{digest_of([key, file_identity(path)])[:32]}.features" for path in paths]
+    missing = [row for row, file in enumerate(files) if read_features(file, shape) is None]
+    there = len(files) - len(missing)
+    log.info("features: %d of %d scans are in %s; no augmentation", there, len(files), folder)
+    require_space(folder, len(missing) * (2 * math.prod(shape) + 16))
+    agree(runtime, 0)  # all ranks have looked before any writes
+    model.eval()
+    mine = [row for row in missing if row % runtime.world_size == runtime.rank]  # whatever the others have found
+    bar = progress_bar("features", len(mine), runtime)
+    for batch in build_loader(dataset, [[row] for row in mine], recipe.num_workers, runtime.device):
+        bar.update()
+        if batch["bad"].item():  # skipped: nothing stands in for it
+            continue
+        with runtime.autocast():
+            features = model.slice_features(batch["volume"].to(runtime.device))[0].half().cpu().numpy()
+        row = int(batch["row"])
+        if not np.isfinite(features).all():
+            raise BadInput(f"{paths[row]}: its features do not fit float16; leave out --cache-features")
+        save_atomic(files[row], partial(write_features, features=features))
+    bar.close()
+    share_skipped(dataset, runtime)
+    agree(runtime, 0)  # and all files are there before any rank reads
+    lacking = [file for row, file in enumerate(files) if not (row in dataset.skipped or file.exists())]
+    if lacking:
+        raise BadEnvironment(f"{lacking[0]} is not here: all processes must see the same --cache-features folder")
+    return FeatureDataset(dataset, files, shape)
+
+
 # ── 12 Papers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # What a person reads: results, predictions, plots, report.
+
+
+REPORT_COLUMNS = {
+    "auc": "AUROC", "average_precision": "average precision", "f1": "F1", "precision": "precision",
+    "recall": "sensitivity", "specificity": "specificity", "balanced_accuracy": "balanced accuracy",
+    "accuracy": "accuracy", "brier": "Brier", "ece": "calibration error", "crg": "CRG", "prevalence": "prevalence",
+}  # fmt: skip
+REPORT_HEADLINES = {
+    "macro_auc": "macro AUROC", "macro_average_precision": "macro average precision", "macro_f1": "macro F1",
+    "micro_f1": "micro F1", "crg": "CRG", "accuracy": "accuracy", "macro_brier": "macro Brier score",
+    "macro_ece": "macro calibration error",
+}  # fmt: skip
 
 
 def read_results(path: Path) -> list[dict]:
@@ -5008,13 +5144,9 @@ def write_predictions(
     probabilities = np.asarray(probabilities, np.float64)
     if path.suffix == ".json":
         return write_challenge_json(path, series_ids, move_thresholds_to_half(probabilities, thresholds), labels)
-    decided = (probabilities >= thresholds).astype(int)
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))])
-    for series_id, row, calls in zip(series_ids, probabilities.tolist(), decided.tolist(), strict=True):
-        writer.writerow([series_id, *(cell for pair in zip(row, calls, strict=True) for cell in pair)])
-    save_bytes(path, buffer.getvalue().encode("utf-8", "surrogateescape"))
+    cells = np.stack([probabilities.astype(object), (probabilities >= thresholds).astype(int)], 2)  # (n, L, 2)
+    header = ["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))]
+    write_rows(path, [header, *([name, *row.ravel()] for name, row in zip(series_ids, cells, strict=True))])
 
 
 def write_challenge_json(
@@ -5332,16 +5464,6 @@ document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll(
   });
 }));
 """
-REPORT_COLUMNS = {
-    "auc": "AUROC", "average_precision": "average precision", "f1": "F1", "precision": "precision",
-    "recall": "sensitivity", "specificity": "specificity", "balanced_accuracy": "balanced accuracy",
-    "accuracy": "accuracy", "brier": "Brier", "ece": "calibration error", "crg": "CRG", "prevalence": "prevalence",
-}  # fmt: skip
-REPORT_HEADLINES = {
-    "macro_auc": "macro AUROC", "macro_average_precision": "macro average precision", "macro_f1": "macro F1",
-    "micro_f1": "micro F1", "crg": "CRG", "accuracy": "accuracy", "macro_brier": "macro Brier score",
-    "macro_ece": "macro calibration error",
-}  # fmt: skip
 REPORT_METHODS = f"""
 <dl><dt>Scans and labels</dt><dd>A label that is unknown for a scan is left out of every figure. A figure that is
 undefined (0 / 0) shows as a dash and does not enter a macro average.</dd>
@@ -5383,7 +5505,7 @@ def write_report(folder: Path) -> Path:
     if results := read_results(folder / "results.jsonl"):
         chapters.append(("Training", training_curves(results)))
     if (folder / "run.json").exists():
-        chapters += [(name, facts(value)) for name, value in read_json(folder / "run.json").items()]
+        chapters += [(name, facts_html(value)) for name, value in read_json(folder / "run.json").items()]
     chapters.append(("How it was computed", REPORT_METHODS))
     links = "".join(f'<a href="#part{i}">{html.escape(name)}</a> ' for i, (name, _) in enumerate(chapters))
     parts = "".join(
@@ -5419,17 +5541,12 @@ def read_evaluation(path: Path) -> dict:
     return content
 
 
-def anchor(e: dict, i: int) -> str:
+def anchor_of(e: dict, i: int) -> str:
     """The page's name for the place of a label's curves."""
     return f"{re.sub('[^a-z0-9]', '-', e['split'].lower())}-{i}"
 
 
-def shown(value: float | None) -> str:
-    """Three decimals, or a dash for what is undefined."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def cell(value: float | None, interval: Sequence[float] | None, tag: str = "td") -> str:
+def figure_cell(value: float | None, interval: Sequence[float] | None, tag: str = "td") -> str:
     """A figure with its interval; the attribute holds every digit, for sorting and for checking."""
     note = f"<small>{interval[0]:.3f}–{interval[1]:.3f}</small>" if interval else ""
     return f'<{tag} data-v="{"" if value is None else repr(value)}">{shown(value)}{note}</{tag}>'
@@ -5439,7 +5556,7 @@ def split_chapter(folder: Path, e: dict) -> tuple[str, str]:
     """All that is said of one split: headline figures, table, pictures per label, co-occurrence, wrong scans."""
     metrics, intervals = e["metrics"], e["intervals"]
     cards = "".join(
-        f'<div class="card" data-figure="{key}">{title}{cell(metrics[key], intervals.get(key), "b")}</div>'
+        f'<div class="card" data-figure="{key}">{title}{figure_cell(metrics[key], intervals.get(key), "b")}</div>'
         for key, title in REPORT_HEADLINES.items()
     )
     note = f"<p>{len(e['ids'])} scans of {len(set(e['patients']))} patients, {len(e['labels'])} labels. "
@@ -5467,13 +5584,15 @@ def label_table(e: dict) -> str:
     rows = ""
     for i, label in enumerate(labels):
         row, spread = metrics["per_label"][label], intervals.get("per_label", {}).get(label, {})
-        link = f'<a href="#{anchor(e, i)}">{html.escape(label)}</a>'
+        link = f'<a href="#{anchor_of(e, i)}">{html.escape(label)}</a>'
         counts = f'<td data-v="{row["n_positive"]}">{row["n_positive"]} / {row["n_known"]}</td>'
-        cells = "".join(cell(row[k], spread.get(k)) for k in REPORT_COLUMNS) + cell(float(e["cuts"][i]), None)
+        cells = "".join(figure_cell(row[k], spread.get(k)) for k in REPORT_COLUMNS) + figure_cell(
+            float(e["cuts"][i]), None
+        )
         rows += f'<tr><th scope="row" data-v="{html.escape(label)}">{link}</th>{counts}{cells}</tr>'
     foot = ""
     for kind in ("macro", "micro"):
-        cells = "".join(cell(metrics[f"{kind}_{k}"], intervals.get(f"{kind}_{k}")) for k in REPORT_COLUMNS)
+        cells = "".join(figure_cell(metrics[f"{kind}_{k}"], intervals.get(f"{kind}_{k}")) for k in REPORT_COLUMNS)
         foot += f'<tr><th scope="row">{kind}</th><td></td>{cells}<td></td></tr>'
     averaged = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
     fewer = [f"{title} {n}" for title, n in averaged.items() if n < len(labels)]
@@ -5491,7 +5610,7 @@ def path_data(xs: np.ndarray, ys: np.ndarray) -> str:
     return " ".join(p for i, p in enumerate(points) if i == 0 or p != points[i - 1])
 
 
-def picture(text: str, shapes: str, size: tuple[int, int], caption: str, kind: str = "") -> str:
+def svg_figure(text: str, shapes: str, size: tuple[int, int], caption: str, kind: str = "") -> str:
     """A figure with an inline SVG and its text for those who can't see it; kind "scroll": large, "fixed": no wider."""
     text, limits, widest = html.escape(text), "", f' style="max-width:{1.2 * size[0] + 28:.0f}px"' if kind else ""
     if kind == "scroll":
@@ -5536,7 +5655,7 @@ def chart(
             out += f'<polyline class="{kind} {colour}" points="{path_data(px, py)}"/>'
         if name:
             legend += f' <span class="k{colour[1:]}">{("━", "╍", "┅")[int(colour[1:])]} {html.escape(name)}</span>'
-    return picture(f"{title}. {note}".strip(), out, (240, 200), html.escape(note) + legend)
+    return svg_figure(f"{title}. {note}".strip(), out, (240, 200), html.escape(note) + legend)
 
 
 def tick(value: float) -> str:
@@ -5565,7 +5684,7 @@ def forest(e: dict) -> str:
         out += f'<text x="12" y="{y - 9}">{shorten(label, 50)}</text>'
         out += f'<path class="line c0" d="M{a:.1f} {y}H{b:.1f}"/><circle class="dot c0" cx="{x:.1f}" cy="{y}" r="4"/>'
     text = "AUROC of each label with its 95 % interval; the numbers are in the table above"
-    return picture(text, out, (360, bottom + 18), "AUROC with 95 % interval", "fixed")
+    return svg_figure(text, out, (360, bottom + 18), "AUROC with 95 % interval", "fixed")
 
 
 def label_figures(e: dict, i: int) -> str:
@@ -5573,7 +5692,7 @@ def label_figures(e: dict, i: int) -> str:
     label, cut = e["labels"][i], float(e["cuts"][i])
     known = np.isfinite(e["targets"][:, i])
     y, p = e["targets"][known, i] == 1, e["probabilities"][known, i]
-    head = f'<section class="label" id="{anchor(e, i)}"><h4>{html.escape(label)}</h4>'
+    head = f'<section class="label" id="{anchor_of(e, i)}"><h4>{html.escape(label)}</h4>'
     if not 0 < y.sum() < len(y):
         return f"{head}<p class='soft'>{y.sum()} positive of {len(y)} known: no curves without both.</p></section>"
     row = e["metrics"]["per_label"][label]
@@ -5663,7 +5782,7 @@ def heatmap(title: str, has: np.ndarray, known: np.ndarray, labels: Sequence[str
             out += f'fill-opacity="{0.5 * share:.2f}"/><text x="{x + 12}" y="{y + 16}" text-anchor="middle">'
             out += f"{100 * share:.0f}</text></g>"
     extent = left + size * len(labels) + 80, top + size * len(labels) + 2
-    return picture(f"{title}: how often findings come together, in percent", out, extent, title, "scroll")
+    return svg_figure(f"{title}: how often findings come together, in percent", out, extent, title, "scroll")
 
 
 def wrong_scans(folder: Path, e: dict) -> str:
@@ -5727,15 +5846,17 @@ def training_curves(results: list[dict]) -> str:
     return f'<div class="grid" style="--w:16rem">{figures}</div>'
 
 
-def facts(value: object) -> str:
+def facts_html(value: object) -> str:
     """Settings and summaries of any nesting: a table where the rows are alike, else a list of terms."""
     if not isinstance(value, dict):
         return html.escape(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
     names, rows = [html.escape(str(name)) for name in value], list(value.values())
     if not (rows and all(isinstance(row, dict) and list(row) == list(rows[0]) for row in rows)):
-        return f"<dl>{''.join(f'<dt>{n}</dt><dd>{facts(row)}</dd>' for n, row in zip(names, rows, strict=True))}</dl>"
+        return (
+            f"<dl>{''.join(f'<dt>{n}</dt><dd>{facts_html(row)}</dd>' for n, row in zip(names, rows, strict=True))}</dl>"
+        )
     head = "".join(f"<th scope='col'>{html.escape(str(column))}</th>" for column in ["", *rows[0]])
-    cells = ["".join(f"<td>{facts(x)}</td>" for x in row.values()) for row in rows]
+    cells = ["".join(f"<td>{facts_html(x)}</td>" for x in row.values()) for row in rows]
     body = "".join(f"<tr><th scope='row'>{n}</th>{c}</tr>" for n, c in zip(names, cells, strict=True))
     return f"<div class='wide' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
@@ -6030,114 +6151,6 @@ def describe_run(
     }
 
 
-def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
-    """Compile the repeated block of the backbone in place; `auto` does so on a GPU that Triton supports.
-
-    Where that fails, for want of a compiler or for a block's own reasons, the run goes on without.
-    """
-    capable = runtime.device.type == "cuda" and torch.cuda.get_device_capability(runtime.device) >= (7, 0)
-    if mode == "off" or (mode == "auto" and not (capable and find_spec("triton"))):
-        return
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=runtime.device))
-    except Exception as error:  # each layer of a compiler has its own
-        return log.warning("nothing is compiled, torch.compile fails here: %s", first_line(error))
-    torch._dynamo.config.suppress_errors = True  # a block that can't be compiled runs as it is
-    for block in model.backbone.blocks():
-        block.compile()
-
-
-class FeatureDataset(CTVolumeDataset):
-    """Scans whose `volume` is what a frozen backbone makes of them: (S, E) float16 from a file of its own each."""
-
-    def __init__(self, source: CTVolumeDataset, files: Sequence[Path], shape: tuple[int, int]):
-        super().__init__(source.table, source.prep, on_bad_volume=source.on_bad_volume)
-        self.skipped, self.shape = source.skipped, shape
-        self.files = dict(zip(source.table.paths, files, strict=True))
-        self.without = {source.table.paths[row] for row in source.skipped}
-
-    def blank(self) -> Tensor:
-        return torch.zeros(self.shape, dtype=torch.float16)
-
-    def read(self, path: Path) -> tuple[Tensor, bool]:
-        return self.load(path) if path in self.without else super().read(path)  # waiting brings no features
-
-    def load(self, path: Path) -> tuple[Tensor, bool]:
-        features = read_features(self.files[path], self.shape)
-        if features is None:
-            raise BadVolume(f"{path}: its features, {self.files[path]}, are gone or damaged; a new start computes them")
-        return torch.from_numpy(features), False
-
-
-def write_features(file: BinaryIO, features: np.ndarray) -> None:
-    """(S, E) float16, then the checksum of these bytes."""
-    content = features.tobytes()
-    file.write(content + checksum_of(content))
-
-
-def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
-    """Features (S, E), mapped and not copied, or None where there is no such file or its checksum does not fit."""
-    try:
-        with open(file, "rb") as stream:
-            mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-    except (OSError, ValueError):
-        return None
-    content, checksum = mapped[:-16], mapped[-16:]
-    if len(content) != 2 * math.prod(shape) or checksum_of(content.tobytes()) != checksum.tobytes():
-        return None
-    return content.view(np.float16).reshape(shape)
-
-
-def checksum_of(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
-
-
-@torch.no_grad()
-def cache_features(
-    folder: Path, model: SiglipClassifier, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime
-) -> FeatureDataset:
-    """Compute the slice features that `folder` does not hold yet, one file a scan, and read them from there.
-
-    A file's name is a digest of the backbone's weights, preprocessing, precision and what the scan's file is known by.
-    Raises BadInput where the backbone is not frozen or its features do not fit float16, BadEnvironment without room.
-    """
-    if any(p.requires_grad for p in model.backbone.parameters()):
-        raise BadInput("--cache-features needs a backbone that stays as it is: --freeze-up-to all")
-    how = [dataset.prep.to_dict(), model.backbone.config, model.skip_air, str(runtime.amp_dtype)]
-    key, paths = digest_of([how, model.backbone.state_dict()]), dataset.table.paths
-    shape = (1 if model.backbone.volumetric else dataset.prep.grid[0], model.backbone.width)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadEnvironment(f"--cache-features {folder}: {error.strerror}") from None
-    files = [folder / f"{digest_of([key, file_identity(path)])[:32]}.features" for path in paths]
-    missing = [row for row, file in enumerate(files) if read_features(file, shape) is None]
-    there = len(files) - len(missing)
-    log.info("features: %d of %d scans are in %s; no augmentation", there, len(files), folder)
-    require_space(folder, len(missing) * (2 * math.prod(shape) + 16))
-    agree(runtime, 0)  # all ranks have looked before any writes
-    model.eval()
-    mine = [row for row in missing if row % runtime.world_size == runtime.rank]  # whatever the others have found
-    bar = progress_bar("features", len(mine), runtime)
-    for batch in build_loader(dataset, [[row] for row in mine], recipe.num_workers, runtime.device):
-        bar.update()
-        if batch["bad"].item():  # skipped: nothing stands in for it
-            continue
-        with runtime.autocast():
-            features = model.slice_features(batch["volume"].to(runtime.device))[0].half().cpu().numpy()
-        row = int(batch["row"])
-        if not np.isfinite(features).all():
-            raise BadInput(f"{paths[row]}: its features do not fit float16; leave out --cache-features")
-        save_atomic(files[row], partial(write_features, features=features))
-    bar.close()
-    share_skipped(dataset, runtime)
-    agree(runtime, 0)  # and all files are there before any rank reads
-    lacking = [file for row, file in enumerate(files) if not (row in dataset.skipped or file.exists())]
-    if lacking:
-        raise BadEnvironment(f"{lacking[0]} is not here: all processes must see the same --cache-features folder")
-    return FeatureDataset(dataset, files, shape)
-
-
 def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[str, Any]:
     """Loss and metrics of logits (n, L) over the known labels of a split."""
     device = run.runtime.device
@@ -6159,7 +6172,7 @@ def run_epoch(run: Run) -> None:
         logits = run.predict(run.val, "validate")
         metrics = score_split(run, run.val, logits)
         gained = history.top.offer(metrics["macro_f1"], epoch)
-        if history.top.is_best(epoch) or gained:
+        if gained:
             content = pack_model(state.model, run.setup, epoch, metrics)
     seconds["validate"], started = time.perf_counter() - started, time.perf_counter()
     history.epochs_without_gain = 0 if history.top.is_best(epoch) else history.epochs_without_gain + 1
@@ -6373,7 +6386,7 @@ def resume_source(args: argparse.Namespace, folder: RunFolder) -> RunFolder:
 def start_or_resume(run: Run) -> None:
     """Begin with an empty folder, or where another run has left off."""
     if run.args.resume:
-        resume(run, resume_source(run.args, run.folder))
+        resume_run(run, resume_source(run.args, run.folder))
     elif run.runtime.is_main:
         if run.folder.holds_run(CHECKPOINT):
             log.info("--overwrite: removing the run that %s holds", run.folder.path)
@@ -6400,7 +6413,7 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def resume(run: Run, source: RunFolder) -> None:
+def resume_run(run: Run, source: RunFolder) -> None:
     """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
     content, history = source.load(), run.history
     with reading(source.last):
@@ -6498,7 +6511,7 @@ def run_report(args: argparse.Namespace) -> int:
     return 0
 
 
-def explain(error: BaseException) -> int:
+def say_why(error: BaseException) -> int:
     """Say in one line why the run has ended; returns the exit code. What only a bug can raise is raised again."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, UserError):
@@ -6542,8 +6555,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     time.sleep(RankWatch.INTERVAL * (RankWatch.PATIENCE + 3))
                 raise
         except (Exception, Interrupted) as error:
-            # C code can turn Interrupted into an error of its own, and a rank that has obeyed a stop is missed by others
-            return explain(Interrupted(stop.signal_number) if stop.overdue else error)
+            # C code can turn Interrupted into an error of its own; a rank that has obeyed a stop is missed by others
+            return say_why(Interrupted(stop.signal_number) if stop.overdue else error)
 
 
 if __name__ == "__main__":

@@ -397,7 +397,7 @@ def test_a_raw_scan_among_prepared_ones_of_unknown_spacing_is_refused(tmp_path: 
 def test_a_full_disk_ends_the_preparation_in_one_line(
     raw_table: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(finetune_siglip, "write_npz", fail)

@@ -137,7 +137,7 @@ def test_the_log_table_shows_every_label_and_dashes_for_undefined_figures() -> N
 def test_a_resample_equals_scikit_learn_on_the_repeated_scans() -> None:
     targets, probabilities = scans(120, seed=3)
     weights = np.random.default_rng(0).integers(0, 4, size=(120, 3))
-    figures = fs._weighted_figures(targets.astype(np.float64), probabilities, 0.5, weights.astype(np.float64))
+    figures = fs.weighted_figures(targets.astype(np.float64), probabilities, 0.5, weights.astype(np.float64))
     for b in range(3):
         y, p = (np.repeat(a, weights[:, b], axis=0) for a in (targets, probabilities))
         for i in range(len(LABELS) - 1):

@@ -548,7 +548,7 @@ def test_a_full_shared_memory_ends_the_run_in_one_line(
     monkeypatch.setattr(finetune_siglip.log, "propagate", True)
     with pytest.raises(OSError, match="No space") as caught:
         list(build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[0]], 1, CPU))
-    assert finetune_siglip.explain(caught.value) == 3
+    assert finetune_siglip.say_why(caught.value) == 3
     assert "see /dev/shm" in caplog.messages[-1]
     assert "\n" not in caplog.messages[-1]
 

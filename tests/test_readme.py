@@ -79,6 +79,15 @@ def test_flags_that_the_readme_names_exist():
         assert flag in known, flag
 
 
+def test_messages_that_the_readme_explains_are_those_of_the_script():
+    """A gap in a message, `…`, is what the script fills in."""
+    rows = re.search(r"^## Troubleshooting\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.M | re.S)[1]
+    told = re.findall(r"^\| `([^`]+)` \|", rows, flags=re.M)
+    script = re.sub(r'"\n\s+f?"', "", (ROOT / "finetune_siglip.py").read_text())  # strings that go on in the next line
+    assert len(told) >= 7
+    assert [part for message in told for part in message.split("…") if part.strip(" ,") not in script] == []
+
+
 def test_only_the_promised_files_stand_at_the_top():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     visible = {name.split("/")[0] for name in tracked if not name.startswith(".")}

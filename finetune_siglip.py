@@ -1099,7 +1099,8 @@ def read_table(
 
 
 # ── 4 Volume ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# From a file to the int16 tensor that travels to the device.
+# From a file to the int16 tensor that travels to the device: stored files, resampling, raw scans, what the values mean,
+# the cache, the loader, augmentation, the check, preparation.
 
 ZIP_ENTRY = "<4xH2xHH4xIIIHHH4xII"  # maker, flags, method, crc, packed, size, three lengths, mode, offset
 AIR = -1024  # HU of what lies outside the scan
@@ -1615,6 +1616,9 @@ def prepare_volume(path: Path, spacing: Sequence[float]) -> np.ndarray:
     return result
 
 
+# One scan of whatever format, and what all scans of a table have to agree on.
+
+
 def read_volume(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """Header and voxels (C, three stored axes) of a scan in any format."""
     return read_raw(path, voxels) if is_raw(path) else read_stored(path, voxels)
@@ -2031,6 +2035,9 @@ class VolumeCache:
         return volume, True
 
 
+# The loader: items are read in workers and come as batches in shared memory, or by name where the cache has them.
+
+
 def stack_shared(volumes: Sequence[Tensor]) -> Tensor:
     """As `torch.stack`, in shared memory, written to like a file: half of the time that `default_collate` takes in a
     worker, for in a map of new memory each page is zeroed and faulted in first."""
@@ -2226,6 +2233,9 @@ def one_thread_per_worker(_: int) -> None:
     threadpool_limits(1)
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: M_MMAP_MAX and M_TRIM_THRESHOLD. What one scan
         mallopt(-4, 0), mallopt(-1, 1 << 30)  # frees serves the next: new pages take a tenth of the time of reading it
+
+
+# Augmentation, on whichever device the batch is.
 
 
 @dataclass(frozen=True)
@@ -2438,6 +2448,9 @@ def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessin
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
+# Preparation: raw scans become NPZ files once, rather than being read anew in each epoch.
+
+
 @dataclass
 class PrepareScans(torch.utils.data.Dataset):
     """Item i: convert raw scan i to an NPZ, unless an earlier run did; None or why it could not be done."""
@@ -2534,7 +2547,8 @@ def prepare_table(
 
 
 # ── 5 Backbone ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# From a file of pretrained tensors to an image encoder that certainly holds them.
+# From a file of pretrained tensors to an image encoder that certainly holds them: opening, naming, building, loading,
+# and what is then trained of it.
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_FILES = (  # of a folder or hub model, in order of trust; BioViL's stand beside a text-only pytorch_model.bin
@@ -2932,6 +2946,9 @@ def read_pretrained(source: str | Path, heads: int | None = None) -> Pretrained:
     return read_tensors(flatten(raw), str(path), config_beside(path), heads)
 
 
+# The encoders: their modules are the libraries', so that files fit; what is done with them is one interface.
+
+
 def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
     """`run`, but what it keeps for the backward pass is thrown away and computed again there."""
 
@@ -3230,6 +3247,9 @@ def load_backbone(
     log.info("  %d tensors matched, 0 missing, %d unexpected (%s)", len(expected), len(found.unused), unused or "none")
     adapt_channels(backbone, channels)
     return backbone
+
+
+# What of a backbone is trained: all, what lies above a layer, or adapters of low rank; and how it leaves again.
 
 
 def backbone_layers(backbone: Backbone) -> list[tuple[str, nn.Module]]:
@@ -4195,6 +4215,8 @@ def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
         for skipped in found:
             dataset.skipped |= skipped
 
+
+# Why a finding was called: the slices, and the places in them, that its logit came from.
 
 EXPLAINED_SLICES = 3  # shown of each finding
 
@@ -5396,6 +5418,8 @@ def describe_environment(device: str) -> dict[str, str]:
     return {"device": device, "Python": platform.python_version(), "system": platform.system(), **versions}
 
 
+# The report: one page from the files of a folder alone, its curves drawn as SVG, so that it needs no network.
+
 REPORT_STYLE = """
 :root{color-scheme:light dark;--ink:#1b2330;--soft:#566070;--paper:#fff;--card:#f5f6f8;--line:#ccd2da;--c0:#1a63d8;
 --c1:#b8430a;--c2:#12753a}
@@ -5859,6 +5883,9 @@ def facts_html(value: object) -> str:
     cells = ["".join(f"<td>{facts_html(x)}</td>" for x in row.values()) for row in rows]
     body = "".join(f"<tr><th scope='row'>{n}</th>{c}</tr>" for n, c in zip(names, cells, strict=True))
     return f"<div class='wide' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+# The same figures for the tracker.
 
 
 def track_results(tracker: Tracker, folder: Path, splits: Iterable[str], best: dict[str, Any]) -> None:

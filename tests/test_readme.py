@@ -3,15 +3,22 @@
 `python tests/test_readme.py` writes the table of arguments anew.
 """
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import numpy as np
+import pytest
 
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import phantoms  # noqa: E402
 from finetune_siglip import build_parser  # noqa: E402
+from helpers import save_tower  # noqa: E402
 
 START = "<!-- arguments: made by `python tests/test_readme.py`, checked by the tests -->\n"
 END = "<!-- end of arguments -->"
@@ -93,6 +100,66 @@ def test_only_the_promised_files_stand_at_the_top():
     visible = {name.split("/")[0] for name in tracked if not name.startswith(".")}
     if tracked:
         assert visible <= {"finetune_siglip.py", "run_finetune.sh", "requirements.txt", "tests", "README.md", "LICENSE"}
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A folder as a reader of the README has it: the program, a table, weights, and a hub and a cluster in small."""
+    import SimpleITK as sitk
+
+    folder = tmp_path / "reader"
+    table = phantoms.write_dataset(folder, 8, 4, 4, shape=(16, 32, 32), all_columns=True, prevalence=0.6)
+    for name in ("scans.csv", "all_ct_wlabels.csv"):
+        shutil.copy(table, folder / name)
+    for name in ("finetune_siglip.py", "run_finetune.sh"):
+        (folder / name).symlink_to(ROOT / name)
+    save_tower(folder / "ckpt")
+    hub = folder / "hf" / "hub" / "models--google--siglip-base-patch16-224"
+    shutil.copytree(folder / "ckpt", hub / "snapshots" / "0")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0")
+    volume, _ = phantoms.make_phantom(np.random.default_rng(0), ["Cardiomegaly"], (16, 32, 32))
+    image = sitk.GetImageFromArray(volume)
+    image.SetSpacing((10.0, 10.0, 18.0))
+    image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(folder / "raw.mha"))
+    (folder / "raw.csv").write_text("series_id,split,img_path,Cardiomegaly\na,test,raw.mha,1\n")
+    (folder / "bin").mkdir()
+    for name, script in (("srun", 'exec "$@"'), ("scontrol", 'echo "$@"')):
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+    monkeypatch.setenv("PRETRAINED_PATH", "ckpt/")  # for the command that leaves it to the wrapper
+    monkeypatch.chdir(folder)
+    return folder
+
+
+MAKES = {  # the beginning of each bash block of the README, what is there after it has run
+    "./run_finetune.sh demo": "outputs/basic/test_predictions.csv",
+    'python finetune_siglip.py --csv scans.csv --label-columns "Cardiomegaly"': "outputs/data_check.png",
+    "python finetune_siglip.py --csv raw.csv": "prepared/volumes/a.npz",
+    "python finetune_siglip.py --csv scans.csv --pretrained": "outputs/first/best_model.pth",
+    "NPROC=4 ./run_finetune.sh focal": "outputs/focal/best_model.pth",
+    "#!/bin/bash": "outputs/run1/best_model.pth",
+    "python finetune_siglip.py --csv scans.csv --test-only": "outputs/predictions.csv",
+}
+
+
+@pytest.mark.slow
+def test_every_command_runs_as_printed(reader):
+    """All but `demo` and `test`, which install: `.ci/run` and whoever changes the demo run those."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    assert len(blocks) == len(MAKES)
+    for block, (start, made) in zip(blocks, MAKES.items(), strict=True):
+        assert block.startswith(start)
+        commands = re.sub(r"^\./run_finetune\.sh (demo|test) .*\n", "", block, flags=re.M)
+        ended = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", commands], capture_output=True, text=True, timeout=900
+        )
+        assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+        assert (reader / made).exists(), block
 
 
 if __name__ == "__main__":

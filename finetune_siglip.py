@@ -2954,15 +2954,13 @@ def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., T
 
     @contextmanager
     def again() -> Iterator[None]:  # BatchNorm must not count the same input twice
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        before = [(m.momentum, m.num_batches_tracked) for m in norms]
-        for norm in norms:
-            norm.momentum, norm.num_batches_tracked = 0.0, None
+        norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
         try:
             yield
         finally:
-            for norm, (momentum, counted) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, counted
+            for buffer, value in before:
+                buffer.copy_(value)
 
     def wrapped(*inputs: Any) -> Tensor:
         if not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):

@@ -102,9 +102,12 @@ def test_free_memory_is_a_plausible_number():
 
 
 def two_passes(model):
-    """Gradients of two forward passes and what the model holds after them: BatchNorm must have seen each input once."""
+    """Gradients of two forward passes and what the model holds after them: BatchNorm must have seen each input once.
+
+    The last maps hold 2 x 2 x 2 voxels of 4 scans: over fewer values BatchNorm blows rounding up.
+    """
     for seed in (0, 1):
-        model(random_hu(2, 1, 16, 32, 32, seed=seed)).sum().backward()
+        model(random_hu(4, 1, 32, 64, 64, seed=seed)).sum().backward()
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, model.state_dict()
 
 
@@ -116,7 +119,7 @@ def assert_same_passes(one, other, tolerance):
     assert content["backbone.net.bn1.num_batches_tracked"] == 2
     assert grads.keys() == grads_again.keys()
     for name, gradient in grads.items():
-        torch.testing.assert_close(grads_again[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        assert (grads_again[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
 
 
 def test_recomputed_blocks_of_a_3d_backbone_give_the_same_gradients_and_statistics():

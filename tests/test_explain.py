@@ -107,8 +107,9 @@ def plain_relevance(model, volume, label):
 def test_slices_and_maps_are_those_of_one_plain_graph_over_pooling_and_head(pooling, skip_air):
     model = small_classifier(pooling=pooling, skip_air=skip_air).eval()
     volume = random_hu(1, 1, 6, 16, 16)
-    volume[:, :, 1, :, 8:], volume[:, :, 2] = -1000, -1000  # patches to leave out: two, and all
-    volume[:, :, 4, :8], model.slice_chunk = -1000, 4
+    volume[:, :, 1, :, 6:], volume[:, :, 2], volume[:, :, 4, :10] = -1000, -1000, -1000
+    assert fs.patches_in_body(volume[0, 0], 8).sum(1).tolist() == [4, 2, 0, 4, 2, 4]
+    model.slice_chunk = 4
     for label, found in zip([2, 0], fs.find_evidence(model, volume, [2, 0]), strict=True):
         maps, gains = plain_relevance(model, volume, label)
         assert gains.max() > 0

@@ -63,7 +63,7 @@ def test_a_stop_that_foreign_code_turns_into_another_error_is_still_a_stop(monke
     assert fs.main(["--report", str(tmp_path)]) == 128 + signal.SIGTERM
 
 
-def test_a_second_signal_leaves_at_once():
+def test_a_second_signal_leaves_at_once(tmp_path):
     program = (
         "import os, signal, time, finetune_siglip\n"
         "with finetune_siglip.StopRequest():\n"
@@ -73,8 +73,9 @@ def test_a_second_signal_leaves_at_once():
         "    time.sleep(60)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], timeout=60, env={**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    )
+        [sys.executable, "-c", program], timeout=60, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )  # fmt: skip
     assert done.returncode == 143
 
 
@@ -109,11 +110,11 @@ def test_a_process_ends_though_somebody_still_holds_its_readers(tmp_path):
         "raise SystemExit(5)\n"
     )
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=60, cwd=tmp_path)
     assert done.returncode == 5
 
 
-def test_a_full_disk_or_nobody_behind_the_console_stops_nothing():
+def test_a_full_disk_or_nobody_behind_the_console_stops_nothing(tmp_path):
     program = (
         "import finetune_siglip as fs\n"
         "fs.setup_logging(None, True)\n"
@@ -122,8 +123,8 @@ def test_a_full_disk_or_nobody_behind_the_console_stops_nothing():
     reader, writer = os.pipe()
     os.close(reader)
     with open("/dev/full", "w") as full:
-        environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
-        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=writer, env=environment, timeout=60)
+        options = {"env": {**os.environ, "PYTHONPATH": ":".join(sys.path)}, "cwd": tmp_path, "timeout": 60}
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=writer, **options)
     os.close(writer)
     assert done.returncode == 0
 

@@ -754,6 +754,20 @@ def start_wandb(
     return Tracker()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: the GPU's, or its share of the machine's and of its control group's."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier passes have left with PyTorch is free as well
+        return torch.cuda.mem_get_info(device)[0]
+    free = 4 * 2**30  # where neither is told
+    with suppress(OSError, KeyError):
+        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(told["MemAvailable"].split()[0]) * 1024
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+        free = min(free, int(limit) - int(used)) if limit != "max" else free
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def agree(runtime: Runtime, *wishes: int) -> list[int]:
     """The largest of each wish over all ranks, so that they do the same thing at the same step."""
     if runtime.world_size == 1:
@@ -3532,20 +3546,6 @@ def drop_lora(model: nn.Module) -> None:
         if hasattr(module, "get_delta_weight"):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, module.get_base_layer())
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process may still take: the GPU's, or its share of the machine's and of its control group's."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what earlier passes have left with PyTorch is free as well
-        return torch.cuda.mem_get_info(device)[0]
-    free = 4 * 2**30  # where neither is told
-    with suppress(OSError, KeyError):
-        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(told["MemAvailable"].split()[0]) * 1024
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        free = min(free, int(limit) - int(used)) if limit != "max" else free
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> int:

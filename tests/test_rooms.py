@@ -66,3 +66,12 @@ def test_whatever_is_longer_than_a_few_lines_says_what_it_is_for(kind):
 def test_no_two_definitions_share_a_name():
     names = sorted(name for statement in TREE.body for name in names_of(statement) if name != "add")
     assert not [one for one, other in pairwise(names) if one == other]
+
+
+def test_the_environment_is_read_in_room_2_alone():
+    reads = [
+        room_of(node)
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") and node.lineno > ROOMS[0][0]
+    ]
+    assert set(reads) == {2}

@@ -2969,7 +2969,7 @@ def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., T
     @contextmanager
     def again() -> Iterator[None]:  # BatchNorm must not count the same input twice
         norms = (m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        before = [(buffer, buffer.clone()) for norm in norms if norm.training for buffer in norm.buffers()]
         try:
             yield
         finally:

@@ -14,6 +14,7 @@ import faulthandler
 import itertools
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -93,6 +94,10 @@ class Shim:
         os.unlink = lambda path, **k: self.call("unlink", path, path, **k)
         os.replace = lambda a, b, **k: self.call("replace", b, a, b, **k)
         os.link = lambda a, b, **k: self.call("link", b, a, b, **k)
+        if accessor := getattr(
+            pathlib, "_NormalAccessor", None
+        ):  # Python 3.10 keeps the functions that it found at first
+            accessor.unlink = staticmethod(os.unlink)
         module.open = self.open  # in the script's own namespace, it stands before the builtin
 
     def call(self, name: str, path: object, *args: object, **more: object) -> object:

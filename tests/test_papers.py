@@ -36,9 +36,10 @@ def test_predictions_round_trip_ids_numbers_and_decisions(tmp_path, dtype) -> No
     read = np.array([[float(row[1]), float(row[3])] for row in rows])
     assert np.array_equal(read, probabilities.astype(np.float64))
     assert [[row[2], row[4]] for row in rows] == [[str(int(c)) for c in row] for row in read >= thresholds]
-    frame = pd.read_csv(tmp_path / "p.csv", dtype={"id": str}, keep_default_na=False)  # as in the README
+    options = {"dtype": {"id": str}, "keep_default_na": False, "float_precision": "round_trip"}  # as in the README
+    frame = pd.read_csv(tmp_path / "p.csv", **options)
     assert frame["id"].tolist() == ids
-    assert np.allclose(frame[["Lung nodule_prob", "Emphysema_prob"]].to_numpy(), read, rtol=1e-14, atol=0)
+    assert np.array_equal(frame[["Lung nodule_prob", "Emphysema_prob"]].to_numpy(), read)
 
 
 def test_progress_picture_is_drawn_from_any_number_of_epochs(tmp_path) -> None:

@@ -1768,11 +1768,11 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12, 
     paths = [table.paths[row] for group in kinds.values() for row in spread(group, max(2, sample // len(kinds)))]
     seen: dict[str, list[str]] = {}
     doubts: dict[str, list[tuple[Path, str]]] = {}
-    for path in paths:
+    for number, path in enumerate(paths, start=1):
         try:
             verdict, reason, values = judge_intensity(path)
         except BadVolume:
-            if skip and (seen or path != paths[-1]):
+            if skip and (seen or number < len(paths)):
                 continue
             raise
         if not verdict:
@@ -1882,6 +1882,11 @@ CACHE_MAGIC = b"CTCACHE1"
 CACHE_SPARE = 2 << 30  # bytes left free on the disk: checkpoints need room too
 
 
+def checksum_of(content: bytes | np.ndarray) -> bytes:
+    """16 bytes that tell whether a file of a cache is whole."""
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
 def file_identity(path: Path) -> list:
     """What changes when a file, or one in a folder, is replaced: sizes and times. Raises BadVolume."""
     try:
@@ -1918,8 +1923,8 @@ class CacheFiles:
 
     def header(self, entry: Path, sums: np.ndarray) -> bytes:
         """Of an entry whose 64 stretches, padded, as uint64, have these sums: checked as fast as memory is read."""
-        checksum = hashlib.blake2b(sums.tobytes(), digest_size=16).digest()
-        return CACHE_HEADER.pack(CACHE_MAGIC, self.nbytes - CACHE_HEADER.size, checksum, bytes.fromhex(entry.stem))
+        length = self.nbytes - CACHE_HEADER.size
+        return CACHE_HEADER.pack(CACHE_MAGIC, length, checksum_of(sums), bytes.fromhex(entry.stem))
 
     def map(self, entry: Path) -> Tensor | None:
         """The volume, mapped and not copied, or None where there is no entry that is whole."""
@@ -4347,9 +4352,8 @@ def compute_metrics(
         )
     once = np.ones((len(targets), 1))
     figures = {k: v[0] for k, v in weighted_figures(targets, probabilities, thresholds, once).items()}
-    metrics = arrange_figures(
-        {k: [None if np.isnan(x) else float(x) for x in v] for k, v in figures.items()}, label_columns
-    )
+    plain = {k: [None if np.isnan(x) else float(x) for x in v] for k, v in figures.items()}
+    metrics = arrange_figures(plain, label_columns)
     metrics["n_scans"] = len(targets)
     metrics["labels_averaged"] = {k: int(np.isfinite(v[:-2]).sum()) for k, v in figures.items()}
     for i, row in enumerate(metrics["per_label"].values()):
@@ -4399,10 +4403,9 @@ def weighted_figures(
     # The scans of each label's known entries, then of all known entries pooled.
     flat = [np.nonzero(k)[0] for k in known.T] + [np.nonzero(known)[0]]
     pairs = [(truth[k, i], probabilities[k, i]) for i, k in enumerate(known.T)] + [(truth[known], probabilities[known])]
-    ranked = np.array(
-        [ranking_figures(*pair, rows, weights) for pair, rows in zip(pairs, flat, strict=True)]
-    )  # (L + 1, 2, B)
-    out |= {"auc": ranked[:, 0].T, "average_precision": ranked[:, 1].T}
+    ranked = [ranking_figures(*pair, rows, weights) for pair, rows in zip(pairs, flat, strict=True)]
+    auc, average_precision = np.array(ranked).transpose(1, 2, 0)  # (B, L + 1) each
+    out |= {"auc": auc, "average_precision": average_precision}
     for name, values in out.items():
         defined = np.isfinite(values[:, :-1])
         sums = np.where(defined, values[:, :-1], 0.0).sum(axis=1)
@@ -5074,13 +5077,9 @@ def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     except (OSError, ValueError):
         return None
     content, checksum = mapped[:-16], mapped[-16:]
-    if len(content) != 2 * math.prod(shape) or checksum_of(content.tobytes()) != checksum.tobytes():
+    if len(content) != 2 * math.prod(shape) or checksum_of(content) != checksum.tobytes():
         return None
     return content.view(np.float16).reshape(shape)
-
-
-def checksum_of(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 @torch.no_grad()
@@ -5608,9 +5607,8 @@ def label_table(e: dict) -> str:
         row, spread = metrics["per_label"][label], intervals.get("per_label", {}).get(label, {})
         link = f'<a href="#{anchor_of(e, i)}">{html.escape(label)}</a>'
         counts = f'<td data-v="{row["n_positive"]}">{row["n_positive"]} / {row["n_known"]}</td>'
-        cells = "".join(figure_cell(row[k], spread.get(k)) for k in REPORT_COLUMNS) + figure_cell(
-            float(e["cuts"][i]), None
-        )
+        cells = "".join(figure_cell(row[k], spread.get(k)) for k in REPORT_COLUMNS)
+        cells += figure_cell(float(e["cuts"][i]), None)
         rows += f'<tr><th scope="row" data-v="{html.escape(label)}">{link}</th>{counts}{cells}</tr>'
     foot = ""
     for kind in ("macro", "micro"):
@@ -5874,9 +5872,8 @@ def facts_html(value: object) -> str:
         return html.escape(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
     names, rows = [html.escape(str(name)) for name in value], list(value.values())
     if not (rows and all(isinstance(row, dict) and list(row) == list(rows[0]) for row in rows)):
-        return (
-            f"<dl>{''.join(f'<dt>{n}</dt><dd>{facts_html(row)}</dd>' for n, row in zip(names, rows, strict=True))}</dl>"
-        )
+        terms = (f"<dt>{n}</dt><dd>{facts_html(row)}</dd>" for n, row in zip(names, rows, strict=True))
+        return f"<dl>{''.join(terms)}</dl>"
     head = "".join(f"<th scope='col'>{html.escape(str(column))}</th>" for column in ["", *rows[0]])
     cells = ["".join(f"<td>{facts_html(x)}</td>" for x in row.values()) for row in rows]
     body = "".join(f"<tr><th scope='row'>{n}</th>{c}</tr>" for n, c in zip(names, cells, strict=True))

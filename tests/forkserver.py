@@ -94,9 +94,8 @@ class Shim:
         os.unlink = lambda path, **k: self.call("unlink", path, path, **k)
         os.replace = lambda a, b, **k: self.call("replace", b, a, b, **k)
         os.link = lambda a, b, **k: self.call("link", b, a, b, **k)
-        if accessor := getattr(
-            pathlib, "_NormalAccessor", None
-        ):  # Python 3.10 keeps the functions that it found at first
+        # Python 3.10's pathlib keeps the functions that it found at first
+        if accessor := getattr(pathlib, "_NormalAccessor", None):
             accessor.unlink = staticmethod(os.unlink)
         module.open = self.open  # in the script's own namespace, it stands before the builtin
 

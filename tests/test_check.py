@@ -116,6 +116,7 @@ def test_damaged_scans_are_warnings_where_they_may_be_skipped(phantom: np.ndarra
         decide_preprocessing(table, GRID, CHEST)
     decided = decide_preprocessing(table, GRID, CHEST, skip=True)
     assert decided.intensity == "hu"
+    assert decide_preprocessing(table_of(damaged, good, damaged), GRID, CHEST, skip=True) == decided
     found = check_data(table, decided, tmp_path / "data_check.png", skip=True)
     assert any(line.startswith("warning: series 's0' (line 2): ") and "damaged" in line for line in found)
     for alone in (lambda: decide_preprocessing(table_of(damaged), GRID, CHEST, skip=True),

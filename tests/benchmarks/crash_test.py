@@ -143,9 +143,10 @@ def torn_files(out: Path) -> list[str]:
             if file.suffix in (".pth", ".ckpt") and not file.name.startswith("."):
                 load_checked(file, MODEL_KIND if file.suffix == ".pth" else RUN_KIND)
             elif file.name == "results.jsonl":
-                text = file.read_text()
+                text, committed = file.read_text(), load_checked(out / "last.ckpt", RUN_KIND)["history"]["lines"]
                 assert text.endswith("\n") or not text  # a run that was resumed before its first epoch
                 assert all(json.loads(line) for line in text.splitlines())
+                assert len(text.splitlines()) >= len(committed) - 1  # it follows the commit
             elif file.name == "progress.png":
                 assert file.read_bytes().endswith(b"IEND\xaeB`\x82")
         except (BadInput, AssertionError, ValueError):

@@ -251,7 +251,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="at the end, also write the SigLIP tower for transformers, with its head, into this new folder [off]")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=("bce", "focal", "balanced"), default="bce", help="multilabel loss over known labels [bce]")
+    add("--loss", choices=("bce", "focal", "balanced", "asl"), default="bce",
+        help="multilabel loss over known labels; asl: asymmetric, for many easy negatives [bce]")
+    add("--label-smoothing", type=fraction, default=0.0, metavar="E",
+        help="targets are 1 - E/2 and E/2 instead of 1 and 0; 0: off [0]")
     add("--focal-gamma", type=amount, default=2.0, help="focusing exponent; 0 makes focal equal to bce [2.0]")
     add("--focal-alpha", type=amount, default=1.0, help="plain multiplier of the focal loss [1.0]")
 
@@ -3664,8 +3667,11 @@ class MultilabelBCELoss(nn.Module):
     """Binary cross-entropy of logits (N, L) and targets (N, L) in {0, 1, NaN}; NaN is unknown and has weight 0.
 
     `reduction="mean"` divides by the number of known entries, `"sum"` does not (the training loop divides by the known
-    entries of a whole accumulation window). Without a known entry the loss is 0.
+    entries of a whole accumulation window). Without a known entry the loss is 0. With `smoothing` e the loss is
+    (1 - e / 2) times that of the target plus e / 2 times that of its opposite.
     """
+
+    smoothing = 0.0
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
@@ -3674,7 +3680,10 @@ class MultilabelBCELoss(nn.Module):
         if logits.shape != targets.shape:
             raise ValueError(f"logits are {tuple(logits.shape)} but targets {tuple(targets.shape)}")
         known = ~targets.isnan()
-        losses = self.elementwise(logits.float(), targets.float().nan_to_num(0.0))
+        logits, targets = logits.float(), targets.float().nan_to_num(0.0)
+        losses = self.elementwise(logits, targets)
+        if self.smoothing:
+            losses = losses.lerp(self.elementwise(logits, 1 - targets), self.smoothing / 2)
         total = torch.where(known, losses, 0.0).sum()
         return total / known.sum().clamp(min=1) if reduction == "mean" else total
 
@@ -3707,6 +3716,19 @@ class BalancedBCELoss(MultilabelBCELoss):
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none", pos_weight=self.pos_weight)
 
 
+class AsymmetricLoss(MultilabelBCELoss):
+    """-(1 - p)^1 log p for positives and -q^4 log(1 - q) for negatives, where q = max(p - 0.05, 0).
+
+    Easy negatives, those below 0.05, count for nothing (Ridnik et al., "Asymmetric Loss For Multi-Label
+    Classification", ICCV 2021, with its gammas 1 and 4 and its clip of 0.05).
+    """
+
+    def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
+        shifted = (logits.sigmoid() - 0.05).clamp(min=0)  # q, at most 0.95, so that its logarithm stays finite
+        positive = -torch.sigmoid(-logits) * F.logsigmoid(logits)
+        return torch.where(targets > 0.5, positive, -(shifted**4) * torch.log1p(-shifted))
+
+
 def balancing_weights(targets: np.ndarray) -> np.ndarray:
     """negatives / positives of each label over known targets (n, L), at most 100, and 1 where there is no positive."""
     positives, negatives = (targets == 1).sum(0), (targets == 0).sum(0)
@@ -3715,11 +3737,15 @@ def balancing_weights(targets: np.ndarray) -> np.ndarray:
 
 def build_loss(args: argparse.Namespace, train_targets: np.ndarray) -> MultilabelBCELoss:
     """The loss that `--loss` names; `balanced` takes its weights from the known training targets (n, L)."""
-    if args.loss == "focal":
-        return FocalLoss(args.focal_alpha, args.focal_gamma)
-    if args.loss == "balanced":
-        return BalancedBCELoss(torch.from_numpy(balancing_weights(train_targets)))
-    return MultilabelBCELoss()
+    losses: dict[str, Callable[[], MultilabelBCELoss]] = {
+        "bce": MultilabelBCELoss,
+        "focal": lambda: FocalLoss(args.focal_alpha, args.focal_gamma),
+        "balanced": lambda: BalancedBCELoss(torch.from_numpy(balancing_weights(train_targets))),
+        "asl": AsymmetricLoss,
+    }
+    loss = losses[args.loss]()
+    loss.smoothing = args.label_smoothing
+    return loss
 
 
 # ── 8 Optim ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Room 7: the three losses against scikit-learn, PyTorch and a plain loop."""
+"""Room 7: the losses against scikit-learn, PyTorch, timm and a plain loop."""
 
 import math
 from argparse import Namespace
@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import log_loss
 from torch.nn import functional as F
 
-from finetune_siglip import BalancedBCELoss, FocalLoss, MultilabelBCELoss, balancing_weights, build_loss
+from finetune_siglip import AsymmetricLoss, BalancedBCELoss, FocalLoss, MultilabelBCELoss, balancing_weights, build_loss
 
 NAN = float("nan")
 
@@ -62,6 +62,38 @@ def test_focal_gradients_stay_finite_at_certainty(gamma):
     assert logits.grad.isfinite().all()
 
 
+def test_asymmetric_is_the_loss_of_timm(batch):
+    from timm.loss import AsymmetricLossMultiLabel
+
+    reference = AsymmetricLossMultiLabel(gamma_neg=4, gamma_pos=1, clip=0.05)
+    for logits in (batch[0], batch[0] - 4):  # the second: mostly below the clip, where negatives count for nothing
+        values, wanted = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        ours, theirs = AsymmetricLoss()(values, batch[1], reduction="sum"), reference(wanted, batch[1])
+        ours.backward()
+        theirs.backward()
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(values.grad, wanted.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [200.0, -200.0])
+def test_asymmetric_gradients_stay_finite_at_certainty(value):
+    logits = torch.full((1, 2), value, requires_grad=True)
+    AsymmetricLoss()(logits, torch.tensor([[1.0, 0.0]])).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_label_smoothing_is_bce_of_smoothed_targets(batch):
+    weights = torch.tensor([1.0, 2.0, 5.0, 0.5, 100.0])
+    for loss, pos_weight in ((MultilabelBCELoss(), None), (BalancedBCELoss(weights), weights)):
+        loss.smoothing = 0.1
+        targets = with_unknown(batch[1])
+        known = ~targets.isnan()
+        soft = F.binary_cross_entropy_with_logits(
+            batch[0], batch[1] * 0.9 + 0.05, pos_weight=pos_weight, reduction="none"
+        )
+        torch.testing.assert_close(loss(batch[0], targets), soft[known].mean())
+
+
 def test_balanced_weights_are_negatives_per_positive_clamped_and_1_without_positives():
     targets = np.array([[1, 0, 0, 1], [0, 0, NAN, 1], [0, 0, 1, 1], [0, 0, NAN, 1]], np.float32)
     assert balancing_weights(targets).tolist() == [3.0, 1.0, 1.0, 0.0]
@@ -76,13 +108,16 @@ def test_balanced_is_bce_with_pos_weight(batch):
     torch.testing.assert_close(BalancedBCELoss(weights)(*batch), expected)
 
 
-@pytest.mark.parametrize("loss", [MultilabelBCELoss(), FocalLoss(), BalancedBCELoss(torch.tensor([1.0, 2, 3, 4, 5]))])
+@pytest.mark.parametrize(
+    "loss", [MultilabelBCELoss(), FocalLoss(), BalancedBCELoss(torch.tensor([1.0, 2, 3, 4, 5])), AsymmetricLoss()]
+)
 def test_unknown_labels_have_no_weight_and_no_gradient(batch, loss):
     logits, targets = batch[0].clone().requires_grad_(), with_unknown(batch[1])
     known = ~targets.isnan()
     loss(logits, targets).backward()
     assert (logits.grad[~known] == 0).all()
-    assert (logits.grad[known] != 0).all()
+    clipped = isinstance(loss, AsymmetricLoss) & (targets == 0) & (batch[0].sigmoid() < 0.05)
+    assert ((logits.grad[known] == 0) == clipped[known]).all()
     elementwise = loss.elementwise(batch[0], batch[1])
     torch.testing.assert_close(loss(logits, targets), elementwise[known].mean())
     torch.testing.assert_close(loss(logits, targets, reduction="sum"), elementwise[known].sum())
@@ -103,8 +138,10 @@ def test_shapes_that_differ_are_shown():
 
 def test_build_loss_takes_balancing_from_training_targets():
     targets = np.array([[1, 0], [0, 0], [0, 1]], np.float32)
-    loss = build_loss(Namespace(loss="balanced", focal_alpha=1, focal_gamma=2), targets)
+    loss = build_loss(Namespace(loss="balanced", label_smoothing=0.1), targets)
     assert loss.pos_weight.tolist() == [2.0, 2.0]
-    focal = build_loss(Namespace(loss="focal", focal_alpha=0.5, focal_gamma=3.0), targets)
+    assert loss.smoothing == 0.1
+    focal = build_loss(Namespace(loss="focal", focal_alpha=0.5, focal_gamma=3.0, label_smoothing=0.0), targets)
     assert (focal.alpha, focal.gamma) == (0.5, 3.0)
-    assert type(build_loss(Namespace(loss="bce"), targets)) is MultilabelBCELoss
+    for name, kind in (("bce", MultilabelBCELoss), ("asl", AsymmetricLoss)):
+        assert type(build_loss(Namespace(loss=name, label_smoothing=0.0), targets)) is kind

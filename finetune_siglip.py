@@ -266,12 +266,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="decoupled decay; biases, norms and embeddings have none [1e-4]")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd has Nesterov momentum 0.9 [adamw]")
     add("--scheduler", choices=("plateau", "cosine"), default="plateau",
-        help="plateau halves the rate when macro F1 rests [plateau]")
+        help="plateau halves the rate when no epoch is better (see --select) [plateau]")
     add("--warmup", type=whole_number, default=0, metavar="STEPS", help="optimiser steps of linear warm-up from 0 [0]")
     add("--gradient-accumulation-steps", type=count, default=1, help="forward passes per optimiser step [1]")
     add("--max-grad-norm", type=amount, default=1.0, help="gradients are clipped to this norm; 0 switches it off [1.0]")
     add("--early-stopping-patience", type=whole_number, default=10,
-        help="epochs without a better macro F1; 0 never stops [10]")
+        help="epochs without a better one (see --select); 0 never stops [10]")
+    add("--select", choices=("macro_f1", "macro_auc", "macro_average_precision", "val_loss"), default="macro_f1",
+        help="figure on val that epochs are compared by; then macro average precision, then lower loss [macro_f1]")
     add("--use-ema", action="store_true", help="validate, save and predict with averaged weights")
     add("--ema-decay", type=fraction, default=0.999, help="decay of the averaged weights after their warm-up [0.999]")
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
@@ -3809,15 +3811,16 @@ class Schedule:
     """Learning rate as a multiple of `--lr`, over optimiser steps taken.
 
     Linear from 0 during `warmup` steps; then `cosine` falls to 0 at `total_steps` (the formula of
-    `transformers.get_cosine_schedule_with_warmup`), and `plateau` halves each time that the score has not risen for
-    more than `PATIENCE` epochs. An undefined score moves nothing.
+    `transformers.get_cosine_schedule_with_warmup`), and `plateau` halves each time that no epoch has been better for
+    more than `PATIENCE` epochs.
     """
 
     PATIENCE, FACTOR = 3, 0.5
 
     def __init__(self, kind: str, warmup: int, total_steps: int):
         self.kind, self.warmup, self.total_steps = kind, warmup, total_steps
-        self.steps, self.scale, self.best, self.bad_epochs = 0, 1.0, -math.inf, 0
+        self.steps, self.scale, self.bad_epochs = 0, 1.0, 0
+        self.best: tuple[float, ...] = ()
 
     def factor(self) -> float:
         """The multiple for the step that comes after the `steps` already taken."""
@@ -3833,11 +3836,10 @@ class Schedule:
             group.setdefault("peak_lr", group["lr"])
             group["lr"] = group["peak_lr"] * self.factor()
 
-    def end_epoch(self, score: float | None) -> None:
-        if score is None or not math.isfinite(score):
-            return
-        self.bad_epochs = 0 if score > self.best else self.bad_epochs + 1
-        self.best = max(self.best, score)
+    def end_epoch(self, key: tuple[float, ...]) -> None:
+        """`key` is the epoch's `comparison_key`."""
+        self.bad_epochs = 0 if key > self.best else self.bad_epochs + 1
+        self.best = max(self.best, key)
         if self.kind == "plateau" and self.bad_epochs > self.PATIENCE:
             self.scale, self.bad_epochs = self.scale * self.FACTOR, 0
 
@@ -4557,16 +4559,19 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 42,
 ) -> dict:
-    """`metrics` and their `intervals`. With thresholds tuned for an objective on these very scans (`tuned_here`) the
-    metrics are the cross-fitted ones, and `apparent` holds what the thresholds seem to reach where they were chosen."""
-    used = (
-        thresholds
-        if tuned_here is None
-        else crossfit_thresholds(targets, probabilities, patients, tuned_here, seed=seed)
-    )
+    """`metrics` and their `intervals`, and `f1`: macro F1 at fixed and at cross-fitted thresholds.
+
+    With thresholds tuned for an objective on these very scans (`tuned_here`) the metrics are the cross-fitted ones,
+    `apparent` holds what the thresholds seem to reach where they were chosen, and fixed is 0.5.
+    """
+    crossfitted = crossfit_thresholds(targets, probabilities, patients, tuned_here or "f1", seed=seed)
+    used, other = (thresholds, crossfitted) if tuned_here is None else (crossfitted, 0.5)
+    metrics, others = (compute_metrics(targets, probabilities, label_columns, t) for t in (used, other))
+    pair = [m["macro_f1"] for m in ((metrics, others) if tuned_here is None else (others, metrics))]
     out = {
-        "metrics": compute_metrics(targets, probabilities, label_columns, used),
+        "metrics": metrics,
         "intervals": bootstrap_metrics(targets, probabilities, label_columns, used, patients, resamples, seed),
+        "f1": dict(zip(("fixed", "cross-fitted"), pair, strict=True)),
         "resamples": resamples,
         "tuned_here": tuned_here,
     }
@@ -4575,11 +4580,37 @@ def evaluate(
     return out
 
 
+def format_summary(split: str, scored: dict) -> str:
+    """What `evaluate` found, in a line."""
+    figures, intervals, parts = scored["metrics"], scored["intervals"], []
+    for key, title in (("auc", "AUROC"), ("average_precision", "AP"), ("f1", "F1")):
+        low_high = intervals.get(f"macro_{key}")
+        spread = f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
+        parts.append(f"macro {title} {shown(figures[f'macro_{key}'])}{spread}")
+    f1 = [f"{shown(value)} at {kind} thresholds" for kind, value in scored["f1"].items()]
+    return f"{split}, {figures['n_scans']} scans: {', '.join(parts)}; F1 {', '.join(f1)}"
+
+
 def move_thresholds_to_half(probabilities: np.ndarray, thresholds: float | np.ndarray) -> np.ndarray:
     """A strictly rising map per label that puts each threshold at 0.5, where some graders cut; AUROC is unchanged."""
     p, t = np.asarray(probabilities, np.float64), np.asarray(thresholds, np.float64)
     below = np.minimum(0.5 * p / np.maximum(t, 1e-300), np.nextafter(0.5, 0))  # rounding must not lift it onto 0.5
     return np.where(p < t, below, 0.5 + 0.5 * (p - t) / np.maximum(1 - t, 1e-300))
+
+
+def comparison_key(figures: dict, select: str = "macro_f1") -> tuple[float, ...]:
+    """What epochs are compared by, the greater the better: `select`, macro average precision, a lower `val_loss`.
+
+    F1 alone can't tell the first epochs apart: it is 0 for all of them while no probability reaches the threshold.
+    Undefined figures come last.
+    """
+    values = [(name, figures.get(name)) for name in (select, "macro_average_precision", "val_loss")]
+    return tuple(-math.inf if x is None else -x if name == "val_loss" else x for name, x in values)
+
+
+def best_epoch(results: list[dict], select: str = "macro_f1") -> int | None:
+    """The best epoch of results.jsonl, the first of equal ones; None where there is none."""
+    return max(results, key=lambda r: (comparison_key(r, select), -r["epoch"]))["epoch"] if results else None
 
 
 def aggregate_logits(
@@ -4805,10 +4836,10 @@ def require_fit(what: str, stored: dict[str, Any], wanted: dict[str, Tensor]) ->
 
 @dataclass
 class TopKCheckpoints:
-    """The best `k` epochs by score, best first, ties to the earlier one; the best one's weights stay in memory."""
+    """The best `k` epochs by `comparison_key`, ties to the earlier one; the best one's weights stay in memory."""
 
     k: int = 3
-    entries: list[tuple[float, int]] = field(default_factory=list)
+    entries: list[tuple[tuple[float, ...], int]] = field(default_factory=list)
     best: dict[str, Any] | None = None
 
     @staticmethod
@@ -4819,13 +4850,11 @@ class TopKCheckpoints:
     def names(self) -> list[str]:
         return [self.name(epoch) for _, epoch in self.entries]
 
-    def offer(self, score: float | None, epoch: int) -> bool:
-        """Rank an epoch; True if it is among the best. An undefined score never is."""
-        if score is None or not math.isfinite(score):
-            return False
-        ranked = sorted([*self.entries, (score, epoch)], key=lambda entry: (-entry[0], entry[1]))
+    def offer(self, key: tuple[float, ...], epoch: int) -> bool:
+        """Rank an epoch; True if it is among the best."""
+        ranked = sorted([*self.entries, (key, epoch)], key=lambda entry: (entry[0], -entry[1]), reverse=True)
         self.entries = ranked[: self.k]
-        return (score, epoch) in self.entries
+        return (key, epoch) in self.entries
 
     def is_best(self, epoch: int) -> bool:
         return bool(self.entries) and self.entries[0][1] == epoch
@@ -4910,7 +4939,7 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
         setattr(state, name, value)
     state.loss_sum.fill_(content["losses"][rank])
     history.lines, history.digests = content["history"]["lines"], content["history"]["digests"]
-    history.top.entries = [(score, epoch) for score, epoch in content["history"]["entries"]]
+    history.top.entries = [(key, epoch) for key, epoch in content["history"]["entries"]]
     history.epochs_without_gain = content["history"]["epochs_without_gain"]
     for split, rows in content["history"]["skipped"].items():
         history.skipped.setdefault(split, {}).update(rows)
@@ -5231,12 +5260,6 @@ def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: 
     return np.array([table[label] for label in labels], np.float64)
 
 
-def best_epoch(results: list[dict]) -> int | None:
-    """The epoch with the highest macro F1, the first of equal ones; None where there is none."""
-    ranked = [(r["macro_f1"], -r["epoch"]) for r in results if r.get("macro_f1") is not None]
-    return -max(ranked)[1] if ranked else None
-
-
 PROGRESS_PANELS = {
     "loss": {"train_loss": "training", "val_loss": "validation"},
     "validation": {"macro_f1": "macro F1", "macro_auc": "macro AUROC"},
@@ -5244,7 +5267,7 @@ PROGRESS_PANELS = {
 }
 
 
-def plot_progress(folder: Path, results: list[dict]) -> None:
+def plot_progress(folder: Path, results: list[dict], select: str = "macro_f1") -> None:
     """progress.png: losses, macro F1 and AUROC with the best epoch marked, learning rate; redrawn after each epoch."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
@@ -5255,7 +5278,7 @@ def plot_progress(folder: Path, results: list[dict]) -> None:
         for key, name in keys.items():
             values = [math.nan if r.get(key) is None else r[key] for r in results]
             axis.plot(epochs, values, marker="o", markersize=3, label=name)
-        if (best := best_epoch(results)) is not None:
+        if (best := best_epoch(results, select)) is not None:
             axis.axvline(best, color="gray", linestyle=":", label=f"best: epoch {best}")
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -5408,10 +5431,7 @@ def publish(
     with optional("the report's pictures"):
         save_pictures(folder, dataset, to_windows, [row for row, _ in wrong])
     log.info("%s", format_metrics_table(scored["metrics"]))
-    for key, title in REPORT_HEADLINES.items():
-        interval = scored["intervals"].get(key)
-        spread = f"  (95 %: {interval[0]:.3f} to {interval[1]:.3f})" if interval else ""
-        log.info("%s: %s %s%s", split, title, shown(scored["metrics"][key]), spread)
+    log.info("%s", format_summary(split, scored))
     return scored
 
 
@@ -5988,6 +6008,12 @@ class Run:
     tracker: Tracker = field(default_factory=Tracker)
     saved_at: float = field(default_factory=time.monotonic)
     saved: tuple[int, ...] = ()  # the position that the last commit holds
+    said: set[str] = field(default_factory=set)  # warnings that are not repeated
+
+    def warn_once(self, message: str, *values: object) -> None:
+        if message not in self.said:
+            self.said.add(message)
+            log.warning(message, *values)
 
     def poll(self) -> None:
         """Leave by Interrupted, on all ranks, if a signal has come to one of them."""
@@ -6033,7 +6059,7 @@ class Run:
         if self.runtime.is_main:
             self.folder.derive(self.history)
             with optional("progress.png"):
-                plot_progress(self.folder.path, [json.loads(line) for line in self.history.lines])
+                plot_progress(self.folder.path, [json.loads(line) for line in self.history.lines], self.args.select)
 
     @property
     def peak_bytes(self) -> int:
@@ -6156,6 +6182,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         "backbone": model.backbone.config,
         "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate, "skip_air": args.skip_air},
         "thresholds": resolve_thresholds(args.threshold, table.labels, np.full(len(table.labels), 0.5)).tolist(),
+        "select": args.select,
     }
     identity = describe_run(args, table, model, preprocessing, runtime)
     identity |= {"chunking": chunking, "thresholds (--threshold)": setup["thresholds"]}
@@ -6206,6 +6233,14 @@ def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[
     if not math.isfinite(loss):
         raise Diverged(f"the validation loss is {loss} after epoch {run.state.epoch + 1}: lower --lr or add --warmup")
     metrics = compute_metrics(dataset.targets, sigmoid(logits), dataset.table.labels, np.array(run.setup["thresholds"]))
+    if metrics["macro_average_precision"] is None:
+        raise BadInput("split val: no scan with a positive label could be read, so nothing tells which epoch is better")
+    if metrics["micro_precision"] is None and run.runtime.is_main:
+        run.warn_once(
+            "no validation scan is called positive so far (macro AUROC %s): while F1 is 0, macro average precision "
+            "tells which epoch is better. Lower --threshold (or tune it: auto), or train with --loss balanced",
+            shown(metrics["macro_auc"]),
+        )
     return {"val_loss": loss, **metrics}
 
 
@@ -6219,13 +6254,14 @@ def run_epoch(run: Run) -> None:
     with state.weights:
         logits = run.predict(run.val, "validate")
         metrics = score_split(run, run.val, logits)
-        gained = history.top.offer(metrics["macro_f1"], epoch)
+        key = comparison_key(metrics, run.args.select)
+        gained = history.top.offer(key, epoch)
         if gained:
             content = pack_model(state.model, run.setup, epoch, metrics)
     seconds["validate"], started = time.perf_counter() - started, time.perf_counter()
     history.epochs_without_gain = 0 if history.top.is_best(epoch) else history.epochs_without_gain + 1
     history.lines.append(json.dumps({"epoch": epoch, **figures, **metrics}, allow_nan=False))
-    state.schedule.end_epoch(metrics["macro_f1"])
+    state.schedule.end_epoch(key)
     state.next_epoch()
     if history.top.is_best(epoch):
         history.top.best = content
@@ -6271,11 +6307,11 @@ def finish_run(run: Run) -> None:
     """Evaluate the best weights, which are still in memory, and write what people read."""
     args, best, folder = run.args, run.history.top.best, run.folder.path
     if best is None:
-        raise BadInput("no epoch had a defined macro F1: no scan of split val with a positive label could be read")
+        raise BadInput(f"{folder}: no checkpoint of a finished epoch is left; start anew with --overwrite")
     model = unwrap(run.state.model)
     drop_lora(model)  # what was saved is merged
     model.load_state_dict(best["model"])
-    log.info("best epoch %d: macro F1 %.4f on val", best["epoch"], best["metrics"]["macro_f1"])
+    log.info("best epoch of %d by %s: %d", run.state.epoch, args.select, best["epoch"])
     logits = {"val": run.predict(run.val, "evaluate", args.tta)}
     if len(run.test):
         logits["test"] = run.predict(run.test, "test", args.tta)
@@ -6389,7 +6425,7 @@ def train_to_the_end(run: Run) -> None:
         run.save()  # a new run: no file that counts is ever without a last.ckpt beside it
         while run.state.epoch < epochs:
             if 0 < patience <= run.history.epochs_without_gain:
-                log.info("no better macro F1 for %d epochs: stopping early", run.history.epochs_without_gain)
+                log.info("no better %s for %d epochs: stopping early", run.args.select, run.history.epochs_without_gain)
                 break
             run.after_step()
             run_epoch(run)

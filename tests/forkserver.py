@@ -167,7 +167,7 @@ def run_child(request: dict, module) -> None:
         if not request.get("pictures"):  # drawing one takes longer than all the rest of an epoch of these tests
             png = b"\x89PNG\r\n\x1a\n" + bytes(99) + b"IEND\xaeB`\x82"
             module.publish = lambda *_: None
-            module.plot_progress = lambda folder, _: module.save_atomic(folder / "progress.png", lambda f: f.write(png))
+            module.plot_progress = lambda to, *_: module.save_atomic(to / "progress.png", lambda f: f.write(png))
         if limit := request.get("largest_file"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         ticks = itertools.count()

@@ -36,7 +36,7 @@ BUGS = {
     "loss of the epoch dropped": ('    state.loss_sum.fill_(content["losses"][rank])\n', "", SAME),
     "patience dropped": ('    history.epochs_without_gain = content["history"]["epochs_without_gain"]\n', "", SAME),
     "top 3 forgotten": (
-        '    history.top.entries = [(score, epoch) for score, epoch in content["history"]["entries"]]\n', "", SAME,
+        '    history.top.entries = [(key, epoch) for key, epoch in content["history"]["entries"]]\n', "", SAME,
     ),
     "raw weights replaced by averages": (
         '"model": cpu_weights(state.model),\n        "ema"',
@@ -68,9 +68,7 @@ BUGS = {
                                 f"{KEEP} -k keeps_the_one_before"),
     "not read back": ("            load_checked(self.fresh, RUN_KIND, digest)\n", "", f"{KEEP} -k reads_back"),
     "non-finite written": ("    require_finite(content, path.name)\n", "", f"{KEEP} -k not_finite"),
-    "ties to the later epoch": ("(-entry[0], entry[1])", "(-entry[0], -entry[1])", f"{KEEP} -k ties"),
-    "undefined score ranks": ("if score is None or not math.isfinite(score):\n            return False",
-                              "if score is None:\n            return False", f"{KEEP} -k ties"),
+    "ties to the later epoch": ("(entry[0], -entry[1])", "(entry[0], entry[1])", f"{KEEP} -k ties"),
     "other people's files removed": ("if wanted.fullmatch(file.name)", "if wanted.match(file.name)", f"{KEEP} -k deriving"),
     "leftovers kept": ("for file in self.ours(CHECKPOINT, TEMPORARY):", "for file in self.ours(CHECKPOINT):",
                        f"{KEEP} -k deriving"),

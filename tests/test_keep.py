@@ -1,6 +1,7 @@
 """Room 11: files are whole or absent, damage is found, the top k is ranked as promised."""
 
 import errno
+import math
 import os
 import socket
 from types import SimpleNamespace
@@ -137,14 +138,13 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 def test_the_top_3_are_ranked_best_first_with_ties_to_the_earlier_epoch():
     top = TopKCheckpoints()
-    scores = [0.5, 0.7, 0.7, None, float("nan"), 0.6, 0.7, 0.1]
-    entered = [top.offer(score, epoch) for epoch, score in enumerate(scores, start=1)]
-    assert entered == [True, True, True, False, False, True, True, False]
-    assert top.entries == [(0.7, 2), (0.7, 3), (0.7, 7)]
-    assert top.names == ["checkpoint_epoch_002.pth", "checkpoint_epoch_003.pth", "checkpoint_epoch_007.pth"]
+    scores = [0.5, 0.7, 0.7, -math.inf, 0.6, 0.7, 0.1]
+    entered = [top.offer((score, 0.0), epoch) for epoch, score in enumerate(scores, start=1)]
+    assert entered == [True, True, True, False, True, True, False]
+    assert top.entries == [((0.7, 0.0), 2), ((0.7, 0.0), 3), ((0.7, 0.0), 6)]
+    assert top.names == ["checkpoint_epoch_002.pth", "checkpoint_epoch_003.pth", "checkpoint_epoch_006.pth"]
     assert top.is_best(2)
     assert not top.is_best(3)
-    assert not any(TopKCheckpoints().offer(score, 1) for score in (None, float("nan"), float("inf")))
 
 
 def test_a_commit_keeps_the_one_before_and_falls_back_to_it_when_damaged(tmp_path, caplog):
@@ -162,7 +162,7 @@ def test_a_commit_keeps_the_one_before_and_falls_back_to_it_when_damaged(tmp_pat
 def test_deriving_removes_what_is_left_over_and_rewrites_results(tmp_path):
     folder, history = RunFolder(tmp_path), History()
     for epoch, score in ((1, 0.1), (2, 0.3)):
-        history.top.offer(score, epoch)
+        history.top.offer((score,), epoch)
         save_checked(tmp_path / history.top.name(epoch), content(epoch=epoch))
         history.lines.append(f'{{"epoch": {epoch}}}')
     leftovers = [
@@ -214,14 +214,14 @@ def used_state(steps=3, seed=0):
         state.schedule.steps += 1
         state.ema.update()
     if steps:
-        state.schedule.end_epoch(0.5)
-        state.schedule.end_epoch(0.4)
+        state.schedule.end_epoch((0.5, 0.1))
+        state.schedule.end_epoch((0.4, 0.1))
         state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": 1024.0})
         state.epoch, state.micro, state.skipped, state.skipped_in_row = 4, 7, 2, 1
         state.tally = {"known": 11.0, "norm": 0.1, "steps": 3.0}
         state.loss_sum.fill_(0.1)
     history = History(lines=['{"epoch": 1}'], epochs_without_gain=2, digests={"checkpoint_epoch_001.pth": "d"})
-    history.top.entries = [(0.5, 1)]
+    history.top.entries = [((0.5, 0.1), 1)]
     history.skipped = {"train": {3: "damaged"}}
     return state, history if steps else History()
 
@@ -325,12 +325,12 @@ def test_a_state_that_reads_back_damaged_is_not_committed(tmp_path, monkeypatch)
 def test_a_file_of_the_top_3_must_be_the_very_one_that_was_committed(tmp_path):
     folder, history = RunFolder(tmp_path), History()
     for epoch, score in ((1, 0.3), (2, 0.2)):
-        history.top.offer(score, epoch)
+        history.top.offer((score,), epoch)
         name = history.top.name(epoch)
         history.digests[name] = save_checked(tmp_path / name, content(epoch=epoch))
     save_checked(tmp_path / "checkpoint_epoch_001.pth", content(epoch=1, more="from another run"))
     folder.load_top(history, [])
-    assert history.top.entries == [(0.2, 2)]
+    assert history.top.entries == [((0.2,), 2)]
     assert history.top.best["epoch"] == 2
 
 
@@ -340,7 +340,7 @@ def test_the_best_epoch_survives_in_best_model(tmp_path, damage, tuned):
     """People remove checkpoints and keep the best model: going on must not put a worse one in its place."""
     folder, history = RunFolder(tmp_path), History()
     for epoch, score in ((1, 0.3), (2, 0.2)):
-        history.top.offer(score, epoch)
+        history.top.offer((score,), epoch)
         saved = content(epoch=epoch, thresholds=[0.5])
         history.digests[history.top.name(epoch)] = save_checked(tmp_path / history.top.name(epoch), saved)
     folder.derive(history)
@@ -351,7 +351,7 @@ def test_the_best_epoch_survives_in_best_model(tmp_path, damage, tuned):
     if damage == "damaged":
         best.write_bytes(b"half")
     folder.load_top(history, [0.5])
-    assert history.top.entries == [(0.3, 1), (0.2, 2)]
+    assert history.top.entries == [((0.3,), 1), ((0.2,), 2)]
     folder.derive(history)
     for name in ("checkpoint_epoch_001.pth", "best_model.pth"):
         assert load_checked(tmp_path / name, MODEL_KIND, digest)["epoch"] == 1

@@ -271,6 +271,59 @@ def test_thresholds_tuned_where_they_are_reported_are_reported_cross_fitted() ->
     assert "apparent" not in fixed
 
 
+def epoch(number: int, f1: float | None, ap: float | None = 0.2, loss: float = 0.5, auc: float | None = 0.6) -> dict:
+    figures = {"macro_f1": f1, "macro_average_precision": ap, "macro_auc": auc}
+    return {"epoch": number, "val_loss": loss, **figures}
+
+
+def test_while_nothing_is_called_positive_the_best_epoch_is_the_one_that_ranks_findings_best() -> None:
+    """F1 stays 0 over 15 epochs that learn: none of them uses up patience, lowers the rate or leaves epoch 1 best."""
+    results = [epoch(n, 0.0, 0.15 + n / 100, 0.5 - n / 100) for n in range(1, 16)]
+    schedule, top = fs.Schedule("plateau", 0, 100), fs.TopKCheckpoints()
+    for line in results:
+        key = fs.comparison_key(line)
+        assert top.offer(key, line["epoch"])
+        assert top.is_best(line["epoch"])
+        schedule.end_epoch(key)
+    assert (schedule.scale, schedule.bad_epochs, fs.best_epoch(results)) == (1.0, 0, 15)
+    assert [number for _, number in top.entries] == [15, 14, 13]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        (epoch(2, 0.1, 0.2), epoch(1, 0.0, 0.9)),
+        (epoch(2, 0.1, 0.3, 0.9), epoch(1, 0.1, 0.2, 0.1)),
+        (epoch(2, 0.1, 0.2, 0.4), epoch(1, 0.1, 0.2, 0.5)),
+        (epoch(2, 0.0, 0.1, 0.9), epoch(1, None, 0.2, 0.1)),
+        (epoch(2, 0.1, 0.0, 0.9), epoch(1, 0.1, None, 0.1)),
+        (epoch(1, 0.1), epoch(2, 0.1)),
+    ],
+)
+def test_epochs_compare_by_f1_then_average_precision_then_loss_with_undefined_last(better: dict, worse: dict) -> None:
+    assert fs.best_epoch([worse, better]) == fs.best_epoch([better, worse]) == better["epoch"]
+
+
+@pytest.mark.parametrize(
+    ("select", "best"), [("macro_f1", 1), ("macro_auc", 2), ("macro_average_precision", 3), ("val_loss", 4)]
+)
+def test_select_names_what_epochs_are_compared_by_first(select: str, best: int) -> None:
+    results = [epoch(1, 0.9), epoch(2, 0.5, auc=0.9), epoch(3, 0.5, 0.9), epoch(4, 0.5, loss=0.1), epoch(5, 0.5)]
+    assert fs.best_epoch(results, select) == best
+
+
+def test_the_summary_names_auroc_and_f1_at_fixed_and_at_cross_fitted_thresholds() -> None:
+    """Scores that rank well but stay under 0.5: F1 is 0 at the fixed threshold and high at tuned ones."""
+    rng = np.random.default_rng(1)
+    targets = (rng.random((200, 2)) < 0.15).astype(float)
+    probabilities = 0.1 + 0.2 * targets + 0.1 * rng.random((200, 2))
+    for thresholds, tuned in ((0.5, None), (fs.tune_thresholds(targets, probabilities), "f1")):
+        scored = fs.evaluate(targets, probabilities, ["a", "b"], thresholds, np.arange(200), tuned, resamples=20)
+        assert scored["f1"] == {"fixed": 0.0, "cross-fitted": pytest.approx(1.0, abs=0.05)}
+        assert "macro AUROC 1.000 (1.000 to 1.000)" in (line := fs.format_summary("val", scored))
+        assert "F1 0.000 at fixed thresholds, 1.000 at cross-fitted thresholds" in line
+
+
 def test_aggregation_averages_logits_and_keeps_every_row() -> None:
     ids = ["valid_1_a_1", "other", "valid_1_a_2", "valid_1_b_1", "valid_11_a_1"]
     patients = ["valid_1", "other", "valid_1", "valid_1", "valid_11"]

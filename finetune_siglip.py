@@ -174,6 +174,15 @@ def multiple(text: str) -> float:
     return value
 
 
+def steps_or_share(text: str) -> int | str:
+    """Argument type: an integer of at least 0, or a share of all optimiser steps such as 5%."""
+    if not text.endswith("%"):
+        return whole_number(text)
+    if not 0 <= float(text[:-1]) <= 100:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0% and 100%")
+    return text
+
+
 def layer_count(text: str) -> int | str:
     """Argument type: an integer of at least 0, or `all`."""
     return text if text == "all" else whole_number(text)
@@ -267,7 +276,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd has Nesterov momentum 0.9 [adamw]")
     add("--scheduler", choices=("plateau", "cosine"), default="plateau",
         help="plateau halves the rate when no epoch is better (see --select) [plateau]")
-    add("--warmup", type=whole_number, default=0, metavar="STEPS", help="optimiser steps of linear warm-up from 0 [0]")
+    add("--warmup", type=steps_or_share, default=0, metavar="STEPS",
+        help="optimiser steps of linear warm-up from 0, or a share of all steps such as 5%% [0]")
     add("--gradient-accumulation-steps", type=count, default=1, help="forward passes per optimiser step [1]")
     add("--max-grad-norm", type=amount, default=1.0, help="gradients are clipped to this norm; 0 switches it off [1.0]")
     add("--early-stopping-patience", type=whole_number, default=10,
@@ -3851,8 +3861,10 @@ class Schedule:
 
 
 def build_scheduler(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
-    """The schedule that `--scheduler` and `--warmup` name."""
-    return Schedule(args.scheduler, args.warmup, steps_per_epoch * args.epochs)
+    """The schedule that `--scheduler` and `--warmup` name; a warm-up of 5% is that share of all steps, rounded up."""
+    total, share = steps_per_epoch * args.epochs, str(args.warmup).removesuffix("%")
+    warmup = math.ceil(total * float(share) / 100) if share != str(args.warmup) else args.warmup
+    return Schedule(args.scheduler, warmup, total)
 
 
 class Ema:
@@ -6189,14 +6201,25 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
     effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
     log.info(
-        "%d training, %d validation scans; %d steps an epoch; effective batch %d = %d x %d processes x %d accumulated",
-        len(train), len(val), steps_per_epoch, effective, args.batch_size, runtime.world_size,
-        args.gradient_accumulation_steps,
+        "%d training, %d validation scans; effective batch %d = %d x %d processes x %d accumulated",
+        len(train), len(val), effective, args.batch_size, runtime.world_size, args.gradient_accumulation_steps,
     )  # fmt: skip
+    announce_steps(state.schedule, steps_per_epoch, args.early_stopping_patience)
     history = History(skipped={name: part.skipped for name, part in zip(SPLITS, (train, val, test), strict=True)})
     return Run(
         args, runtime, stop, folder, table, train, val, test, state, history, loss_fn, recipe, setup, identity,
     )  # fmt: skip
+
+
+def announce_steps(schedule: Schedule, steps_per_epoch: int, patience: int) -> None:
+    """Log how many optimiser steps there are and where warm-up ends; warn where warm-up takes too much of them."""
+    warmup, total, epochs = schedule.warmup, schedule.total_steps, schedule.warmup / steps_per_epoch
+    ends = f"warm-up ends after {warmup} (epoch {epochs:.1f})" if warmup else "no warm-up"
+    log.info("%d optimiser steps at most, %d an epoch; %s", total, steps_per_epoch, ends)
+    if warmup > 0.2 * total:
+        log.warning("--warmup takes %.0f %% of all steps: 5%% is usual", 100 * warmup / total)
+    elif 0 < patience < epochs:
+        log.warning("--warmup outlasts --early-stopping-patience (%.1f epochs, %d): 5%% is usual", epochs, patience)
 
 
 def describe_run(

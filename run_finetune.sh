@@ -236,7 +236,7 @@ case $MODE in
   basic) train basic --batch-size 16 --lr 1e-4 "$@" ;;
   focal) train focal --loss focal --focal-gamma 2.0 --focal-alpha 1.0 --batch-size 16 --lr 1e-4 "$@" ;;
   balanced) train balanced --loss balanced --batch-size 16 --lr 5e-5 "$@" ;;
-  advanced) train advanced --loss focal --amp --use-ema --scheduler cosine --warmup 500 --batch-size 8 \
+  advanced) train advanced --loss focal --amp --use-ema --scheduler cosine --warmup 5% --batch-size 8 \
     --gradient-accumulation-steps 4 --lr 1e-4 --freeze-up-to 20 "$@" ;;
   debug) NUM_WORKERS=0 train debug --epochs 2 --batch-size 2 --num-slices 8 --log-interval 1 \
     --wandb-mode disabled --overwrite "$@" ;;

@@ -53,6 +53,7 @@ def test_required_arguments_are_named(missing, capsys):
     [
         ["--epochs", "0"], ["--batch-size", "-1"], ["--lr", "nan"], ["--lr", "0"], ["--lr", "inf"],
         ["--threshold", "1.5"], ["--dropout-rate", "1"], ["--focal-gamma", "-1"], ["--warmup", "-5"],
+        ["--warmup", "101%"], ["--warmup", "x%"],
         ["--freeze-up-to", "some"],
         ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
         ["--spacing", "1", "1"], ["--spacing", "1", "1", "0"], ["--augment", "mild"], ["--on-bad-volume", "retry"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune_siglip import Ema, Schedule, build_optimizer, unwrap
+from finetune_siglip import Ema, Schedule, announce_steps, build_optimizer, build_scheduler, parse_args, unwrap
 
 
 class Small(nn.Module):
@@ -51,6 +51,35 @@ def test_cosine_with_warmup_is_the_schedule_of_transformers(warmup, total):
         schedule.steps += 1
     if warmup < total:
         assert schedule.factor() == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("asked", "steps"), [("0", 0), ("7", 7), ("5%", 10), ("0.1%", 1), ("100%", 200), ("0%", 0)])
+def test_warmup_is_a_number_of_steps_or_a_share_of_all_of_them(asked, steps):
+    args = parse_args(["--csv", "t", "--pretrained", "m", "--label-columns", "A", "--epochs", "20", "--warmup", asked])
+    schedule = build_scheduler(args, steps_per_epoch=10)
+    assert (schedule.warmup, schedule.total_steps) == (steps, 200)
+    schedule.steps = steps
+    assert schedule.factor() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("warmup", "patience", "warning"),
+    [
+        (10, 10, None),
+        (40, 10, None),
+        (41, 10, "20 % of all steps"),
+        (40, 3, "outlasts"),
+        (40, 0, None),
+        (60, 3, "30 %"),
+    ],
+)
+def test_a_warmup_that_takes_too_much_of_the_run_is_one_warning(caplog, monkeypatch, warmup, patience, warning):
+    monkeypatch.setattr("finetune_siglip.log.propagate", True)
+    caplog.set_level("INFO")
+    announce_steps(Schedule("plateau", warmup, 200), 10, patience)
+    told, *warnings = [record.getMessage() for record in caplog.records]
+    assert told == f"200 optimiser steps at most, 10 an epoch; warm-up ends after {warmup} (epoch {warmup / 10})"
+    assert [warning in text for text in warnings] == [True] * bool(warning)
 
 
 def test_warmup_is_linear_from_0_with_plateau_as_well():

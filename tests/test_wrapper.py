@@ -49,7 +49,7 @@ def test_modes_do_what_their_names_say():
     assert arguments_of("balanced")[0].loss == "balanced"
     advanced = arguments_of("advanced")[0]
     assert (advanced.loss, advanced.amp, advanced.use_ema, advanced.scheduler) == ("focal", True, True, "cosine")
-    assert advanced.warmup > 0
+    assert advanced.warmup == "5%"
     assert advanced.gradient_accumulation_steps > 1
     debug = arguments_of("debug")[0]
     assert (debug.epochs, debug.num_workers, debug.wandb_mode) == (2, 0, "disabled")

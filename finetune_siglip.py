@@ -48,6 +48,7 @@ import random
 import re
 import resource
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -70,6 +71,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
+
+__version__ = "1.0.0"
 
 # ── 0 Door ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What every room may use: the errors that end a run with one line, and the constants of the field.
@@ -110,6 +113,7 @@ class Interrupted(BaseException):
 
 
 log = logging.getLogger("finetune_siglip")
+DETAIL = 15  # level of what training.log holds and the console doesn't show
 
 # ── 1 Knobs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Every setting, its unit, default and why; ranges and conflicts end in parser.error and nothing changes args later.
@@ -219,7 +223,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory), 4 diverged, 128 + signal: stopped.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"finetune_siglip.py {__version__}")
     add = parser.add_argument_group("data").add_argument
+    add("--config", type=Path, metavar="RUN.JSON", help="start from the settings of this run.json; arguments win")
     add("--csv", type=Path, help="table with series_id, split, img_path and one 0/1 column per finding")
     add("--label-columns", nargs="+", metavar="NAME", help="finding columns; quote names with spaces")
     add("--orientation", type=orientation_code, help="towards which side of the patient each stored axis rises [SPL]")
@@ -341,14 +347,38 @@ def build_parser() -> argparse.ArgumentParser:
 # fmt: on
 
 
+def stored_arguments(path: Path) -> list[str]:
+    """The settings in a run.json as arguments. Raises OSError, ValueError or LookupError for another file."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    settings = content.get("Settings, training") or content["Settings, prediction"]
+    argv = []
+    for flag, value in (("--" + name.replace("_", "-"), value) for name, value in settings.items()):
+        if flag in ("--resume", "--overwrite", "--config") or value is False:  # these are of one start, not of a run
+            continue
+        if flag == "--windows":
+            value = ",".join(f"{lo}:{hi}" for lo, hi in value)
+        argv += (
+            [flag] if value is True else [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+        )
+    return argv
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments, checked for conflicts; a wrong one ends in `parser.error` (exit 2)."""
+    """Arguments, checked for conflicts; a wrong one ends in `parser.error` (exit 2). `command` is what was typed."""
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
+    command = shlex.join(["finetune_siglip.py", *argv])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    if config := first.parse_known_args(argv)[0].config:
+        try:
+            argv = stored_arguments(config) + argv
+        except (OSError, ValueError, LookupError, AttributeError) as error:
+            parser.error(f"--config {config}: not the run.json of a run of this script ({error})")
     for i in range(len(argv) - 1, 0, -1):  # argparse takes a value such as -1000:200 for a flag unless joined by "="
         if argv[i - 1] == "--windows":
             argv[i - 1 : i + 1] = [f"--windows={argv[i]}"]
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv, argparse.Namespace(command=command))
     if args.report:
         return args
     missing = [flag for flag, value in (("--csv", args.csv), ("--label-columns", args.label_columns)) if not value]
@@ -374,9 +404,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+# ── 2 Machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Device, precision, ranks, signals, random numbers, logging, files: the one place that reads the environment.
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in those seconds is no traceback either
     parse_args()  # --help and a wrong flag are answered here, before the seconds that importing torch takes
+    if os.environ.get("RANK", "0") == "0":
+        with suppress(OSError):  # nobody may be listening
+            print("loading PyTorch …", flush=True)
 
 import numpy as np
 import torch
@@ -384,9 +420,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-
-# ── 2 Machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Device, precision, ranks, signals, random numbers, logging, files: the one place that reads the environment.
 
 
 @dataclass(frozen=True)
@@ -410,7 +443,13 @@ def init_runtime(amp: bool) -> Runtime:
     """Device and precision of this process, and its place among those that `torchrun` started."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    with warnings.catch_warnings(record=True) as said:  # such as a driver that is too old
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable and (said or (torch.version.cuda is None and Path("/proc/driver/nvidia/version").exists())):
+        why = str(said[0].message).split(". ")[0] if said else "this PyTorch was built without CUDA"
+        log.warning("running on the CPU, for PyTorch can't use the GPU's driver: %s", why)
+    if usable:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -583,21 +622,30 @@ class ConsoleHandler(logging.Handler):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+class LineFormatter(logging.Formatter):
+    """Puts the time before each line of a message, so that the log can be read, cut and sorted by lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{self.formatTime(record)} {record.levelname:7} "
+        return "\n".join(head + line for line in record.getMessage().splitlines())
+
+
 def setup_logging(output_dir: Path | None, is_main: bool) -> None:
     """Log to the console and, on the main process, to `training.log` in `output_dir`."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     logging.raiseExceptions = False  # a full disk under training.log is no reason to stop, nor for a traceback per line
-    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    logging.addLevelName(DETAIL, "DETAIL")
+    log.setLevel(DETAIL if is_main else logging.ERROR)
     log.propagate = False
-    log.addHandler(ConsoleHandler())
+    log.addHandler(ConsoleHandler(logging.INFO))
     if output_dir and is_main:
         try:
             to_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
         except OSError as error:
             return log.warning("no training.log, the run goes on without it: %s", error)
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+        to_file.setFormatter(LineFormatter())
         log.addHandler(to_file)
 
 
@@ -3273,10 +3321,13 @@ def load_backbone(
                 f"are {what}: {listed}. It is incomplete, or of a variant that this script does not know"
             )
     backbone.load_state_dict(tensors, assign=True)
-    millions, unused = sum(p.numel() for p in backbone.parameters()) / 1e6, ", ".join(found.unused[:10])
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    parts = Counter(name.split(".")[0] for name in found.unused).most_common(5)
+    listed = ", ".join(f"{n} of {part}" if n > 1 else part for part, n in parts)
+    others = f": not part of the image tower, so not used ({listed})" if parts else ""
     log.info("backbone: %s, %.1f M parameters, %d features", found.family, millions, backbone.width)
     log.info("  from %s", "; ".join([found.source, *found.notes]))
-    log.info("  %d tensors matched, 0 missing, %d unexpected (%s)", len(expected), len(found.unused), unused or "none")
+    log.info("  %d tensors matched, 0 missing, %d unexpected%s", len(expected), len(found.unused), others)
     adapt_channels(backbone, channels)
     return backbone
 
@@ -4595,12 +4646,11 @@ def evaluate(
 def format_summary(split: str, scored: dict) -> str:
     """What `evaluate` found, in a line."""
     figures, intervals, parts = scored["metrics"], scored["intervals"], []
-    for key, title in (("auc", "AUROC"), ("average_precision", "AP"), ("f1", "F1")):
-        low_high = intervals.get(f"macro_{key}")
-        spread = f" ({low_high[0]:.3f} to {low_high[1]:.3f})" if low_high else ""
-        parts.append(f"macro {title} {shown(figures[f'macro_{key}'])}{spread}")
-    f1 = [f"{shown(value)} at {kind} thresholds" for kind, value in scored["f1"].items()]
-    return f"{split}, {figures['n_scans']} scans: {', '.join(parts)}; F1 {', '.join(f1)}"
+    for key, title in (("macro_auc", "macro AUROC"), ("macro_average_precision", "AP")):
+        ends = intervals.get(key)
+        parts.append(f"{title} {shown(figures[key])}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if ends else ""))
+    f1 = " and ".join(f"{shown(value)} at {kind}" for kind, value in scored["f1"].items())
+    return f"{split}, {figures['n_scans']} scans: {', '.join(parts)}, F1 {f1} thresholds"
 
 
 def move_thresholds_to_half(probabilities: np.ndarray, thresholds: float | np.ndarray) -> np.ndarray:
@@ -5432,8 +5482,9 @@ def draw_evidence(found: Evidence, windows: np.ndarray, names: Sequence[str], ti
 def publish(
     folder: Path, split: str, dataset: CTVolumeDataset, to_windows: Callable[[Tensor], Tensor],
     probabilities: np.ndarray, thresholds: np.ndarray, tuned_here: str | None, resamples: int, seed: int,
+    level: int = logging.INFO,
 ) -> dict:  # fmt: skip
-    """Score a split, log it, and write what the report says of it, pictures too; returns what `evaluate` does."""
+    """Score a split, log it (the table at `level`), write what the report says of it; returns what `evaluate` does."""
     table = dataset.table
     scored = evaluate(
         table.targets, probabilities, table.labels, thresholds, table.patient_ids, tuned_here, resamples, seed
@@ -5442,15 +5493,15 @@ def publish(
     wrong = most_wrong(table.targets, probabilities, thresholds)
     with optional("the report's pictures"):
         save_pictures(folder, dataset, to_windows, [row for row, _ in wrong])
-    log.info("%s", format_metrics_table(scored["metrics"]))
+    log.log(level, "%s", format_metrics_table(scored["metrics"]))
     log.info("%s", format_summary(split, scored))
     return scored
 
 
-def save_run(folder: Path, title: str, arguments: dict, table: Table, device: str) -> None:
-    """Add what the report says of settings, data and environment under this title to run.json."""
+def save_run(folder: Path, title: str, facts: dict, arguments: dict, table: Table) -> None:
+    """Add what the report says of this run, its settings and its data under this title to run.json."""
     path = folder / "run.json"
-    sections = {"Settings": arguments, "Data": summarise_table(table), "Environment": describe_environment(device)}
+    sections = {"Run": facts, "Settings": arguments, "Data": summarise_table(table)}
     content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
     save_bytes(path, json.dumps(content, default=str, indent=1).encode())
 
@@ -5464,13 +5515,6 @@ def summarise_table(table: Table) -> dict[str, dict]:
         for i, label in enumerate(table.labels)
     }
     return {"Scans": counts, "Positive of known labels": positives}
-
-
-def describe_environment(device: str) -> dict[str, str]:
-    """Versions and device that a result depends on; nothing that names a person or a machine."""
-    names = ("torch", "transformers", "monai", "numpy", "scikit-learn")
-    versions = {name: importlib.metadata.version(name) for name in names}
-    return {"device": device, "Python": platform.python_version(), "system": platform.system(), **versions}
 
 
 # The report: one page from the files of a folder alone, its curves drawn as SVG, so that it needs no network.
@@ -6017,6 +6061,7 @@ class Run:
     recipe: Recipe
     setup: dict[str, Any]
     identity: dict[str, Any]
+    facts: dict[str, Any]
     tracker: Tracker = field(default_factory=Tracker)
     saved_at: float = field(default_factory=time.monotonic)
     saved: tuple[int, ...] = ()  # the position that the last commit holds
@@ -6197,6 +6242,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
         "select": args.select,
     }
     identity = describe_run(args, table, model, preprocessing, runtime)
+    setup["origin"] = {"pretrained": args.pretrained, "pretrained digest": identity["pretrained weights"]}
     identity |= {"chunking": chunking, "thresholds (--threshold)": setup["thresholds"]}
     loss_fn = build_loss(args, train.table.targets).to(runtime.device)
     effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
@@ -6208,6 +6254,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     history = History(skipped={name: part.skipped for name, part in zip(SPLITS, (train, val, test), strict=True)})
     return Run(
         args, runtime, stop, folder, table, train, val, test, state, history, loss_fn, recipe, setup, identity,
+        provenance(args, runtime, setup["origin"]),
     )  # fmt: skip
 
 
@@ -6239,13 +6286,46 @@ def describe_run(
         "use of cached features": bool(args.cache_features),
         "number of processes": runtime.world_size,
         "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
-        "machine": {
-            "python": sys.version.split()[0],
-            **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "transformers")},
-            "threads": torch.get_num_threads(),
-            "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "cpu",
-            "compile": args.compile,
-        },
+        "machine": describe_machine(runtime) | {"compile": args.compile},
+    }
+
+
+def describe_machine(runtime: Runtime) -> dict[str, Any]:
+    """What the last bits of a result depend on besides its inputs; nothing that names a person or a machine."""
+    packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
+    return {
+        "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "Python": platform.python_version(),
+        "system": platform.system(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def greet(runtime: Runtime) -> None:
+    """The first line."""
+    device, precision = describe_machine(runtime)["device"], precision_of(runtime)
+    log.info("finetune_siglip.py %s, %s, %s on %s", __version__, time.strftime("%Y-%m-%d %H:%M"), precision, device)
+
+
+def precision_of(runtime: Runtime) -> str:
+    return str(runtime.amp_dtype or torch.float32).removeprefix("torch.")
+
+
+def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, str]) -> dict[str, Any]:
+    """The facts at the head of log, run.json and report that tell two runs apart; `weights` are names and digests."""
+    sums = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (args.csv, Path(__file__))}
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": args.command,
+        "table": str(args.csv),
+        "table SHA-256": sums[args.csv],
+        **weights,
+        "version": __version__,
+        "script SHA-256": sums[Path(__file__)],
+        "precision": precision_of(runtime),
+        "processes": runtime.world_size,
+        **describe_machine(runtime),
     }
 
 
@@ -6292,7 +6372,7 @@ def run_epoch(run: Run) -> None:
         history.digests[history.top.name(epoch)] = save_checked(run.folder.path / history.top.name(epoch), content)
     run.save()
     seconds["save"] = time.perf_counter() - started
-    report_epoch(run, {"epoch": epoch, **figures, **metrics}, seconds, scans)
+    report_epoch(run, {"epoch": epoch, **figures, **metrics}, seconds, scans, gained)
 
 
 def report_time(seconds: dict[str, float], scans: int, runtime: Runtime) -> list[str]:
@@ -6310,19 +6390,23 @@ def report_time(seconds: dict[str, float], scans: int, runtime: Runtime) -> list
     return lines
 
 
-def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scans: int) -> None:
-    """What a person sees of an epoch: table, curves, tracker, and where the time went."""
+def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scans: int, saved: bool) -> None:
+    """What a person sees of an epoch: a line, curves, tracker; in the log the table and where the time went."""
     if not run.runtime.is_main:
         return
     run.redo_files()
+    top, epoch = run.history.top, line["epoch"]
+    auc, ap, f1 = (shown(line[f"macro_{name}"]) for name in ("auc", "average_precision", "f1"))
     log.info(
-        "epoch %d/%d  train loss %s  val loss %s  lr %.2e  grad norm %s%s", line["epoch"], run.args.epochs,
-        shown(line["train_loss"]), shown(line["val_loss"]), line["lr"], shown(line["grad_norm"]),
-        "  ← best so far" if run.history.top.is_best(line["epoch"]) else "",
+        "epoch %3d/%d  loss %s, val %s  AUROC %s  AP %s  F1 %s  rate %.1e  %.0f s%s%s", epoch, run.args.epochs,
+        shown(line["train_loss"]), shown(line["val_loss"]), auc, ap, f1, line["lr"], sum(seconds.values()),
+        f"  {top.name(epoch)}" if saved else "", "  * best" if top.is_best(epoch) else "",
     )  # fmt: skip
-    log.info("%s", format_metrics_table(line))
-    for text in report_time(seconds, scans, run.runtime)[: 1 if run.args.cache_features else 2]:  # no advice then
-        log.info("%s", text)
+    log.log(DETAIL, "%s", format_metrics_table(line))
+    times, *advice = report_time(seconds, scans, run.runtime)
+    log.log(DETAIL, "gradient norm %s; %s", shown(line["grad_norm"]), times)
+    if advice and not run.args.cache_features:  # no advice then
+        run.warn_once(advice[0])
     run.tracker.record(run.history.lines)
 
 
@@ -6334,7 +6418,7 @@ def finish_run(run: Run) -> None:
     model = unwrap(run.state.model)
     drop_lora(model)  # what was saved is merged
     model.load_state_dict(best["model"])
-    log.info("best epoch of %d by %s: %d", run.state.epoch, args.select, best["epoch"])
+    log.info("best of %d epochs by %s: epoch %d", run.state.epoch, args.select, best["epoch"])
     logits = {"val": run.predict(run.val, "evaluate", args.tta)}
     if len(run.test):
         logits["test"] = run.predict(run.test, "test", args.tta)
@@ -6348,10 +6432,13 @@ def finish_run(run: Run) -> None:
             best |= {"thresholds": thresholds.tolist(), "tuned_for": objective}
             save_checked(folder / "best_model.pth", best)
         for split, values in logits.items():
-            tuned_here = objective if split == "val" else None
-            last = publish_split(args, split, getattr(run, split), model, values, thresholds, tuned_here)
+            tuned_here, level = objective if split == "val" else None, DETAIL
+            if split == [*logits][-1]:  # one table is enough for the console
+                level = logging.INFO
+            last = publish_split(args, split, getattr(run, split), model, values, thresholds, tuned_here, level)
         list_skipped(args.output_dir, run.train, run.val, run.test)
-        write_results(args, "training", run.table, *last, thresholds, run.runtime)
+        run.facts |= {"checkpoint": str(folder / "best_model.pth"), "checkpoint digest": digest_of(best)}
+        write_results(args, "training", run.facts, run.table, *last, thresholds)
         track_results(run.tracker, folder, logits, best)
         if args.export_hf:
             export_hf(best, args.export_hf)
@@ -6368,7 +6455,7 @@ def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) 
 
 def publish_split(
     args: argparse.Namespace, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, logits: np.ndarray,
-    thresholds: np.ndarray, tuned_here: str | None,
+    thresholds: np.ndarray, tuned_here: str | None, level: int = logging.INFO,
 ) -> tuple[Table, np.ndarray]:  # fmt: skip
     """Score the scans that could be read, keep what the report tells of them, and return them with probabilities."""
     kept = [row for row in range(len(dataset)) if row not in dataset.skipped]
@@ -6380,7 +6467,7 @@ def publish_split(
         to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
         publish(
             args.output_dir, split, volumes, to_windows, probabilities, thresholds, tuned_here, args.bootstrap,
-            args.seed,
+            args.seed, level,
         )  # fmt: skip
     if args.explain or args.explain_ids:
         wanted = args.explain_ids or ()
@@ -6408,20 +6495,24 @@ def list_skipped(folder: Path, *datasets: CTVolumeDataset) -> None:
 
 
 def write_results(
-    args: argparse.Namespace, title: str, table: Table, predicted: Table, probabilities: np.ndarray,
-    thresholds: np.ndarray, runtime: Runtime,
+    args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, predicted: Table,
+    probabilities: np.ndarray, thresholds: np.ndarray,
 ) -> None:  # fmt: skip
     """Predictions as CSV or challenge JSON, the run's facts, and the report where there is something to report."""
     output = args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
     output.parent.mkdir(parents=True, exist_ok=True)
     write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
     log.info("predictions of %d scans: %s", len(predicted), output)
-    arguments = {name: value for name, value in sorted(vars(args).items()) if value is not None}
     with optional("run.json"):
-        save_run(args.output_dir, title, arguments, table, str(runtime.device))
+        save_run(args.output_dir, title, facts, settings_of(args), table)
     if any(list(args.output_dir.glob(f"{kind}_*.json")) for kind in ("evaluation", "explanations")):
         with optional("report.html"):
             log.info("report: %s", write_report(args.output_dir))
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as run.json and --config know them."""
+    return {name: value for name, value in sorted(vars(args).items()) if value is not None and name != "command"}
 
 
 def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
@@ -6430,6 +6521,7 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
     check_folder(args, folder)
     with folder.locked() if runtime.is_main else nullcontext():
         setup_logging(args.output_dir, runtime.is_main)
+        greet(runtime)
         run = prepare_run(args, runtime, stop, folder)
         start_or_resume(run)
         apply_memory_plan(unwrap(run.state.model), *run.identity["chunking"])
@@ -6441,11 +6533,21 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
     return 0
 
 
+def announce(run: Run) -> None:
+    """Put down what this run is before anything comes of it."""
+    if run.runtime.is_main:
+        for name, value in run.facts.items():
+            log.log(DETAIL, "%s: %s", name, value)
+        with optional("run.json"):
+            save_run(run.folder.path, "training", run.facts, settings_of(run.args), run.table)
+
+
 def train_to_the_end(run: Run) -> None:
     """Epoch after epoch until all are done, patience is over or a signal comes."""
     epochs, patience = run.args.epochs, run.args.early_stopping_patience
     try:
         run.save()  # a new run: no file that counts is ever without a last.ckpt beside it
+        announce(run)
         while run.state.epoch < epochs:
             if 0 < patience <= run.history.epochs_without_gain:
                 log.info("no better %s for %d epochs: stopping early", run.args.select, run.history.epochs_without_gain)
@@ -6464,7 +6566,7 @@ RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
-    "check_data", "prepare", "tta", "explain", "explain_ids",
+    "check_data", "prepare", "config", "command", "tta", "explain", "explain_ids",
     # compared by what they lead to, in the other entries of the identity
     "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
 }  # fmt: skip
@@ -6566,6 +6668,7 @@ def check_labels(path: Path, stored: list[str], asked: list[str]) -> None:
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     """Predict with a checkpoint of ours; where labels are known, score as well."""
     setup_logging(None, runtime.is_main)
+    greet(runtime)
     content = load_checked(args.test_only, MODEL_KIND)
     check_labels(args.test_only, content["labels"], args.label_columns)
     table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
@@ -6589,7 +6692,11 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
         tuned_for = content.get("tuned_for") if flattered else None
         predicted = publish_split(args, split, dataset, model, logits, thresholds, tuned_for)
         list_skipped(args.output_dir, dataset)
-        write_results(args, "prediction", rows, *predicted, thresholds, runtime)
+        weights = content.get("origin", {}) | {
+            "checkpoint": str(args.test_only),
+            "checkpoint digest": digest_of(content),
+        }
+        write_results(args, "prediction", provenance(args, runtime, weights), rows, *predicted, thresholds)
         if args.export_hf:
             export_hf(content, args.export_hf)
             log.info("the tower for transformers: %s", args.export_hf)

@@ -1,12 +1,13 @@
 """Room 1: the command line that the user fixed, and what it refuses."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from finetune_siglip import WINDOW_PRESETS, build_parser, parse_args
+from finetune_siglip import WINDOW_PRESETS, build_parser, parse_args, settings_of
 
 SCRIPT = Path(__file__).parents[1] / "finetune_siglip.py"
 NEEDED = ["--csv", "t.csv", "--pretrained", "model", "--label-columns", "A", "B c"]
@@ -82,10 +83,37 @@ def test_chest_windows_are_the_documented_centres_and_widths():
     assert parse_args(NEEDED).windows == WINDOW_PRESETS["chest"]
 
 
+def test_a_run_json_gives_its_settings_again_and_arguments_win(tmp_path):
+    more = [
+        "--windows", "-1000:200,-160:240,0:80", "--hu-range", "-1000", "400", "--amp", "--freeze-up-to", "all",
+        "--warmup", "5%", "--threshold", "auto", "--explain-ids", "007", "x y", "--cache-dir", "c", "--lr", "3e-5",
+    ]  # fmt: skip
+    then = parse_args([*NEEDED, *more, "--overwrite"])
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({"Settings, training": settings_of(then)}, default=str))
+    again = parse_args(["--config", str(path), "--epochs", "3", "--label-columns", "Z"])
+    assert again.command == f"finetune_siglip.py --config {path} --epochs 3 --label-columns Z"
+    expected = vars(then) | {"epochs": 3, "label_columns": ["Z"], "overwrite": False, "config": path}
+    expected["command"] = again.command
+    plain = [json.loads(json.dumps(settings, default=str)) for settings in (vars(again), expected)]  # tuples are lists
+    assert plain[0] == plain[1]
+
+
+@pytest.mark.parametrize("content", [None, "no json", "[]", "{}", '{"Settings, training": {"nonsense": 1}}'])
+def test_a_config_that_is_no_run_is_one_message(tmp_path, capsys, content):
+    if content:
+        (tmp_path / "run.json").write_text(content)
+    with pytest.raises(SystemExit):
+        parse_args(["--config", str(tmp_path / "run.json"), *NEEDED])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("finetune_siglip.py: error:")
+    assert "run.json" in last or "--nonsense" in last
+
+
 def test_every_argument_has_help_that_names_its_default():
     for action in build_parser()._actions:
         assert action.help, action.option_strings
-        if action.default not in (None, False) and action.dest != "help":
+        if action.default not in (None, False) and action.dest not in ("help", "version"):
             assert "[" in action.help, f"{action.option_strings} doesn't say its default"
 
 
@@ -99,3 +127,17 @@ def test_help_is_answered_without_importing_torch():
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "quick 0"
+
+
+def test_the_first_line_comes_before_the_seconds_that_importing_torch_takes(tmp_path):
+    probe = (
+        "import runpy, sys\n"
+        f"sys.argv = ['finetune_siglip.py', *{NEEDED}]\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name in ('torch', 'numpy'): sys.exit(7)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (7, "loading PyTorch …\n")

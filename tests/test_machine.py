@@ -1,9 +1,11 @@
 """Room 2: seeds, signals, precision."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -139,3 +141,29 @@ def test_one_process_gathers_its_rows_in_order():
     rows, values = gather_rows(Runtime(torch.device("cpu")), np.array([2, 0, 1]), np.array([[2.0], [0.0], [1.0]]))
     assert rows.tolist() == [0, 1, 2]
     assert values.ravel().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("trouble", ["too old", "built without CUDA", None])
+def test_a_gpu_that_pytorch_cannot_use_is_a_warning(monkeypatch, caplog, tmp_path, trouble):
+    def available():
+        if trouble == "too old":
+            warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old. Please update")
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", available)
+    monkeypatch.setattr(torch.version, "cuda", None if trouble == "built without CUDA" else "13.0")
+    monkeypatch.setattr(fs.Path, "exists", lambda path: str(path) == "/proc/driver/nvidia/version")
+    assert fs.init_runtime(amp=False).device.type == "cpu"
+    assert [trouble in m and "running on the CPU" in m for m in caplog.messages] == [True] * bool(trouble)
+
+
+def test_every_line_of_the_log_has_its_time_and_details_stay_off_the_console(tmp_path, capsys):
+    fs.setup_logging(tmp_path, True)
+    fs.log.info("two\nlines")
+    fs.log.log(fs.DETAIL, "a table\nwith rows")
+    fs.setup_logging(None, True)
+    lines = (tmp_path / "training.log").read_text().splitlines()
+    assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", line) for line in lines] == [
+        "INFO    two", "INFO    lines", "DETAIL  a table", "DETAIL  with rows",
+    ]  # fmt: skip
+    assert capsys.readouterr().out == "two\nlines\n"

@@ -1,7 +1,10 @@
 """Room 13, end to end: train, resume, predict and read back what was written."""
 
 import csv
+import hashlib
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -48,22 +51,14 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+FINISHED = ["--use-ema", "--gradient-accumulation-steps", "2", "--scheduler", "cosine", "--warmup", "2"]
+
+
 @pytest.fixture(scope="module")
 def finished(scans, tower, tmp_path_factory):
     """A finished run of three epochs with averaged weights, accumulation and a short last window."""
     out = tmp_path_factory.mktemp("run")
-    more = (
-        "--epochs",
-        "3",
-        "--use-ema",
-        "--gradient-accumulation-steps",
-        "2",
-        "--scheduler",
-        "cosine",
-        "--warmup",
-        "2",
-    )
-    assert main(arguments(scans, tower, out, *more)) == 0
+    assert main(arguments(scans, tower, out, "--epochs", "3", *FINISHED)) == 0
     return out
 
 
@@ -82,6 +77,51 @@ def test_a_run_leaves_what_it_promises(finished):
     assert content["epoch"] == best["epoch"]
     assert content["labels"] == LABELS
     assert content["metrics"]["macro_f1"] == best["macro_f1"]
+
+
+def test_a_run_says_what_it_was_made_from(finished, scans, tower, tmp_path):
+    """Facts in run.json that anybody can check, at the head of the log, and again with a prediction."""
+    facts = json.loads((finished / "run.json").read_text())["Run, training"]
+    for name, path in (("table SHA-256", scans), ("script SHA-256", Path(finetune_siglip.__file__))):
+        assert facts[name] == hashlib.sha256(path.read_bytes()).hexdigest()
+    content = torch.load(finished / "best_model.pth", weights_only=True)
+    assert facts["checkpoint digest"] == content["digest"]
+    assert (facts["pretrained"], facts["pretrained digest"]) == tuple(content["origin"].values())
+    assert facts["command"] == "finetune_siglip.py " + shlex.join(
+        arguments(scans, tower, finished, "--epochs", "3", *FINISHED)
+    )
+    assert (facts["version"], facts["torch"]) == (finetune_siglip.__version__, torch.__version__.split("+")[0])
+    assert {"date", "device", "precision", "threads", "Python", "transformers"} <= set(facts)
+    lines = (finished / "training.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ +\S", line) for line in lines)
+    first_epoch = next(i for i, line in enumerate(lines) if "epoch   1/3" in line)
+    for name in ("date", "command", "table SHA-256", "pretrained digest", "version", "script SHA-256", "precision"):
+        assert any(line.endswith(f"{name}: {facts[name]}") for line in lines[:first_epoch])
+    assert main(prediction_arguments(scans, finished / "best_model.pth", tmp_path)) == 0
+    predicted = json.loads((tmp_path / "run.json").read_text())["Run, prediction"]
+    for name in ("checkpoint digest", "pretrained digest", "table SHA-256", "script SHA-256"):
+        assert predicted[name] == facts[name]
+
+
+def test_the_console_has_a_line_an_epoch_one_table_and_nothing_twice(scans, tower, tmp_path, capsys):
+    assert main(arguments(scans, tower, tmp_path, "--epochs", "2", "--lr", "1e-6")) == 0
+    said, warned = capsys.readouterr()
+    lines, results = said.splitlines(), (tmp_path / "results.jsonl").read_text().splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    for number, (line, figures) in enumerate(zip(epochs, map(json.loads, results), strict=True), start=1):
+        auc, ap, f1 = (figures[f"macro_{name}"] for name in ("auc", "average_precision", "f1"))
+        assert f"AUROC {auc:.3f}  AP {ap:.3f}  F1 {f1:.3f}  rate 1.0e-06" in line
+        assert f"loss {figures['train_loss']:.3f}, val {figures['val_loss']:.3f}" in line
+        assert f"checkpoint_epoch_{number:03d}.pth" in line
+    best = torch.load(tmp_path / "best_model.pth", weights_only=True)["epoch"]
+    assert [line.endswith("* best") for line in epochs][best - 1]
+    assert len([line for line in lines if line.startswith("label ")]) == 1
+    assert "best of 2 epochs by macro_f1: epoch" in said
+    told = [line for line in lines if "─" not in line]
+    assert len(told) == len(set(told))
+    log = (tmp_path / "training.log").read_text()
+    assert len(re.findall("label +pos/known", log)) == 2 + 2  # every epoch, and both splits at the end
+    assert warned.count("no validation scan is called positive") <= 1
 
 
 def test_validation_figures_are_those_of_scikit_learn_on_the_saved_model(finished, scans, tmp_path):

@@ -73,8 +73,7 @@ def test_warmup_is_a_number_of_steps_or_a_share_of_all_of_them(asked, steps):
         (60, 3, "30 %"),
     ],
 )
-def test_a_warmup_that_takes_too_much_of_the_run_is_one_warning(caplog, monkeypatch, warmup, patience, warning):
-    monkeypatch.setattr("finetune_siglip.log.propagate", True)
+def test_a_warmup_that_takes_too_much_of_the_run_is_one_warning(caplog, warmup, patience, warning):
     caplog.set_level("INFO")
     announce_steps(Schedule("plateau", warmup, 200), 10, patience)
     told, *warnings = [record.getMessage() for record in caplog.records]

@@ -140,7 +140,7 @@ def evaluated_folder(folder, n: int = 90, pictures: bool = True):
     ]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = {"Settings": {"csv": HOSTILE, "windows": [[-1, 1]]}, "Data": {"Scans": {HOSTILE: {"scans": 5}}}}
-    (folder / "run.json").write_text(json.dumps(run | {"Environment": fs.describe_environment("CPU")}))
+    (folder / "run.json").write_text(json.dumps(run | {"Run": {"device": "CPU"}}))
     if pictures:
         (folder / "pictures").mkdir()
         volume = rng.random((3, 12, 20, 24)).astype(np.float32)
@@ -428,10 +428,10 @@ def test_a_split_is_published_and_reported_with_its_pictures_and_the_settings(tm
     with caplog.at_level("INFO"):
         scored = fs.publish(tmp_path, "test", dataset, lambda v: v / 300, probabilities, np.full(2, 0.5), None, 20, 0)
     assert scored["metrics"] == fs.compute_metrics(targets, probabilities, table.labels, 0.5)
-    assert f"macro F1 {scored['metrics']['macro_f1']:.3f}" in caplog.text
+    assert f"F1 {scored['metrics']['macro_f1']:.3f} at fixed" in caplog.text
     assert sorted((tmp_path / "pictures").iterdir()) == sorted(fs.picture_path(tmp_path, i) for i in ("a/b", "y"))
-    fs.save_run(tmp_path, "training", {"lr": 1e-4}, table, "CPU")
-    fs.save_run(tmp_path, "prediction", {"threshold": 0.5}, table, "CPU")
+    fs.save_run(tmp_path, "training", {"device": "CPU"}, {"lr": 1e-4}, table)
+    fs.save_run(tmp_path, "prediction", {"device": "CPU"}, {"threshold": 0.5}, table)
     page = Page(fs.write_report(tmp_path).read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("img") == 2
     run = json.loads((tmp_path / "run.json").read_text())

@@ -321,7 +321,7 @@ def test_the_summary_names_auroc_and_f1_at_fixed_and_at_cross_fitted_thresholds(
         scored = fs.evaluate(targets, probabilities, ["a", "b"], thresholds, np.arange(200), tuned, resamples=20)
         assert scored["f1"] == {"fixed": 0.0, "cross-fitted": pytest.approx(1.0, abs=0.05)}
         assert "macro AUROC 1.000 (1.000 to 1.000)" in (line := fs.format_summary("val", scored))
-        assert "F1 0.000 at fixed thresholds, 1.000 at cross-fitted thresholds" in line
+        assert "F1 0.000 at fixed and 1.000 at cross-fitted thresholds" in line
 
 
 def test_aggregation_averages_logits_and_keeps_every_row() -> None:

@@ -260,8 +260,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--freeze-up-to", type=layer_count, default=0, metavar="N",
         help="freeze the first N backbone layers, or all [0]")
     add("--dropout-rate", type=fraction, default=0.1, help="dropout before and inside the head [0.1]")
-    add("--slice-pooling", choices=("attention", "mean", "max"), default="attention",
-        help="how slices become a scan [attention]")
+    add("--slice-pooling", choices=("attention", "mean", "max", "label"), default="attention",
+        help="how slices become a scan; label: attention and maximum of each finding's own, for small ones [attention]")
     add("--export-hf", type=Path, metavar="DIR",
         help="at the end, also write the SigLIP tower for transformers, with its head, into this new folder [off]")
 
@@ -3078,13 +3078,24 @@ class Backbone(nn.Module):
         """Last spatial features, (n, *grid, E)."""
         raise NotImplementedError
 
-    def pool(self, tokens: Tensor) -> Tensor:
+    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """(n, *grid, E) to (n, E)."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) or (N, 3, D, H, W) in [0, 1] to (n, E)."""
-        return self.pool(self.tokens(images))
+    def summary(self, tokens: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
+        """(n, *grid, E) to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well.
+
+        Where tokens are padded, `real` (n, M) names those that are no padding.
+        """
+        pooled = self.pool(tokens, real)
+        if not maxima:
+            return pooled
+        seen = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
+        return torch.cat([pooled, seen.flatten(1, -2).amax(1)], dim=1)
+
+    def forward(self, images: Tensor, *, maxima: bool = False) -> Tensor:
+        """(n, 3, H, W) or (N, 3, D, H, W) in [0, 1] to (n, E), or with `maxima` to (n, 2E)."""
+        return self.summary(self.tokens(images), maxima)
 
     def train(self, mode: bool = True) -> Backbone:
         """Set training mode, except that frozen modules stay in eval mode: dropout off, BatchNorm statistics kept."""
@@ -3120,15 +3131,20 @@ class SiglipBackbone(Backbone):
     def tokens(self, images: Tensor) -> Tensor:
         return self.encode(images)[0].unflatten(1, (self.side, self.side))
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        return self.attend(tokens.flatten(1, -2))
-
-    def forward(self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        counts: Sequence[int] | None = None,
+        *,
+        maxima: bool = False,
+    ) -> Tensor:
         """(n, 3, H, W) in [0, 1] to (n, E), from the patches that `keep` (n, P) names, in row order, or from all.
 
         An image that keeps none keeps its first. `counts` says how many each keeps, where the host knows.
         """
-        return self.attend(*self.encode(images, keep, counts))
+        x, real = self.encode(images, keep, counts)
+        return self.summary(x, maxima, real)
 
     def encode(
         self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None
@@ -3143,8 +3159,9 @@ class SiglipBackbone(Backbone):
             x = block(x, None if real is None else real[:, None, None, :])
         return self.net.post_layernorm(x), real
 
-    def attend(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """The attention-pooling head, as in `transformers` but deaf to padding; the mean where a tower has none."""
+        x = tokens.flatten(1, -2)
         if not self.config["vision_use_head"]:
             return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         head, probe = self.net.head, self.net.head.probe.expand(len(x), -1, -1)
@@ -3179,8 +3196,8 @@ class ConvBackbone(Backbone):
         trunk = getattr(self.net, "encoder", self.net)
         return [block for stage in (1, 2, 3, 4) for block in getattr(trunk, f"layer{stage}")]
 
-    def pool(self, tokens: Tensor) -> Tensor:
-        mean = F.adaptive_avg_pool3d if self.volumetric else F.adaptive_avg_pool2d
+    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        mean = F.adaptive_avg_pool3d if tokens.ndim == 5 else F.adaptive_avg_pool2d
         return mean(tokens.movedim(-1, 1), 1).flatten(1)
 
 
@@ -3472,26 +3489,38 @@ class CTWindows(nn.Module):
 
 
 class SlicePool(nn.Module):
-    """Slice features (N, S, E) -> scan feature (N, E) and the weight of each slice (N, S).
+    """How slices (N, S, E) become a scan: mean, max, attention for all findings, or attention and maximum for each.
 
     `attention` is the gated attention of Ilse, Tomczak and Welling, "Attention-based Deep Multiple Instance Learning"
-    (ICML 2018): softmax over slices of w · (tanh(V h) * sigmoid(U h)).
+    (ICML 2018): softmax over slices of w · (tanh(V h) * sigmoid(U h)). `label` has a w for each finding and pools
+    logits rather than features: a finding's attention and its largest slice share each scan's logit by a learned gate.
     """
 
-    def __init__(self, width: int, mode: str = "attention", hidden: int = 128):
+    def __init__(self, width: int, mode: str = "attention", hidden: int = 128, labels: int = 1):
         super().__init__()
         self.mode = mode
-        if mode == "attention":
+        if mode in ("attention", "label"):
             self.content, self.gate = nn.Linear(width, hidden), nn.Linear(width, hidden)
-            self.score = nn.Linear(hidden, 1)
+            self.score = nn.Linear(hidden, labels if mode == "label" else 1)
+        if mode == "label":
+            self.balance = nn.Parameter(torch.zeros(labels))  # half attention, half maximum to begin with
+
+    def attention(self, features: Tensor) -> Tensor:
+        """(N, S, E) to weights (N, S, 1 or L) whose sum over slices is 1."""
+        return self.score(torch.tanh(self.content(features)) * torch.sigmoid(self.gate(features))).softmax(dim=1)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Scan features (N, E) and the weight of each slice (N, S, 1)."""
         if self.mode == "attention":
-            scores = self.score(torch.tanh(self.content(features)) * torch.sigmoid(self.gate(features)))  # (N, S, 1)
-            weights = scores.squeeze(-1).softmax(dim=1)
-            return torch.einsum("ns,nse->ne", weights, features), weights
-        uniform = features.new_full(features.shape[:2], 1 / features.shape[1])
+            weights = self.attention(features)
+            return (weights * features).sum(dim=1), weights
+        uniform = features.new_full((*features.shape[:2], 1), 1 / features.shape[1])
         return (features.mean(dim=1) if self.mode == "mean" else features.amax(dim=1)), uniform
+
+    def shares(self, features: Tensor, logits: Tensor) -> Tensor:
+        """Of `label`: the share (N, S, L) of each slice in a scan's logit, given the logits of all slices (N, S, L)."""
+        largest = torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
+        return largest.lerp(self.attention(features), self.balance.sigmoid())
 
 
 def patches_in_body(hu: Tensor, patch: int) -> Tensor:
@@ -3546,10 +3575,13 @@ class SiglipClassifier(nn.Module):
         if skip_air and (backbone.family != "siglip" or intensity == "windowed"):
             raise BadInput("--skip-air works with SigLIP backbones and volumes in HU only; leave it out")
         self.slice_chunk, self.recompute, self.skip_air = 8, False, skip_air
-        self.pool = SlicePool(backbone.width, "mean" if backbone.volumetric else pooling)
+        if backbone.volumetric and pooling != "label":
+            pooling = "mean"  # of the one feature that a volume has
+        self.width = width = backbone.width * (2 if pooling == "label" else 1)  # of a slice's features
+        self.pool = SlicePool(width, pooling, labels=num_labels)
         hidden = min(512, backbone.width)
         self.head = nn.Sequential(
-            nn.LayerNorm(backbone.width), nn.Dropout(dropout), nn.Linear(backbone.width, hidden), nn.GELU(),
+            nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, hidden), nn.GELU(),
             nn.Dropout(dropout), nn.Linear(hidden, num_labels),
         )  # fmt: skip
 
@@ -3565,21 +3597,24 @@ class SiglipClassifier(nn.Module):
 
         `kept` names the patches that a ViT sees, (n, P), and how many that are of each slice.
         """
-        return self.backbone(self.images(voxels), *kept)
+        if self.backbone.volumetric and self.pool.mode == "label":
+            return self.backbone.summary(self.layers(voxels).flatten(0, 1), maxima=True)
+        return self.backbone(self.images(voxels), *kept, maxima=self.pool.mode == "label")
 
     def images(self, voxels: Tensor) -> Tensor:
         """What the backbone is given: the windows, a volume's axes turned from SPL to its own."""
         images = self.windows(voxels)
         return images.flip(3, 4).transpose(3, 4) if self.backbone.orientation == "SRA" else images
 
-    def to_spl(self, grid: Tensor) -> Tensor:
-        """The inverse turn, for a grid (D, h, w, …) over the axes of `images`."""
-        return grid.transpose(1, 2).flip(1, 2) if self.backbone.orientation == "SRA" else grid
+    def layers(self, volume: Tensor) -> Tensor:
+        """(N, C, D, H, W) to the last map of a 3D backbone, its axes turned back to SPL: (N, D', h, w, E)."""
+        tokens = self.backbone.tokens(self.images(volume))
+        return tokens.transpose(2, 3).flip(2, 3) if self.backbone.orientation == "SRA" else tokens
 
     def slice_features(self, volume: Tensor) -> Tensor:
-        """(N, C, S, H, W) -> (N, S, E); a 3D backbone gives S = 1."""
+        """(N, C, S, H, W) -> (N, S, E), with `label` pooling (N, S, 2E). S of a 3D one: 1, or its layers."""
         if self.backbone.volumetric:
-            return self.encode(volume)[:, None]
+            return self.encode(volume).unflatten(0, (len(volume), -1))
         slices = volume.transpose(1, 2).flatten(0, 1)  # (N * S, C, H, W)
         run = recomputed(self.encode, self.backbone) if self.recompute else self.encode
         if not self.skip_air:
@@ -3596,10 +3631,30 @@ class SiglipClassifier(nn.Module):
         features = torch.cat([run(slices[rows], keep[rows], counted) for rows, counted in chunks])
         return features[order.argsort()].unflatten(0, (len(volume), -1))
 
+    def feature_shape(self, channels: int, grid: Sequence[int]) -> tuple[int, ...]:
+        """(S, E) of the slice features of a volume on this grid."""
+        if self.backbone.volumetric and self.pool.mode == "label":  # as many layers as its map turns out to have
+            blank = torch.zeros((1, channels, *grid), dtype=torch.int16, device=self.windows.low.device)
+            return tuple(self.slice_features(blank).shape[1:])
+        return 1 if self.backbone.volumetric else grid[0], self.width
+
     def classify(self, features: Tensor) -> Tensor:
-        """Slice features (N, S, E) -> logits (N, L), in float32: it costs nothing and softmax and loss stay exact."""
+        """Slice features (N, S, E) -> logits (N, L)."""
+        return self.weigh(features)[0]
+
+    def weigh(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, L) and the share of each slice in them, (N, S, 1) or with `label` pooling (N, S, L).
+
+        In float32: it costs nothing, and softmax and loss stay exact.
+        """
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(self.pool(features.float())[0])
+            features = features.float()
+            if self.pool.mode != "label":
+                pooled, shares = self.pool(features)
+                return self.head(pooled), shares
+            logits = self.head(features)  # (N, S, L)
+            shares = self.pool.shares(features, logits)
+            return (shares * logits).sum(dim=1), shares
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classify(x if x.ndim == 3 else self.slice_features(x))
@@ -4338,29 +4393,34 @@ def find_evidence(model: SiglipClassifier, volume: Tensor, labels: Sequence[int]
     convolutional families) this is Grad-CAM: Selvaraju et al., ICCV 2017.
     """
     model.eval()
+    maxima = model.pool.mode == "label"
     if model.backbone.volumetric:  # the mean over a 3D map is the mean over its layers, so these are its slices
-        tokens = model.to_spl(model.backbone.tokens(model.images(volume))[0].float())  # (D', h, w, E)
-        features = tokens.mean((1, 2))[None]
+        tokens = model.layers(volume)[0].float()  # (D', h, w, E)
+        features = model.backbone.summary(tokens, maxima)[None]
     else:
         features = model.slice_features(volume).float()  # (1, S, E)
     features.requires_grad_()
     with torch.enable_grad():
-        pooled, weights = model.pool(features)
-        logits = model.head(pooled)[0].unbind()
+        logits, shares = model.weigh(features)
+        of_label = logits[0].unbind()
     found = []
     for label in labels:
-        gradient = torch.autograd.grad(logits[label], features, retain_graph=True)[0][0]  # (S, E)
+        gradient = torch.autograd.grad(of_label[label], features, retain_graph=True)[0][0]  # (S, E)
         gains = (gradient * features[0]).sum(-1)
+        if maxima:  # there the logit is a sum over slices
+            gains = shares[0, :, label] * model.head(features)[0, :, label]
         best = gains.argsort(descending=True, stable=True)[:EXPLAINED_SLICES]
         worth = gains[best] > 0.01 * gains[best[0]].clamp(min=0)  # what adds nothing, or less, is no reason
         best = best[: max(1, int(worth.sum()))]
         if model.backbone.volumetric:
-            maps = token_relevance(tokens[best], lambda x: x.mean((1, 2)), gradient[best])
+            maps = token_relevance(tokens[best], partial(model.backbone.summary, maxima=maxima), gradient[best])
         else:
             maps = slice_relevance(model, volume[0, :, best].transpose(0, 1), gradient[best])
         depth = volume.shape[2] / len(gains)  # slices of the grid in each of a 3D map's layers, else 1
         slices = [int((s + 0.5) * depth) for s in best.tolist()]
-        attention = weights[0, best].tolist() if model.pool.mode == "attention" else None
+        attention = (
+            shares[0, best, label if maxima else 0].tolist() if maxima or model.pool.mode == "attention" else None
+        )
         maps = fit_to_image(maps, volume.shape[-2:], model.backbone.config.get("patch_size", 1))
         found.append(Evidence(slices, gains[best].tolist(), attention, maps.cpu().numpy()))
     return found
@@ -4372,12 +4432,12 @@ def slice_relevance(model: SiglipClassifier, slices: Tensor, gradients: Tensor) 
     Patches that `skip_air` leaves out had no say: theirs is 0.
     """
     backbone: Any = model.backbone  # of the SigLIP family, where patches are left out
-    images = model.images(slices)
+    images, summary = model.images(slices), partial(backbone.summary, maxima=model.pool.mode == "label")
     if not model.skip_air:
-        return token_relevance(backbone.tokens(images).float(), backbone.pool, gradients)
+        return token_relevance(backbone.tokens(images).float(), summary, gradients)
     keep = patches_in_body(slices[:, 0], backbone.config["patch_size"])
     tokens, real = backbone.encode(images, keep)
-    relevance = token_relevance(tokens.float(), partial(backbone.attend, real=real), gradients)
+    relevance = token_relevance(tokens.float(), partial(summary, real=real), gradients)
     places, _ = pack_kept(torch.arange(keep.shape[1], device=keep.device).expand_as(keep)[..., None], keep, None)
     relevance = relevance if real is None else relevance * real
     full = torch.zeros(keep.shape, device=keep.device).scatter(1, places[..., 0], relevance)
@@ -5161,7 +5221,7 @@ def forget_cached(path: Path) -> None:
 class FeatureDataset(CTVolumeDataset):
     """Scans whose `volume` is what a frozen backbone makes of them: (S, E) float16 from a file of its own each."""
 
-    def __init__(self, source: CTVolumeDataset, files: Sequence[Path], shape: tuple[int, int]):
+    def __init__(self, source: CTVolumeDataset, files: Sequence[Path], shape: tuple[int, ...]):
         super().__init__(source.table, source.prep, on_bad_volume=source.on_bad_volume)
         self.skipped, self.shape = source.skipped, shape
         self.files = dict(zip(source.table.paths, files, strict=True))
@@ -5186,7 +5246,7 @@ def write_features(file: BinaryIO, features: np.ndarray) -> None:
     file.write(content + checksum_of(content))
 
 
-def read_features(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
+def read_features(file: Path, shape: tuple[int, ...]) -> np.ndarray | None:
     """Features (S, E), mapped and not copied, or None where there is no such file or its checksum does not fit."""
     try:
         with open(file, "rb") as stream:
@@ -5210,9 +5270,9 @@ def cache_features(
     """
     if any(p.requires_grad for p in model.backbone.parameters()):
         raise BadInput("--cache-features needs a backbone that stays as it is: --freeze-up-to all")
-    how = [dataset.prep.to_dict(), model.backbone.config, model.skip_air, str(runtime.amp_dtype)]
+    how = [dataset.prep.to_dict(), model.backbone.config, model.skip_air, str(runtime.amp_dtype), model.width]
     key, paths = digest_of([how, model.backbone.state_dict()]), dataset.table.paths
-    shape = (1 if model.backbone.volumetric else dataset.prep.grid[0], model.backbone.width)
+    shape = model.feature_shape(dataset.prep.channels, dataset.prep.grid)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -37,10 +37,10 @@ SMALL_RESNET3D = {
 }  # fmt: skip
 
 
-def small_resnet3d_classifier(labels: int = 2) -> SiglipClassifier:
+def small_resnet3d_classifier(labels: int = 2, **options: object) -> SiglipClassifier:
     """A 3D ResNet of five blocks with a head; HU in, chest windows."""
     torch.manual_seed(0)
-    return SiglipClassifier(build_backbone(SMALL_RESNET3D), CHEST, "hu", labels, dropout=0.0)
+    return SiglipClassifier(build_backbone(SMALL_RESNET3D), CHEST, "hu", labels, **{"dropout": 0.0, **options})
 
 
 def small_backbone(seed: int = 0) -> Backbone:

@@ -93,19 +93,39 @@ def plain_relevance(model, volume, label):
             tokens.append(model.backbone.net.post_layernorm(x))
             masks.append(keep[0])
     tokens = [x.requires_grad_() for x in tokens]
-    features = torch.cat([model.backbone.attend(x) for x in tokens])[None]
+    largest = (lambda x: x.amax(1)) if model.pool.mode == "label" else (lambda x: x[:, 0, :0])
+    features = torch.cat([torch.cat([model.backbone.pool(x), largest(x)], 1) for x in tokens])[None]
     features.retain_grad()
-    model.head(model.pool(features)[0])[0, label].backward()
+    model.classify(features)[0, label].backward()
     maps = torch.zeros(len(tokens), 4)
     for out, x, keep in zip(maps, tokens, masks, strict=True):
         out[keep] = (x.grad * x).sum(-1)[0].detach()
+    if model.pool.mode == "label":
+        return maps.unflatten(1, (2, 2)), label_gains(model, features[0].detach(), label)
     return maps.unflatten(1, (2, 2)), (features.grad * features).sum(-1)[0].detach()
 
 
-@pytest.mark.parametrize("pooling", ["attention", "mean", "max"])
+@torch.no_grad()
+def label_gains(model, features, label):
+    """What each slice adds to the logit of a head per finding, by a plain loop; their sum is the logit."""
+    pool, logits = model.pool, [model.head(h)[label] for h in features]
+    scores = [(pool.score.weight[label] @ (torch.tanh(pool.content(h)) * pool.gate(h).sigmoid())) for h in features]
+    total, gate = sum(score.exp() for score in scores), pool.balance[label].sigmoid()
+    attention = [gate * score.exp() / total for score in scores]
+    attention[logits.index(max(logits))] += 1 - gate
+    gains = torch.stack([a * logit for a, logit in zip(attention, logits, strict=True)])
+    torch.testing.assert_close(gains.sum(), model.classify(features[None])[0, label])
+    return gains
+
+
+@pytest.mark.parametrize("pooling", ["attention", "mean", "max", "label"])
 @pytest.mark.parametrize("skip_air", [False, True])
 def test_slices_and_maps_are_those_of_one_plain_graph_over_pooling_and_head(pooling, skip_air):
     model = small_classifier(pooling=pooling, skip_air=skip_air).eval()
+    with torch.no_grad():
+        model.head[-1].bias += 1  # some slice speaks for each label
+    if pooling == "label":
+        torch.nn.init.normal_(model.pool.balance)
     volume = random_hu(1, 1, 6, 16, 16)
     volume[:, :, 1, :, 6:], volume[:, :, 2], volume[:, :, 4, :10] = -1000, -1000, -1000
     assert fs.patches_in_body(volume[0, 0], 8).sum(1).tolist() == [4, 2, 0, 4, 2, 4]
@@ -119,7 +139,7 @@ def test_slices_and_maps_are_those_of_one_plain_graph_over_pooling_and_head(pool
         expected = torch.nn.functional.interpolate(maps[found.slices].clamp(min=0)[None], (16, 16), mode="bilinear")[0]
         np.testing.assert_allclose(found.maps, expected, rtol=1e-3, atol=1e-6)
         if found.attention:
-            weights = model.pool(model.slice_features(volume))[1][0, found.slices]
+            weights = model.weigh(model.slice_features(volume))[1][0, found.slices, label if pooling == "label" else 0]
             np.testing.assert_allclose(found.attention, weights.detach(), rtol=1e-5)
 
 

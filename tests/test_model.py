@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from finetune_siglip import WINDOW_PRESETS, CTWindows, SiglipClassifier, SlicePool, freeze_up_to
-from helpers import CHEST, random_hu, small_backbone, small_classifier
+from helpers import CHEST, random_hu, small_backbone, small_classifier, small_resnet3d_classifier
 
 
 @pytest.mark.parametrize("name", sorted(WINDOW_PRESETS))
@@ -38,7 +38,7 @@ def test_gated_attention_is_its_formula():
             u = torch.sigmoid(pool.gate.weight @ h + pool.gate.bias)
             scores.append((pool.score.weight @ (v * u) + pool.score.bias).item())
         expected = np.exp(scores) / np.exp(scores).sum()
-        np.testing.assert_allclose(weights[n].detach().numpy(), expected, rtol=1e-5)
+        np.testing.assert_allclose(weights[n, :, 0].detach().numpy(), expected, rtol=1e-5)
         np.testing.assert_allclose(pooled[n].detach().numpy(), expected @ features[n].numpy(), rtol=1e-4, atol=1e-6)
 
 
@@ -46,6 +46,28 @@ def test_gated_attention_is_its_formula():
 def test_plain_pooling(mode, reference):
     features = torch.randn(2, 5, 6)
     np.testing.assert_allclose(SlicePool(6, mode)(features)[0].numpy(), reference(features.numpy(), axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [small_classifier, small_resnet3d_classifier])
+def test_a_head_per_finding_takes_features_and_largest_tokens_of_each_slice_or_layer(make):
+    model, size = make(labels=2, pooling="label").eval(), 16 if make is small_classifier else 32
+    volume = random_hu(2, 1, 32, size, size)
+    with torch.no_grad():
+        features = model.slice_features(volume)
+        assert features.shape == (2, *model.feature_shape(1, (32, size, size)))
+        images = model.images(volume)
+        if make is small_classifier:
+            tokens = model.backbone.tokens(images.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 32))
+            pooled = model.backbone(images.transpose(1, 2).flatten(0, 1)).unflatten(0, (2, 32))
+        else:
+            tokens = model.backbone.tokens(images)  # (N, layers, h, w, E)
+            pooled = tokens.mean((2, 3))
+            torch.testing.assert_close(pooled.mean(1), model.backbone(images))
+        assert features.shape[1] == tokens.shape[1] > 1
+        torch.testing.assert_close(features, torch.cat([pooled, tokens.amax((2, 3))], dim=2))
+        logits, shares = model.weigh(features)
+        torch.testing.assert_close(shares.sum(1), torch.ones(2, 2))
+        torch.testing.assert_close(logits, (shares * model.head(features)).sum(1))
 
 
 def test_slice_features_are_those_of_transformers():
@@ -105,7 +127,8 @@ class Corner(torch.nn.Module):
 
     volumetric, orientation, width = True, "SRA", 3
 
-    def forward(self, volume):  # (N, 3, S, R, A)
+    def forward(self, volume, maxima):  # (N, 3, S, R, A)
+        assert not maxima
         return torch.stack([volume[:, 0, 0, 0, 0], volume[:, 0, 0, -1, 0], volume[:, 0, 0, 0, -1]], dim=1)
 
 

@@ -1,6 +1,6 @@
 """Does an explanation point at the finding? Measured on phantoms, where the place of each planted finding is known.
 
-    python tests/benchmarks/bench_explain.py [--seed 0] [--folder DIR]
+    python tests/benchmarks/bench_explain.py [--seed 0] [--slice-pooling attention] [--folder DIR]
 
 Makes the phantoms of the demo with their masks, fine-tunes the toy tower on them as the demo does (a minute or two) and
 explains every true positive of split test: a finding that was planted and is called at probability 0.5 or above.
@@ -10,8 +10,8 @@ explains every true positive of split test: a finding that was planted and is ca
 map without any knowledge would put there, which is the mask's part of the area shown; both are means over the true
 positives before they are divided, so that no tiny mask makes a huge ratio. Where the slices shown miss the finding the
 share is 0 and chance is the mask's part of the whole scan. Printed beside it: a stricter chance, of a map that knows
-the body's outline but nothing else; and how often the slice with the largest attention weight, the same for all labels,
-lies in the finding.
+the body's outline but nothing else; and how often the slice with the largest attention weight lies in the finding (the
+same slice for all labels, or with `--slice-pooling label` each label's own share).
 """
 
 import argparse
@@ -34,11 +34,19 @@ TRAINING = [
 ]
 
 
-def train(folder: Path, seed: int) -> tuple[fs.SiglipClassifier, fs.CTVolumeDataset]:
+def train(folder: Path, seed: int, pooling: str) -> tuple[fs.SiglipClassifier, fs.CTVolumeDataset]:
     """The demo's run on phantoms of this seed; its best model and the scans of split test."""
     table = phantoms.write_dataset(folder, 160, 48, 64, seed=seed, save_masks=True)
     argv = ["--csv", table, "--pretrained", ROOT / "tests" / "assets" / "tiny-siglip", "--output-dir", folder / "run"]
-    argv += ["--cache-features", folder / "features", *TRAINING, "--label-columns", *phantoms.FINDINGS]
+    argv += [
+        "--cache-features",
+        folder / "features",
+        *TRAINING,
+        "--slice-pooling",
+        pooling,
+        "--label-columns",
+        *phantoms.FINDINGS,
+    ]
     if code := fs.main([str(word) for word in argv]):
         raise SystemExit(code)
     content = fs.load_checked(folder / "run" / "best_model.pth", fs.MODEL_KIND)
@@ -54,7 +62,8 @@ def examine(model: fs.SiglipClassifier, dataset: fs.CTVolumeDataset) -> dict[str
     for row, path in enumerate(table.paths):
         volume, masks = dataset[row]["volume"][None], np.load(path.with_name(f"{path.stem}_mask.npz"))
         features = model.slice_features(volume)
-        by_attention, logits = int(model.pool(features)[1].argmax()), model.classify(features)[0]
+        logits, shares = (x[0] for x in model.weigh(features))  # (L,), (S, 1 or L)
+        by_attention = shares.expand(-1, len(logits)).argmax(0).tolist()
         called = [i for i in range(len(table.labels)) if table.targets[row, i] == 1 and logits[i] >= 0]
         body = body_of(volume[0, 0].numpy() > -500)
         for i, evidence in zip(called, fs.find_evidence(model, volume, called), strict=True):
@@ -65,7 +74,7 @@ def examine(model: fs.SiglipClassifier, dataset: fs.CTVolumeDataset) -> dict[str
             seen = body[evidence.slices] | shown
             chance = [shown.mean(), shown.sum() / seen.sum()] if shown.any() else [mask.mean(), mask.sum() / body.sum()]
             found[table.labels[i]].append(
-                [inside[evidence.slices[0]], inside[by_attention], inside.mean(), share, *chance]
+                [inside[evidence.slices[0]], inside[by_attention[i]], inside.mean(), share, *chance]
             )
     return found
 
@@ -81,9 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure explanations on phantoms.")
     parser.add_argument("--seed", type=int, default=0, help="of the phantoms [0]")
     parser.add_argument("--folder", type=Path, help="keep phantoms and run there [a temporary folder]")
+    parser.add_argument("--slice-pooling", default="attention", help="attention, label, mean or max [attention]")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        found = examine(*train(args.folder or Path(temporary), args.seed))
+        found = examine(*train(args.folder or Path(temporary), args.seed, args.slice_pooling))
     print(f"\n{'true positives of':36}    n   top slice in finding:      relevance inside, against chance")
     print(f"{'':36}        ours attention chance    share     area  ratio  body's")
     rows = {label: np.array(values, float) for label, values in found.items() if values}

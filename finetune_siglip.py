@@ -4497,10 +4497,8 @@ def compute_metrics(
     """
     targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
     if not np.isfinite(probabilities).all():
-        row, column = np.argwhere(~np.isfinite(probabilities))[0]
-        raise Diverged(
-            f"row {row} has no finite probability for {label_columns[column]}: the model's output overflowed"
-        )
+        row, i = np.argwhere(~np.isfinite(probabilities))[0]
+        raise Diverged(f"row {row} has no finite probability for {label_columns[i]}: the model's output overflowed")
     once = np.ones((len(targets), 1))
     figures = {k: v[0] for k, v in weighted_figures(targets, probabilities, thresholds, once).items()}
     plain = {k: [None if np.isnan(x) else float(x) for x in v] for k, v in figures.items()}
@@ -4551,17 +4549,16 @@ def weighted_figures(
             "crg": u / (2 * u - (r * tp - r * fn - fp)),
             "prevalence": a / x,
         }
-    # The scans of each label's known entries, then of all known entries pooled.
-    flat = [np.nonzero(k)[0] for k in known.T] + [np.nonzero(known)[0]]
-    pairs = [(truth[k, i], probabilities[k, i]) for i, k in enumerate(known.T)] + [(truth[known], probabilities[known])]
-    ranked = [ranking_figures(*pair, rows, weights) for pair, rows in zip(pairs, flat, strict=True)]
-    auc, average_precision = np.array(ranked).transpose(1, 2, 0)  # (B, L + 1) each
-    out |= {"auc": auc, "average_precision": average_precision}
+    # Each label's known entries, then all known entries pooled: (truth, score, scan) of each.
+    pools = [(truth[k, i], probabilities[k, i], np.flatnonzero(k)) for i, k in enumerate(known.T)]
+    pools.append((truth[known], probabilities[known], np.nonzero(known)[0]))
+    ranked = np.array([ranking_figures(*pool, weights) for pool in pools])  # (L + 1, 2, B)
+    out |= dict(zip(("auc", "average_precision"), ranked.transpose(1, 2, 0), strict=True))
     for name, values in out.items():
         defined = np.isfinite(values[:, :-1])
-        sums = np.where(defined, values[:, :-1], 0.0).sum(axis=1)
         with np.errstate(invalid="ignore"):
-            out[name] = np.column_stack([values, sums / defined.sum(axis=1)])
+            macro = np.where(defined, values[:, :-1], 0.0).sum(axis=1) / defined.sum(axis=1)
+        out[name] = np.column_stack([values, macro])
     return out
 
 
@@ -4577,9 +4574,7 @@ def ranking_figures(
     if not len(positive):
         return [np.full(weights.shape[1], np.nan)] * 2
     cuts, starts = np.unique(-scores[positive], return_index=True)  # ascending in -score: the highest score first
-    hits = weights[rows[positive]]
-    if len(cuts) < len(positive):  # ties: (positives, B) -> (cuts, B)
-        hits = np.add.reduceat(hits, starts, axis=0)
+    hits = np.add.reduceat(weights[rows[positive]], starts, axis=0)  # ties: (positives, B) -> (cuts, B)
     false = np.zeros((len(negative) + 1, weights.shape[1]))
     np.cumsum(weights[rows[negative]], axis=0, out=false[1:])
     above, upto = (false[np.searchsorted(-scores[negative], cuts, side)] for side in ("left", "right"))
@@ -4591,14 +4586,9 @@ def ranking_figures(
 
 
 def bootstrap_metrics(
-    targets: np.ndarray,
-    probabilities: np.ndarray,
-    label_columns: Sequence[str],
-    thresholds: float | np.ndarray,
-    patients: Sequence[str],
-    resamples: int = 1000,
-    seed: int = 42,
-) -> dict:
+    targets: np.ndarray, probabilities: np.ndarray, label_columns: Sequence[str], thresholds: float | np.ndarray,
+    patients: Sequence[str], resamples: int = 1000, seed: int = 42,
+) -> dict:  # fmt: skip
     """95 % percentile intervals [low, high] of every figure, nested as in `compute_metrics`; None where undefined.
 
     Patients are drawn with replacement, each with all of their scans: scans of one patient are not independent. A
@@ -4613,20 +4603,16 @@ def bootstrap_metrics(
     for b, row in enumerate(drawn):
         weights[:, 1 + b] = np.bincount(row, minlength=len(members))[patient]
     step = max(1, 2**22 // targets.size)  # a block's largest array holds 32 MB: large ones leave the cache
-    blocks = [
-        weighted_figures(targets, probabilities, thresholds, weights[:, i : i + step])
-        for i in range(0, 1 + resamples, step)
-    ]
+    parts = [weights[:, i : i + step] for i in range(0, 1 + resamples, step)]
+    blocks = [weighted_figures(targets, probabilities, thresholds, part) for part in parts]
     figures = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     once, ece = figures["ece"][0], figures["ece"][1:]  # a mean of absolute values: noise from resampling biases it
     figures["ece"][1:] = np.maximum(0, ece - (ece.mean(axis=0) - once))
-    return arrange_figures({name: percentile_intervals(values[1:]) for name, values in figures.items()}, label_columns)
 
+    def interval(values: np.ndarray) -> list[float] | None:
+        return np.nanquantile(values, (0.025, 0.975)).tolist() if np.isfinite(values).mean() >= 0.9 else None
 
-def percentile_intervals(values: np.ndarray) -> list[list[float] | None]:
-    """The 2.5th and 97.5th percentile of each column of (B, columns) over its defined values."""
-    enough = np.isfinite(values).mean(axis=0) >= 0.9
-    return [np.nanquantile(v, (0.025, 0.975)).tolist() if ok else None for v, ok in zip(values.T, enough, strict=True)]
+    return arrange_figures({name: [*map(interval, values[1:].T)] for name, values in figures.items()}, label_columns)
 
 
 def tune_thresholds(targets: np.ndarray, probabilities: np.ndarray, objective: str = "f1") -> np.ndarray:
@@ -4656,13 +4642,9 @@ def tune_thresholds(targets: np.ndarray, probabilities: np.ndarray, objective: s
 
 
 def crossfit_thresholds(
-    targets: np.ndarray,
-    probabilities: np.ndarray,
-    patients: Sequence[str],
-    objective: str = "f1",
-    folds: int = 5,
+    targets: np.ndarray, probabilities: np.ndarray, patients: Sequence[str], objective: str = "f1", folds: int = 5,
     seed: int = 42,
-) -> np.ndarray:
+) -> np.ndarray:  # fmt: skip
     """(n, L): each scan's thresholds were tuned on the patients of the other folds, so its own labels had no say."""
     members, patient = np.unique(np.asarray(patients, dtype=object).astype(str), return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(members)) % folds)[patient]
@@ -4673,34 +4655,26 @@ def crossfit_thresholds(
 
 
 def evaluate(
-    targets: np.ndarray,
-    probabilities: np.ndarray,
-    label_columns: Sequence[str],
-    thresholds: float | np.ndarray,
-    patients: Sequence[str],
-    tuned_here: str | None = None,
-    resamples: int = 1000,
-    seed: int = 42,
-) -> dict:
+    targets: np.ndarray, probabilities: np.ndarray, label_columns: Sequence[str], thresholds: float | np.ndarray,
+    patients: Sequence[str], tuned_here: str | None = None, resamples: int = 1000, seed: int = 42,
+) -> dict:  # fmt: skip
     """`metrics` and their `intervals`, and `f1`: macro F1 at fixed and at cross-fitted thresholds.
 
     With thresholds tuned for an objective on these very scans (`tuned_here`) the metrics are the cross-fitted ones,
     `apparent` holds what the thresholds seem to reach where they were chosen, and fixed is 0.5.
     """
     crossfitted = crossfit_thresholds(targets, probabilities, patients, tuned_here or "f1", seed=seed)
-    used, other = (thresholds, crossfitted) if tuned_here is None else (crossfitted, 0.5)
-    metrics, others = (compute_metrics(targets, probabilities, label_columns, t) for t in (used, other))
-    pair = [m["macro_f1"] for m in ((metrics, others) if tuned_here is None else (others, metrics))]
+    used = thresholds if tuned_here is None else crossfitted
+    both = {"fixed": thresholds if tuned_here is None else 0.5, "cross-fitted": crossfitted}
+    score = partial(compute_metrics, targets, probabilities, label_columns)
     out = {
-        "metrics": metrics,
+        "metrics": score(used),
         "intervals": bootstrap_metrics(targets, probabilities, label_columns, used, patients, resamples, seed),
-        "f1": dict(zip(("fixed", "cross-fitted"), pair, strict=True)),
+        "f1": {kind: score(each)["macro_f1"] for kind, each in both.items()},
         "resamples": resamples,
         "tuned_here": tuned_here,
     }
-    if tuned_here is not None:
-        out["apparent"] = compute_metrics(targets, probabilities, label_columns, thresholds)
-    return out
+    return out if tuned_here is None else out | {"apparent": score(thresholds)}
 
 
 def format_summary(split: str, scored: dict) -> str:
@@ -4726,8 +4700,8 @@ def comparison_key(figures: dict, select: str = "macro_f1") -> tuple[float, ...]
     F1 alone can't tell the first epochs apart: it is 0 for all of them while no probability reaches the threshold.
     Undefined figures come last.
     """
-    values = [(name, figures.get(name)) for name in (select, "macro_average_precision", "val_loss")]
-    return tuple(-math.inf if x is None else -x if name == "val_loss" else x for name, x in values)
+    values = {name: figures.get(name) for name in (select, "macro_average_precision", "val_loss")}
+    return tuple(-math.inf if x is None else -x if name == "val_loss" else x for name, x in values.items())
 
 
 def best_epoch(results: list[dict], select: str = "macro_f1") -> int | None:
@@ -4759,17 +4733,17 @@ def shown(value: float | None) -> str:
 
 def format_metrics_table(metrics: dict) -> str:
     """The log's table: one line per label, then macro and micro; figures that are undefined show as a dash."""
-    shown = {"precision": "prec", "recall": "recall", "specificity": "spec", "f1": "F1", "auc": "AUROC"}
-    shown = {"accuracy": "acc"} | shown | {"average_precision": "AP", "brier": "Brier"}
-    rows = [(c, f"{m['n_positive']}/{m['n_known']}", m) for c, m in metrics["per_label"].items()]
+    titles = {"accuracy": "acc", "precision": "prec", "recall": "recall", "specificity": "spec", "f1": "F1"}
+    titles |= {"auc": "AUROC", "average_precision": "AP", "brier": "Brier"}
+    rows = [("label", "pos/known", [*titles.values()])]
+    for label, m in metrics["per_label"].items():
+        rows.append((label, f"{m['n_positive']}/{m['n_known']}", [shown(m[k]) for k in titles]))
     for kind in ("macro", "micro"):
-        rows.append((kind, "", {k: metrics[f"{kind}_{k}"] for k in shown}))
-    width, counts = (max(len(row[i]) for row in [*rows, ("label", "pos/known")]) for i in (0, 1))
-    lines = [f"{'label':{width}}  {'pos/known':>{counts}}" + "".join(f"{name:>8}" for name in shown.values())]
-    for name, count_text, figures in rows:
-        cells = ("       –" if figures[k] is None else f"{figures[k]:8.3f}" for k in shown)
-        lines.append(f"{name:{width}}  {count_text:>{counts}}" + "".join(cells))
-    return "\n".join([*lines[:1], "─" * len(lines[0]), *lines[1:-2], "─" * len(lines[0]), *lines[-2:]])
+        rows.append((kind, "", [shown(metrics[f"{kind}_{k}"]) for k in titles]))
+    width, counts = (max(len(row[i]) for row in rows) for i in (0, 1))
+    lines = [f"{label:{width}}  {n:>{counts}}" + "".join(f"{cell:>8}" for cell in cells) for label, n, cells in rows]
+    rule = "─" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
 
 
 # ── 11 Keep ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -292,6 +292,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="figure on val that epochs are compared by; then macro average precision, then lower loss [macro_f1]")
     add("--use-ema", action="store_true", help="validate, save and predict with averaged weights")
     add("--ema-decay", type=fraction, default=0.999, help="decay of the averaged weights after their warm-up [0.999]")
+    add("--soup", action="store_true",
+        help="at the end try the mean of the three best epochs' weights, and keep it where it is better on val")
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
     add("--compile", choices=("auto", "on", "off"), default="auto",
         help="torch.compile of the repeated block; auto: on a GPU [auto]")
@@ -4902,6 +4904,20 @@ def pack_model(model: nn.Module, setup: dict[str, Any], epoch: int, metrics: dic
     }
 
 
+def mean_weights(contents: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """The mean of several checkpoints of one run; what is no floating-point tensor is the first one's.
+
+    Wortsman et al., "Model soups", ICML 2022.
+    """
+    models = [content["model"] for content in contents]
+    return {
+        name: torch.stack([model[name].double() for model in models]).mean(0).to(x.dtype)
+        if x.is_floating_point()
+        else x
+        for name, x in models[0].items()
+    }
+
+
 def classifier_from(content: dict[str, Any], path: Path = Path("checkpoint")) -> SiglipClassifier:
     """The model in a checkpoint, its weights loaded; every tensor must fit. Raises BadInput naming `path`."""
     with reading(path):
@@ -6444,6 +6460,21 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scan
     run.tracker.record(run.history.lines)
 
 
+def try_soup(run: Run, best: dict[str, Any]) -> dict[str, Any]:
+    """`best`, or the mean of the top epochs' weights where that is better on val by the run's own comparison."""
+    top, model = run.history.top, unwrap(run.state.model)
+    if len(top.names) < 2:
+        return best
+    mean = mean_weights([load_checked(run.folder.path / name, MODEL_KIND) for name in top.names])
+    model.load_state_dict(mean)
+    metrics = score_split(run, run.val, run.predict(run.val, "soup"))
+    epochs, name = [epoch for _, epoch in top.entries], run.args.select
+    better = comparison_key(metrics, name) > top.entries[0][0]
+    verdict = "kept as best_model.pth" if better else f"not better, epoch {best['epoch']} stays"
+    log.info("mean of epochs %s: val %s %s: %s", epochs, name, shown(metrics.get(name)), verdict)
+    return best | {"model": mean, "metrics": metrics, "averaged_epochs": epochs} if better else best
+
+
 def finish_run(run: Run) -> None:
     """Evaluate the best weights, which are still in memory, and write what people read."""
     args, best, folder = run.args, run.history.top.best, run.folder.path
@@ -6451,8 +6482,10 @@ def finish_run(run: Run) -> None:
         raise BadInput(f"{folder}: no checkpoint of a finished epoch is left; start anew with --overwrite")
     model = unwrap(run.state.model)
     drop_lora(model)  # what was saved is merged
-    model.load_state_dict(best["model"])
     log.info("best of %d epochs by %s: epoch %d", run.state.epoch, args.select, best["epoch"])
+    if args.soup:
+        best = try_soup(run, best)
+    model.load_state_dict(best["model"])
     logits = {"val": run.predict(run.val, "evaluate", args.tta)}
     if len(run.test):
         logits["test"] = run.predict(run.test, "test", args.tta)
@@ -6462,7 +6495,7 @@ def finish_run(run: Run) -> None:
     thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
     objective = args.threshold_objective if args.threshold == "auto" else None
     if run.runtime.is_main:
-        if thresholds.tolist() != best["thresholds"]:
+        if "averaged_epochs" in best or thresholds.tolist() != best["thresholds"]:
             best |= {"thresholds": thresholds.tolist(), "tuned_for": objective}
             save_checked(folder / "best_model.pth", best)
         for split, values in logits.items():
@@ -6600,7 +6633,7 @@ RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
-    "check_data", "prepare", "config", "command", "tta", "explain", "explain_ids",
+    "check_data", "prepare", "config", "command", "tta", "explain", "explain_ids", "soup",
     # compared by what they lead to, in the other entries of the identity
     "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
 }  # fmt: skip

@@ -46,6 +46,25 @@ def prediction_arguments(scans, model, out, *more, labels=LABELS):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_a_soup_is_the_mean_of_the_best_epochs_and_kept_only_where_it_is_better(
+    finished, scans, tower, tmp_path, monkeypatch, better
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    before = load_checked(out / "best_model.pth", MODEL_KIND)
+    monkeypatch.setattr(finetune_siglip, "comparison_key", lambda *_: (float("inf") if better else -float("inf"),))
+    assert main(arguments(scans, tower, out, "--epochs", "3", *FINISHED, "--resume", "auto", "--soup")) == 0
+    after = load_checked(out / "best_model.pth", MODEL_KIND)
+    epochs = [load_checked(path, MODEL_KIND)["model"] for path in sorted(out.glob("checkpoint_epoch_*.pth"))]
+    assert len(epochs) == 3
+    assert ("averaged_epochs" in after) == better
+    for name, kept in after["model"].items():
+        mean = np.mean([epoch[name].double().numpy() for epoch in epochs], axis=0)
+        np.testing.assert_allclose(kept.numpy(), mean if better else before["model"][name], rtol=1e-6, atol=1e-8)
+    assert (better and after["metrics"] != before["metrics"]) or (not better and after["metrics"] == before["metrics"])
+
+
 def read_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

@@ -6222,15 +6222,8 @@ def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifie
             raise BadInput("--lora-rank needs the package peft: pip install peft")
         add_lora(backbone, args.lora_rank)
     seed_everything(args.seed)  # whatever the backbone's construction drew, the head starts the same
-    model = SiglipClassifier(
-        backbone,
-        preprocessing.windows,
-        preprocessing.intensity,
-        len(table.labels),
-        args.slice_pooling,
-        args.dropout_rate,
-        args.skip_air,
-    )
+    head = len(table.labels), args.slice_pooling, args.dropout_rate, args.skip_air
+    model = SiglipClassifier(backbone, preprocessing.windows, preprocessing.intensity, *head)
     targets = table.split("train").targets
     known, positive = (~np.isnan(targets)).sum(0), (targets == 1).sum(0)
     for label, n in zip(table.labels, known, strict=True):
@@ -6319,63 +6312,52 @@ def announce_steps(schedule: Schedule, steps_per_epoch: int, patience: int) -> N
         log.warning("--warmup outlasts --early-stopping-patience (%.1f epochs, %d): 5%% is usual", epochs, patience)
 
 
-def describe_run(
-    args: argparse.Namespace, table: Table, model: SiglipClassifier, preprocessing: Preprocessing, runtime: Runtime
-) -> dict[str, Any]:
-    """What a resumed run is compared with, in plain types. Where a file lies is no part of what it is."""
-    arguments = {name: str(v) if isinstance(v, Path) else v for name, v in sorted(vars(args).items())}
-    used = table.subset([row for row, split in enumerate(table.splits) if split in ("train", "val")])
-    sizes = [path.stat().st_size if path.is_file() else 0 for path in used.paths]
-    rows = repr((used.labels, used.series_ids, used.splits, sizes)).encode() + used.targets.tobytes()
-    return {
-        "arguments": json.loads(json.dumps(arguments)),
-        "training and validation rows": hashlib.sha256(rows).hexdigest(),
-        "pretrained weights": digest_of(cpu_weights(model.backbone)),
-        "preprocessing": preprocessing.to_dict(),
-        "precision": str(runtime.amp_dtype),
-        "use of cached features": bool(args.cache_features),
-        "number of processes": runtime.world_size,
-        "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
-        "machine": describe_machine(runtime) | {"compile": args.compile},
-    }
-
-
 def describe_machine(runtime: Runtime) -> dict[str, Any]:
     """What the last bits of a result depend on besides its inputs; nothing that names a person or a machine."""
     packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
     return {
         "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU",
+        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
+        "processes": runtime.world_size,
         "threads": torch.get_num_threads(),
         "Python": platform.python_version(),
-        "system": platform.system(),
         **{name: importlib.metadata.version(name) for name in packages},
     }
 
 
 def greet(runtime: Runtime) -> None:
-    """The first line."""
-    device, precision = describe_machine(runtime)["device"], precision_of(runtime)
-    log.info("finetune_siglip.py %s, %s, %s on %s", __version__, time.strftime("%Y-%m-%d %H:%M"), precision, device)
-
-
-def precision_of(runtime: Runtime) -> str:
-    return str(runtime.amp_dtype or torch.float32).removeprefix("torch.")
+    """The first line: what runs on what."""
+    log.info(
+        "finetune_siglip.py %s; %s", __version__, "; ".join(f"{k} {v}" for k, v in describe_machine(runtime).items())
+    )
 
 
 def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, str]) -> dict[str, Any]:
-    """The facts at the head of log, run.json and report that tell two runs apart; `weights` are names and digests."""
-    sums = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in (args.csv, Path(__file__))}
+    """The facts in log, run.json and report that tell two runs apart; `weights` holds names and digests."""
+    table, script = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (args.csv, Path(__file__)))
+    facts = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": args.command}
+    facts |= {"table": str(args.csv), "table SHA-256": table, **weights}
+    return facts | {"version": __version__, "script SHA-256": script, **describe_machine(runtime)}
+
+
+def describe_run(
+    args: argparse.Namespace, table: Table, model: SiglipClassifier, preprocessing: Preprocessing, runtime: Runtime
+) -> dict[str, Any]:
+    """What a resumed run is compared with, in plain types. Where a file lies is no part of what it is."""
+    used = table.subset([row for row, split in enumerate(table.splits) if split in ("train", "val")])
+    sizes = [path.stat().st_size if path.is_file() else 0 for path in used.paths]
+    rows = repr((used.labels, used.series_ids, used.splits, sizes)).encode() + used.targets.tobytes()
+    machine = describe_machine(runtime) | {"compile": args.compile}
     return {
-        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": args.command,
-        "table": str(args.csv),
-        "table SHA-256": sums[args.csv],
-        **weights,
-        "version": __version__,
-        "script SHA-256": sums[Path(__file__)],
-        "precision": precision_of(runtime),
-        "processes": runtime.world_size,
-        **describe_machine(runtime),
+        "arguments": json.loads(json.dumps(vars(args), default=str)),
+        "training and validation rows": hashlib.sha256(rows).hexdigest(),
+        "pretrained weights": digest_of(cpu_weights(model.backbone)),
+        "preprocessing": preprocessing.to_dict(),
+        "use of cached features": bool(args.cache_features),
+        "precision": machine.pop("precision"),
+        "number of processes": machine.pop("processes"),
+        "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
+        "machine": machine,
     }
 
 
@@ -6425,19 +6407,15 @@ def run_epoch(run: Run) -> None:
     report_epoch(run, {"epoch": epoch, **figures, **metrics}, seconds, scans, gained)
 
 
-def report_time(seconds: dict[str, float], scans: int, runtime: Runtime) -> list[str]:
-    """Where an epoch's time went, how much memory was needed at most so far, and what to do when data is the brake."""
+def report_time(seconds: dict[str, float], scans: int, runtime: Runtime) -> str:
+    """Where an epoch's time went, and how much memory was needed at most so far."""
     if runtime.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(runtime.device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     speed = scans / max(1e-9, seconds["data"] + seconds["train"])
-    lines = [f"time: {parts}; {speed:.2f} scans/s in training, peak memory {peak / 2**30:.2f} GiB"]
-    if seconds["data"] > seconds["train"]:
-        share = seconds["data"] / (seconds["data"] + seconds["train"])
-        lines.append(f"{share:.0%} of training waited for data: raise --num-workers, or keep volumes with --cache-dir")
-    return lines
+    return f"time: {parts}; {speed:.2f} scans/s in training, peak memory {peak / 2**30:.2f} GiB"
 
 
 def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scans: int, saved: bool) -> None:
@@ -6453,10 +6431,9 @@ def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scan
         f"  {top.name(epoch)}" if saved else "", "  * best" if top.is_best(epoch) else "",
     )  # fmt: skip
     log.log(DETAIL, "%s", format_metrics_table(line))
-    times, *advice = report_time(seconds, scans, run.runtime)
-    log.log(DETAIL, "gradient norm %s; %s", shown(line["grad_norm"]), times)
-    if advice and not run.args.cache_features:  # no advice then
-        run.warn_once(advice[0])
+    log.log(DETAIL, "gradient norm %s; %s", shown(line["grad_norm"]), report_time(seconds, scans, run.runtime))
+    if seconds["data"] > seconds["train"] and not run.args.cache_features:
+        run.warn_once("most of training waits for data: raise --num-workers, or keep volumes with --cache-dir")
     run.tracker.record(run.history.lines)
 
 

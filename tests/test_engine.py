@@ -643,13 +643,10 @@ def test_a_backbone_that_learns_has_no_cache(frozen):
 # The report of time
 
 
-def test_the_report_of_time_advises_only_where_data_is_the_brake():
-    (line,) = report_time({"data": 1.0, "train": 9.0, "validate": 2.0, "save": 0.5}, 20, CPU)
+def test_the_report_of_time_names_every_part_and_the_speed():
+    line = report_time({"data": 1.0, "train": 9.0, "validate": 2.0, "save": 0.5}, 20, CPU)
     assert "data 1.0 s, train 9.0 s, validate 2.0 s, save 0.5 s; 2.00 scans/s" in line
     assert "GiB" in line
-    _, advice = report_time({"data": 3.0, "train": 1.0}, 20, CPU)
-    assert "75%" in advice
-    assert "--num-workers" in advice
 
 
 # Through the command line

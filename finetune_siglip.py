@@ -35,6 +35,7 @@ import fcntl
 import gzip
 import hashlib
 import html
+import importlib
 import importlib.metadata
 import io
 import itertools
@@ -66,7 +67,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -1103,10 +1104,17 @@ def split_overlaps(table: Table) -> list[tuple[int, str]]:
     return found
 
 
+def scan_source(path: Path) -> tuple[Path, str]:
+    """(a scan's path, ""), or of FOLDER#SERIES_UID the folder and the UID of a DICOM series in it."""
+    folder, mark, series = str(path).rpartition("#")
+    named = mark and re.fullmatch(r"[0-9.]+", series) and not path.exists()
+    return (Path(folder), series) if named else (path, "")
+
+
 def path_complaint(path: Path) -> str | None:
     """Why there is no scan at `path`, by its entry in the file system alone."""
     try:
-        mode = path.stat()
+        mode = scan_source(path)[0].stat()
     except (OSError, ValueError) as error:
         return f"{path}: {getattr(error, 'strerror', None) or error}: check img_path and that the disk is mounted"
     if stat.S_ISDIR(mode.st_mode):  # a folder of DICOM slices
@@ -1515,145 +1523,431 @@ def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> 
     return "hu", ""
 
 
-# Raw scans know their own geometry. They are read through SimpleITK, which applies slope and intercept, exactly once.
+# Raw scans know their own geometry. Each reader gives a RawScan; `read_raw` alone checks and turns it. DICOM is read
+# frame by frame with pydicom, for one series may lie in files of one frame, of many, or both: highdicom refuses series
+# without FrameOfReferenceUID and takes longer than ITK.
 
-RAW_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd")  # none whose voxels lie in another file
+SCAN_FILE = r"(?i)\.(npz|npy|b2nd|nii|nii\.gz|mha|nrrd)$"  # what may be a scan by itself
+RAW_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".dcm")  # none whose voxels lie in another file
 FIELD_OF_VIEW = (480.0, 336.0, 336.0)  # mm (D, H, W) kept around the body: 160 x 224 x 224 voxels at the usual spacing
-DICOM_TAGS = {"series": "0020|000e", "position": "0020|0032", "orientation": "0020|0037", "modality": "0008|0060"}
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK count towards left and back, NIfTI towards right and front
+NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las")
+SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # the SOP classes of Secondary Capture begin with it
+NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # terms of RescaleType for other quantities
+RESCALING = "PixelValueTransformationSequence"
+FRAME_TAGS = (  # where a frame says how it lies, and how many numbers each tag has
+    ("PlanePositionSequence", "ImagePositionPatient", 3),
+    ("PlaneOrientationSequence", "ImageOrientationPatient", 6),
+    ("PixelMeasuresSequence", "PixelSpacing", 2),
+)
+
+
+@dataclass(frozen=True)
+class RawScan:
+    """What a reader makes of a scan, its voxels still to be loaded."""
+
+    shape: tuple[int, ...]  # of the voxels, three axes
+    affine: np.ndarray  # (4, 4), voxel indices to mm towards right, front and head
+    load: Callable[[], np.ndarray]  # int16 or float32 HU; NaN where a voxel has no value
 
 
 def is_raw(path: Path) -> bool:
-    """Whether a scan is a folder of DICOM or a file with its own geometry."""
-    return path.name.lower().endswith(RAW_SUFFIXES) or path.is_dir()
+    """Whether a scan is a folder of DICOM, FOLDER#SERIES_UID, or a file with its own geometry."""
+    source = scan_source(path)[0]
+    return source.name.lower().endswith(RAW_SUFFIXES) or source.is_dir()
 
 
-def simple_itk() -> Any:
-    """The package, told to leave the other cores to the other workers."""
+@cache
+def raw_library(name: str) -> Any:
+    """A package that reads raw scans, told to be quiet and to leave the other cores to the other workers."""
     try:
-        import SimpleITK as sitk
+        library = importlib.import_module(name)
     except ImportError:
-        raise BadEnvironment("NIfTI, MHA, NRRD and DICOM are read with SimpleITK: pip install SimpleITK") from None
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)
-    return sitk
+        raise BadEnvironment(f"raw scans of this format are read with {name}: pip install {name}") from None
+    warnings.filterwarnings("ignore", module=name)
+    logging.getLogger("nibabel.global" if name == "nibabel" else name).setLevel(logging.CRITICAL)
+    if name == "SimpleITK":
+        library.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+        library.ProcessObject.SetGlobalWarningDisplay(False)
+    elif name == "pydicom":
+        library.config.settings.reading_validation_mode = library.config.IGNORE
+    return library
 
 
-def dicom_slices(folder: Path) -> list[Path]:
-    """The files of a folder that should be slices; BadVolume for one that lies elsewhere."""
-    files = sorted(item for item in folder.iterdir() if item.name != "DICOMDIR" and not item.name.startswith("."))
-    for item in files:
-        if not item.is_file() or folder.resolve() not in item.resolve().parents:
-            raise BadVolume(
-                f"{item}: is no file of this folder: img_path names a folder of one series, nothing else in it"
-            )
-    if not files:
-        raise BadVolume(f"{folder}: is an empty folder")
-    return files
+@cache
+def say_once(text: str) -> None:
+    """A scan is read in every epoch; what is to be known of it is said the first time."""
+    log.info("%s", text)
 
 
-def read_slice(path: Path, voxels: bool = True) -> tuple[dict[str, str], Any]:
-    """Tags and image of one DICOM file."""
-    sitk = simple_itk()
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
+@contextmanager
+def reading_raw(path: Path) -> Iterator[None]:
+    """Whatever error a library makes of a damaged file becomes BadVolume."""
     try:
-        reader.ReadImageInformation()
-        tags = {name: reader.GetMetaData(tag) if reader.HasMetaDataKey(tag) else "" for name, tag in DICOM_TAGS.items()}
-        tags["grid"] = f"{reader.GetSize()} {reader.GetSpacing()[:2]}"
-        return tags, reader.Execute() if voxels else None
-    except RuntimeError:
-        raise BadVolume(f"{path}: is no readable DICOM file: remove it, or copy it again") from None
+        with np.errstate(all="ignore"):
+            yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[-200:]
+        raise BadVolume(f"{path}: is damaged or not what it is named ({type(error).__name__}: {text})") from None
 
 
-def read_dicom(folder: Path) -> Any:
-    """The image of the one series in a folder, its slices in the order of their positions."""
-    sitk = simple_itk()
-    slices = [read_slice(path) for path in dicom_slices(folder)]
-    first, image = slices[0]
-    for what in ("series", "orientation", "grid", "modality"):
-        found = sorted({tags[what].strip() for tags, _ in slices})
-        if len(found) > 1:
-            raise BadVolume(
-                f"{folder}: holds slices of different {what} ({'; '.join(found[:3])}): one series per folder"
-            )
-    if first["modality"].strip() not in ("CT", ""):
-        raise BadVolume(f"{folder}: its modality is {first['modality']}, not CT")
-    if len(slices) == 1 and image.GetDepth() > 1:  # one file with all slices
-        return image
-    rows = np.array(image.GetDirection()).reshape(3, 3)  # columns: along a row, along a column, through the slices
-    places = np.array([other.GetOrigin() for _, other in slices]) - image.GetOrigin()
-    heights = places @ rows[:, 2]
-    if np.abs(places - heights[:, None] * rows[:, 2]).max() > 1:  # mm
-        raise BadVolume(f"{folder}: its slices are shifted against each other (a tilted gantry): resample it first")
-    order = np.argsort(heights)
-    steps = np.diff(heights[order])
-    step = float(np.median(steps)) if len(steps) else 0.0
-    if step < 0.01 or np.abs(steps - step).max() > 0.1 * step:
-        at = slices[order[int(np.abs(steps - step).argmax())] if len(steps) else 0][1].GetOrigin()[2]
+def to_hu(stored: np.ndarray, slope: float = 1.0, intercept: float = 0.0, empty: Any = None) -> np.ndarray:
+    """slope * stored + intercept: int16 where that holds every value exactly, else float32; NaN where `empty`."""
+    if stored.dtype.kind not in "iuf":
+        raise TypeError(f"its voxels are {stored.dtype}, not numbers")
+    plain = (slope, intercept) == (1, 0)
+    if stored.dtype.kind != "f" and empty is None and float(slope).is_integer() and float(intercept).is_integer():
+        ends = [int(end) * int(slope) + int(intercept) for end in (stored.min(), stored.max())]
+        if max(map(abs, (*ends, int(slope), int(intercept)))) <= 32767:
+            hu = stored.astype(np.int16, copy=False)  # integers that overflow on the way are right again at the end
+            return hu if plain else hu * np.int16(slope) + np.int16(intercept)
+    values = stored.astype(np.float32)
+    if not plain:
+        values = values * np.float32(slope) + np.float32(intercept)
+    if empty is not None:
+        values[empty] = math.nan
+    return values
+
+
+def look_into(folder: Path) -> tuple[dict[str, list[tuple[Path, Any]]], Counter]:
+    """The headers of the CT slices in a folder, by series UID, and what else lies there, counted.
+
+    Images of other modalities and pictures of a screen are slices only where there is nothing better.
+    """
+    pydicom = raw_library("pydicom")
+    images: dict[str, list[tuple[Path, Any]]] = {}
+    pictures: dict[str, list[tuple[Path, Any]]] = {}
+    others: Counter = Counter()
+    odd = []  # binary files that are no DICOM
+    for item in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+        if item.is_dir() or item.name.startswith(".") or item.name.upper() == "DICOMDIR":
+            others["sub-folder" if item.is_dir() else "no slice"] += 1
+            continue
+        with open_regular(item) as (file, _):
+            head = os.pread(file, 132, 0)
+        if head[128:] != b"DICM" and head[:2] not in (b"\2\0", b"\10\0"):  # the preamble may be missing
+            others["no slice"] += 1
+            odd += [item] * (b"\0" in head or not head)
+            continue
+        with reading_raw(item):
+            data = pydicom.dcmread(item, stop_before_pixels=True, force=True)
+            if "LOCALIZER" in (data.get("ImageType") or ()) or "Rows" not in data:
+                others["localizer" if "Rows" in data else "no slice"] += 1
+            else:
+                kind = pictures if str(data.get("SOPClassUID")).startswith(SCREENSHOT) else images
+                kind.setdefault(str(data.get("SeriesInstanceUID") or "").strip(), []).append((item, data))
+    found = images or pictures
+    ct = {uid: slices for uid, slices in found.items() if any(modality_of(data) == "CT" for _, data in slices)}
+    others["other image"] += sum(map(len, (*images.values(), *pictures.values()))) - sum(
+        map(len, (ct or found).values())
+    )
+    suffixes = {item.suffix.lower() for slices in found.values() for item, _ in slices} | {".dcm"}
+    if damaged := [item for item in odd if item.suffix.lower() in suffixes]:
+        raise BadVolume(f"{damaged[0]}: is no DICOM file but is named as one: copy it again, or remove it")
+    return ct or found, +others
+
+
+def modality_of(data: Any) -> str:
+    """CT where a slice does not say otherwise."""
+    return str(data.get("Modality") or "CT")
+
+
+def find_scans(path: Path) -> list[tuple[str, str]]:
+    """(id, img_path) of the scan in a file, or of every scan below a folder; of several series as FOLDER#SERIES_UID."""
+    if not path.is_dir():
+        return [(re.sub(SCAN_FILE, "", path.name), str(path))]
+    found = []
+    for folder in (path, *sorted(item for item in path.rglob("*") if item.is_dir())):
+        name = str(folder.relative_to(path)) if folder != path else path.resolve().name
+        for item in sorted(folder.iterdir()):
+            if item.is_file() and re.search(SCAN_FILE, item.name):
+                found.append((re.sub(SCAN_FILE, "", str(item.relative_to(path))), str(item)))
+        series = look_into(folder)[0]
+        found += [(f"{name}#{uid}", f"{folder}#{uid}") if len(series) > 1 else (name, str(folder)) for uid in series]
+    return found
+
+
+def pick_series(folder: Path, wanted: str) -> list[tuple[Path, Any]]:
+    """The slices of the only series in a folder, or of the one with the UID `wanted`; the rest is passed over."""
+    series, others = look_into(folder)
+    counted = ", ".join(f"{n} {what}" for what, n in others.items())
+    names = "; ".join(
+        f"{str(slices[0][1].get('SeriesDescription') or 'no description')!r}, {len(slices)} files, {folder}#{uid}"
+        for uid, slices in series.items()
+    )
+    if wanted and wanted not in series:
+        raise BadVolume(f"{folder}: holds no series {wanted}, but: {names or 'none'}")
+    if not series:
+        inside = next((item.parent for item in sorted(folder.rglob("*.[dD][cC][mM]"))), None)
+        advice = f": img_path names the folder of one series, such as {inside}" if inside else ""
+        raise BadVolume(f"{folder}: holds no DICOM slices ({counted or 'it is empty'}){advice}")
+    if len(series) > 1 and not wanted:
+        raise BadVolume(f"{folder}: holds {len(series)} series: name one in img_path: {names}")
+    if others:
+        say_once(f"{folder}: passed over {sum(others.values())} entries beside the slices ({counted})")
+    slices = series[wanted] if wanted else next(iter(series.values()))
+    total = max(int(data.get("InConcatenationTotalNumber") or 0) for _, data in slices)
+    if total > len(slices):
+        raise BadVolume(f"{folder}: holds {len(slices)} of the {total} files of a concatenation: copy the others too")
+    return slices
+
+
+def frame_numbers(path: Path, data: Any) -> list[list[float]]:
+    """Of each frame of a DICOM file: position (3), orientation (6), spacing (2), slope and intercept."""
+    count = int(data.get("NumberOfFrames") or 1)
+    shared, each = (list(data.get(f"{kind}FunctionalGroupsSequence") or ()) for kind in ("Shared", "PerFrame"))
+    if len(each) != count and (each or count > 1):
+        raise BadVolume(f"{path}: has {count} frames, but says where {len(each)} of them lie: export it again")
+
+    def value(i: int, sequence: str, keyword: str, usual: Any = None) -> Any:
+        groups = [group[sequence][0] for group in (*each[i : i + 1], *shared) if group.get(sequence)]
+        return next((found for item in (*groups, data) if (found := item.get(keyword)) not in (None, "")), usual)
+
+    frames = []
+    for i in range(count):
+        geometry: list[float] = []
+        for sequence, keyword, length in FRAME_TAGS:
+            found = value(i, sequence, keyword) or ()
+            if len(found) != length:
+                raise BadVolume(f"{path}: does not say its {keyword}: without it a slice has no place or size")
+            geometry += map(float, found)
+        if (kind := value(i, RESCALING, "RescaleType", "HU")) in NOT_HU:
+            raise BadVolume(f"{path}: its RescaleType is {kind}, not HU: export the series in Hounsfield units")
+        slope, intercept = value(i, RESCALING, "RescaleSlope", 1), value(i, RESCALING, "RescaleIntercept", 0)
+        frames.append([*geometry, float(slope), float(intercept)])
+    return frames
+
+
+def place_frames(folder: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the order of the frames by position, the affine of the volume they make) from numbers (n, 13).
+
+    The line runs from the first frame to the last: positions are often rounded to 0.1 mm, so no two steps are equal.
+    """
+    row, column, (height, width) = np.split(np.mean(frames[:, 3:11], 0), (3, 6))
+    normal = np.cross(row, column)
+    if not np.abs([row @ row - 1, column @ column - 1, row @ column]).max() < 0.01:
+        raise BadVolume(f"{folder}: its ImageOrientationPatient, {[*row, *column]}, is no pair of directions")
+    order = np.argsort(frames[:, :3] @ normal, kind="stable")
+    place = frames[order, :3]
+    step = (place[-1] - place[0]) / (len(place) - 1)
+    between, spacing = np.diff(place @ normal), float(step @ normal)
+    off = np.abs(place - place[0] - np.arange(len(place))[:, None] * step).max(1)
+    off[1:] = np.maximum(off[1:], np.abs(between - spacing))
+    if not off.max() < 0.1 + 0.1 * spacing or between.min() < 0.01:
+        at = place[off.argmax() if between.min() >= 0.01 else between.argmin()]
         raise BadVolume(
-            f"{folder}: {len(slices)} slices {step:.2f} mm apart, but not at position {at:.1f} mm: slices are missing, "
-            "double or of several series: copy the series again, into a folder of its own"
+            f"{folder}: {len(place)} slices {spacing:.2f} mm apart, but not at {at.round(1).tolist()} mm: slices are "
+            "missing, double or of several acquisitions: copy the series again, into a folder of its own"
         )
-    arrays = [sitk.GetArrayViewFromImage(slices[i][1])[0] for i in order]
-    whole = sitk.GetImageFromArray(np.stack(arrays).astype(np.result_type(*arrays)))
-    whole.SetSpacing((*image.GetSpacing()[:2], step))
-    whole.SetDirection(rows.ravel().tolist())
-    whole.SetOrigin(slices[order[0]][1].GetOrigin())
-    return whole
+    if np.linalg.norm(step - spacing * normal) < 1e-3 * spacing:  # orientations of three decimals say no more
+        step = spacing * normal
+    return order, LPS_TO_RAS @ make_affine(np.stack([step, column * height, row * width], 1), place[0])
 
 
-def require_whole_nifti(path: Path, reader: Any) -> None:
-    """BadVolume for a NIfTI that is cut short or damaged: the library would fill up what is missing."""
-    try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as stream:
-            length = sum(map(len, iter(partial(stream.read, 1 << 22), b"")))
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadVolume(f"{path}: is damaged ({error}): copy it again") from None
-    voxels = math.prod(reader.GetSize()) * int(reader.GetMetaData("bitpix")) // 8
-    if length < float(reader.GetMetaData("vox_offset")) + voxels:
+def make_affine(matrix: np.ndarray, origin: Any) -> np.ndarray:
+    """(4, 4) from the steps along the three axes, as columns, and the place of the first voxel."""
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = matrix, origin
+    return affine
+
+
+def require_alike(folder: Path, slices: list[tuple[Path, Any]], frames: np.ndarray, owners: list[int]) -> None:
+    """BadVolume where the frames, each of the file slices[owners[i]], do not make one CT series."""
+    modalities = {modality_of(data) for _, data in slices}
+    if modalities != {"CT"} and len(modalities) == 1:
+        raise BadVolume(f"{folder}: its modality is {modalities.pop()}, not CT")
+    if any(data.get("SamplesPerPixel", 1) != 1 for _, data in slices):
+        raise BadVolume(f"{folder}: holds colour pictures, not CT slices")
+    if len(frames) < 2:
+        raise BadVolume(f"{folder}: has one slice: img_path names the folder of a series, or a file of many frames")
+    sizes = np.array([(data.Rows, data.Columns) for _, data in slices])[owners]
+    kinds = np.array([modality_of(data) == "CT" for _, data in slices])[owners, None]
+    for what, values in (
+        ("modality", kinds), ("size", sizes), ("orientation", frames[:, 3:9]), ("pixel spacing", frames[:, 9:11]),
+    ):  # fmt: skip
+        off = np.abs(values - np.median(values, 0)).max(1)
+        if not off.max() < 1.01e-3:  # writers round
+            odd = slices[owners[int(off.argmax())]][0]
+            raise BadVolume(f"{folder}: holds slices of different {what}, such as {odd}: one series per folder")
+
+
+def read_dicom(folder: Path, series: str) -> RawScan:
+    """The frames of one series, whichever files they lie in, as a volume (slice, row, column)."""
+    slices, numbers = pick_series(folder, series), []
+    for path, data in slices:
+        with reading_raw(path):
+            numbers.append(frame_numbers(path, data))
+    frames = np.array([frame for file in numbers for frame in file])
+    owners = [i for i, file in enumerate(numbers) for _ in file]
+    require_alike(folder, slices, frames, owners)
+    order, affine = place_frames(folder, frames)
+    shape = (len(frames), int(slices[0][1].Rows), int(slices[0][1].Columns))
+
+    def load() -> np.ndarray:
+        planes = (plane for (path, _), file in zip(slices, numbers, strict=True) for plane in decode(path, file))
+        volume = np.empty(shape, np.int16)
+        for at, plane in zip(np.argsort(order), planes, strict=True):
+            if plane.dtype.kind == "f" and volume.dtype.kind == "i":
+                volume = volume.astype(np.float32)
+            volume[at] = plane
+        return volume
+
+    return RawScan(shape, affine, load)
+
+
+def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
+    """The frames of a DICOM file in HU. Presentation is left alone: MONOCHROME1 is only shown inverted."""
+    pydicom = raw_library("pydicom")
+    with reading_raw(path):
+        data = pydicom.dcmread(path, force=True)
+        syntax = data.file_meta.get("TransferSyntaxUID", pydicom.uid.ExplicitVRLittleEndian)
+        decoder = pydicom.pixels.get_decoder(syntax)
+        if not decoder.is_available:
+            raise BadEnvironment(f"{path}: its compression, {syntax.name}, needs a decoder: pip install python-gdcm")
+        stored = decoder.as_array(data, raw=True)[0].reshape(len(frames), data.Rows, data.Columns)
+        empty = None
+        if (padding := data.get("PixelPaddingValue")) is not None:  # writers give it unsigned where voxels are signed
+            ends = np.array([padding, data.get("PixelPaddingRangeLimit", padding)], np.int64).astype(stored.dtype)
+            empty = (stored >= ends.min()) & (stored <= ends.max())
+        if "ModalityLUTSequence" in data:
+            stored = pydicom.pixels.apply_modality_lut(stored, data)
+        for i, (*_, slope, intercept) in enumerate(frames):
+            yield to_hu(stored[i], slope, intercept, empty[i] if empty is not None and empty[i].any() else None)
+
+
+def read_nifti(path: Path) -> RawScan:
+    """A NIfTI-1 or NIfTI-2 file, by its first bytes packed or not, whatever its name says; voxels (x, y, z)."""
+    nibabel = raw_library("nibabel")
+    with open_regular(path) as (file, size):
+        head = os.pread(file, 4096, 0)
+    if packed := head[:2] == b"\x1f\x8b":
+        head, size = zlib.decompressobj(31).decompress(head, 540), 1032 * size  # deflate packs no tighter
+    kinds = [kind for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header) if kind.may_contain_header(head)]
+    if not kinds:
+        raise BadVolume(f"{path}: is no NIfTI file")
+    header = kinds[0](head[: kinds[0].sizeof_hdr])
+    if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
+        raise BadVolume(f"{path}: refers to another file for its voxels: save it with nibabel as one .nii.gz")
+    shape, dtype, start = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) > 3:
+        raise BadVolume(
+            f"{path}: holds {math.prod(shape[3:])} volumes {shape}: save the one that is meant (nibabel.four_to_three)"
+        )
+    if not (header["sform_code"] or header["qform_code"]):
+        raise BadVolume(f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform")
+    end = start + math.prod(shape) * dtype.itemsize
+    if min(shape) < 1 or end > size:
         raise BadVolume(f"{path}: is cut short: copy it again")
+    slope, intercept = header.get_slope_inter()
+    unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
+
+    def load() -> np.ndarray:
+        with open_regular(path) as (file, size):
+            data = read_exactly(file, size, 0, path)
+        data = gunzip(data, end) if packed else data
+        if len(data) < end:
+            raise BadVolume(f"{path}: is cut short: copy it again")
+        stored = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
+        return to_hu(stored, 1.0 if slope is None else slope, intercept or 0.0)
+
+    return RawScan(shape, np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine(), load)
+
+
+def gunzip(packed: bytes, length: int) -> bytes | bytearray:
+    """What a gzip file holds, if it may be `length` bytes or more; libdeflate takes half of zlib's time, but reads one
+    part only."""
+    claimed = int.from_bytes(packed[-4:], "little")
+    if find_spec("deflate") and length <= claimed <= 1032 * len(packed):
+        import deflate
+
+        with suppress(deflate.DeflateError):
+            if len(data := deflate.gzip_decompress(packed, claimed)) >= length:
+                return data
+    return gzip.decompress(packed)
+
+
+def read_itk(path: Path) -> RawScan:
+    """An MHA or NRRD file with its voxels inside; voxels (z, y, x)."""
+    sitk, meta = raw_library("SimpleITK"), path.name.lower().endswith(".mha")
+    with open_regular(path) as (file, size):
+        head = os.pread(file, 1 << 16, 0)
+    end = re.search(rb"(?im)^ElementDataFile *=.*$" if meta else rb"\r?\n\r?\n", head)
+    text = head[: end.end() if end else len(head)].decode("latin-1")
+    pairs = re.findall(r"(?m)^ *([\w ]+?) *%s *(.*?) *\r?$" % ("=" if meta else ":(?!=)"), text)
+    fields = {key.lower().replace(" ", ""): value for key, value in pairs}
+    if "datafile" in fields or fields.get("elementdatafile", "LOCAL").upper() != "LOCAL":
+        raise BadVolume(f"{path}: refers to another file for its voxels: write it as one file")
+    told = {"elementspacing", "transformmatrix"} <= {*fields} if meta else "spacedirections" in fields
+    if not told or (not meta and fields.get("space", "").lower() not in NRRD_SPACES):
+        lacking = "ElementSpacing and TransformMatrix" if meta else "space (LPS, RAS or LAS) and space directions"
+        raise BadVolume(
+            f"{path}: does not say how it lies in the patient (its header needs {lacking}): convert it again"
+        )
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("MetaImageIO" if meta else "NrrdImageIO")
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    shape, n = reader.GetSize(), reader.GetDimension()
+    if reader.GetNumberOfComponents() != 1 or math.prod(shape[3:]) != 1 or n < 3:
+        raise BadVolume(f"{path}: holds {shape} values of {reader.GetNumberOfComponents()} numbers, not one scan")
+    if math.prod(shape) > 1032 * size:
+        raise BadVolume(f"{path}: is cut short: copy it again")
+    matrix = np.array(reader.GetDirection()).reshape(n, n)[:3, :3] * reader.GetSpacing()[:3]
+    slope, offset = (
+        float(fields.get(f"elementtointensityfunction{what}", what == "slope")) for what in ("slope", "offset")
+    )
+    affine = LPS_TO_RAS @ make_affine(matrix[:, ::-1], reader.GetOrigin()[:3])
+    shape = shape[2::-1]
+    return RawScan(shape, affine, lambda: to_hu(sitk.GetArrayFromImage(reader.Execute()).reshape(shape), slope, offset))
+
+
+def patient_axes(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[str, tuple[float, ...]]:
+    """(orientation code, spacing in mm) of the stored axes of a raw scan; BadVolume where they are not the body's."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    if len(shape) != 3 or min(shape) < 2:
+        raise BadVolume(f"{path}: has shape {tuple(shape)}: a scan has three axes and more than one slice")
+    if not (np.isfinite(affine).all() and ((spacing > 0.05) & (spacing < 50)).all()):
+        raise BadVolume(
+            f"{path}: says its voxels are {spacing.tolist()} mm apart: its header is wrong: convert it again"
+        )
+    u, _, v = np.linalg.svd(affine[:3, :3] / spacing)
+    turn = u @ v  # the nearest directions at right angles
+    moved = np.abs(turn.T @ affine[:3, :3] - np.diag(spacing)) @ (np.array(shape) - 1) / 2 / spacing
+    if moved.max() > 0.1:
+        raise BadVolume(
+            f"{path}: its axes are not at right angles (a tilted gantry?): {moved.max():.1f} voxels off at its ends: "
+            "resample it first"
+        )
+    if np.abs(np.abs(turn) - np.rint(np.abs(turn))).max() > 0.17:
+        raise BadVolume(f"{path}: is turned by more than 10 degrees against the patient's axes: resample it first")
+    code = "".join(raw_library("nibabel").aff2axcodes(make_affine(turn, 0)))
+    return code, tuple(map(float, spacing))
 
 
 def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
-    """Header and voxels (1, D, H, W), in SPL and HU, of a raw scan at its own spacing."""
-    sitk = simple_itk()
-    try:
-        if path.is_dir():
-            if not voxels:
-                files = dicom_slices(path)
-                columns, rows, slices = map(int, re.findall(r"\d+", read_slice(files[0], voxels=False)[0]["grid"])[:3])
-                shape = (1, slices if len(files) == 1 else len(files), rows, columns)
-                return Header(shape, np.dtype(np.int16), orientation="SPL", raw=True), None
-            image = read_dicom(path)
+    """Header and voxels (1, D, H, W), in SPL and HU, of a raw scan at its own spacing.
+
+    Voxels are int16 or float32, NaN where there is no value (DICOM's padding). BadVolume where any is infinite.
+    """
+    source, series = scan_source(path)
+    with reading_raw(path):
+        name = source.name.lower()
+        if source.is_dir() or name.endswith(".dcm"):
+            scan = read_dicom(source, series)
         else:
-            with open_regular(path) as (file, _):
-                head = os.pread(file, 1 << 14, 0).split(b"\n\n")[0]
-            if re.search(rb"(?i)ElementDataFile *=(?! *LOCAL)|\ndata ?file *:", head):
-                raise BadVolume(f"{path}: refers to another file for its voxels: write it as one file")
-            reader = sitk.ImageFileReader()
-            reader.SetFileName(str(path))
-            reader.ReadImageInformation()
-            if reader.GetDimension() != 3 or reader.GetNumberOfComponents() != 1:
-                raise BadVolume(f"{path}: has {reader.GetDimension()} dimensions of vectors, not one scan")
-            codes = [reader.GetMetaData(k) for k in ("qform_code", "sform_code") if reader.HasMetaDataKey(k)]
-            if codes and not any(int(code[0]) for code in codes):
-                raise BadVolume(
-                    f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform"
-                )
-            if not voxels:
-                size = reader.GetSize()[::-1]
-                return Header((1, *size), np.dtype(np.int16), orientation="SPL", raw=True), None
-            if reader.HasMetaDataKey("vox_offset"):
-                require_whole_nifti(path, reader)
-            image = reader.Execute()
-    except RuntimeError as error:
-        raise BadVolume(f"{path}: cannot be read ({str(error).splitlines()[-1]})") from None
-    image = sitk.DICOMOrient(image, "LPS")  # x to the left, y to the back, z to the head; the array's axes are z, y, x
-    if np.abs(np.array(image.GetDirection()).reshape(3, 3) - np.eye(3)).max() > 0.17:
-        raise BadVolume(f"{path}: is turned by more than 10 degrees against the patient's axes: resample it first")
-    array = sitk.GetArrayFromImage(image)[None]
-    return Header(array.shape, array.dtype, orientation="SPL", spacing=image.GetSpacing()[::-1], raw=True), array
+            scan = read_nifti(path) if name.endswith((".nii", ".nii.gz")) else read_itk(path)
+        code, spacing = patient_axes(path, scan.shape, scan.affine)
+        axes = spl_axes(code)[0]
+        stored = scan.load() if voxels else np.empty(0, np.int16)
+    if stored.dtype.kind == "f" and (infinite := int(np.isinf(stored).sum())):
+        raise BadVolume(f"{path}: holds {infinite} infinite voxels: convert it again, without dividing by zero")
+    shape = (1, *(int(scan.shape[axis]) for axis in axes))
+    header = Header(shape, stored.dtype, orientation="SPL", spacing=tuple(spacing[axis] for axis in axes), raw=True)
+    return header, to_spl(stored[None], code) if voxels else None
 
 
 def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
@@ -1672,17 +1966,35 @@ def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
     return [step * (found[0] + found[-1]) / 2 for step, found in zip(steps, (along, rows, columns), strict=True)]
 
 
-def prepare_volume(path: Path, spacing: Sequence[float]) -> np.ndarray:
-    """int16 HU (1, D, H, W) of a raw scan: SPL, at `spacing` mm (D, H, W), FIELD_OF_VIEW around the body."""
+def prepare_volume(
+    path: Path, spacing: Sequence[float], intensity: str = "auto", hu_range: Sequence[float] = DEFAULT_HU_RANGE
+) -> np.ndarray:
+    """int16 HU (1, D, H, W) of a raw scan: SPL, at `spacing` mm (D, H, W), FIELD_OF_VIEW around the body.
+
+    The values are judged as they were stored, before air fills what has none; `intensity` "hu" or "unit" (0 and 1 stand
+    for `hu_range`) overrules that. BadVolume where they are no HU.
+    """
     header, volume = read_raw(path)
+    if intensity == "windowed":
+        raise BadVolume(f"{path}: is a raw scan, so --intensity windowed does not fit it: hu, unit or auto")
+    if intensity == "auto" and (reason := judge_voxels(header, volume)[1]):
+        raise BadVolume(f"{path}: {reason}")
+    lo, hi = hu_range
+    scale, offset = (hi - lo, lo) if intensity == "unit" else (1.0, 0.0)
+    floor = (AIR - offset) / scale
+    volume = (
+        np.maximum(volume, max(-32768, math.ceil(floor)))
+        if volume.dtype.kind == "i"
+        else np.fmax(volume, np.float32(floor))
+    )
     size = [
         max(1, round(n * old / new))
         for n, old, new in zip(volume.shape[1:], header.spacing or (), spacing, strict=True)
     ]
     resampled = np.empty(size, np.int16)
-    low, high = resample_channel(np.maximum(volume[0], AIR), resampled)
+    low, high = resample_channel(volume[0], resampled, scale, offset)
     if not (low >= -32768 and high <= 32767):
-        raise BadVolume(f"{path}: has values from {low:g} to {high:g}: not HU")
+        raise BadVolume(f"{path}: would have {low:g} to {high:g} HU: --intensity or --hu-range does not fit it")
     box = [round(mm / new) for mm, new in zip(FIELD_OF_VIEW, spacing, strict=True)]
     result = np.full((1, *box), AIR, np.int16)
     source, target = [], []
@@ -1711,6 +2023,8 @@ def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
     """
     path = Path(path)
     header, stored = read_volume(path)
+    if header.raw and stored.dtype.kind == "f":
+        stored = np.nan_to_num(stored, nan=AIR)
     return to_spl(stored, checked_orientation(header, orientation, None, path))
 
 
@@ -1735,7 +2049,7 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
     if is_raw(path):
         if prep.spacing is None or prep.intensity == "windowed":
             raise BadVolume(f"{path}: is a raw scan among prepared volumes: convert it with --prepare")
-        stored = prepare_volume(path, prep.spacing)
+        stored = prepare_volume(path, prep.spacing, prep.intensity if prep.trusted else "auto", prep.hu_range)
         header, prep = Header(stored.shape, stored.dtype, raw=True), dataclasses.replace(prep, intensity="hu")
     else:
         header, stored = read_stored(path)
@@ -1861,13 +2175,23 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12, 
 def judge_intensity(path: Path) -> tuple[str, str, str]:
     """What `guess_intensity` says of a scan, unless its tissues speak against it; and its type and range in words."""
     header, stored = read_volume(path)
-    low, high = float(stored.min()), float(stored.max())
+    verdict, reason = judge_voxels(header, stored)
+    return verdict, reason, f"{header.dtype}, {np.nanmin(stored):g} to {np.nanmax(stored):g}"
+
+
+def judge_voxels(header: Header, stored: np.ndarray) -> tuple[str, str]:
+    """What the voxels of a scan stand for and "", or "" and why it is refused; NaN of a raw scan is left out."""
+    low, high = float(np.nanmin(stored)), float(np.nanmax(stored))
+    if not header.raw and np.isnan(stored.min()):
+        low = math.nan
     verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
+    if header.raw and verdict not in ("hu", ""):
+        verdict, reason = "", f"has values from {low:g} to {high:g}, not HU: name --intensity unit --hu-range LO HI"
     if verdict == "hu" and soft_tissue(stored) < 0.01:
         verdict = ""
         reason = "has hardly a voxel of soft tissue (-200 to 300 HU): --intensity hu if that is right, "
         reason += "--intensity unit --hu-range 1024 1025 if its intercept was applied twice"
-    return verdict, reason, f"{header.dtype}, {low:g} to {high:g}"
+    return verdict, reason
 
 
 def soft_tissue(stored: np.ndarray) -> float:
@@ -1955,10 +2279,11 @@ def checksum_of(content: bytes | np.ndarray) -> bytes:
 def file_identity(path: Path) -> list:
     """What changes when a file, or one in a folder, is replaced: sizes and times. Raises BadVolume."""
     try:
-        entry = os.stat(path)
+        source = scan_source(path)[0]
+        entry = os.stat(source)
         if not stat.S_ISDIR(entry.st_mode):
             return [os.path.abspath(path), entry.st_size, entry.st_mtime_ns]
-        inside = sorted((item.name, item.stat()) for item in os.scandir(path))
+        inside = sorted((item.name, item.stat()) for item in os.scandir(source))
         return [os.path.abspath(path), [[name, item.st_size, item.st_mtime_ns] for name, item in inside]]
     except OSError as error:
         raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
@@ -2542,6 +2867,8 @@ class PrepareScans(torch.utils.data.Dataset):
     table: Table
     folder: Path
     spacing: tuple[float, ...]  # mm (D, H, W)
+    intensity: str = "auto"
+    hu_range: tuple[float, ...] = DEFAULT_HU_RANGE
 
     def __len__(self) -> int:
         return len(self.table)
@@ -2556,13 +2883,14 @@ class PrepareScans(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> UserError | None:
         path, target = self.table.paths[row], self.target(row)
         try:
-            settings = json.dumps([file_identity(path), self.spacing, FIELD_OF_VIEW]).encode()
+            how = (self.spacing, self.intensity, self.hu_range)
+            settings = json.dumps([file_identity(path), how, FIELD_OF_VIEW]).encode()
             source = np.frombuffer(hashlib.sha256(settings).digest(), np.uint8)
             with suppress(BadVolume), open_regular(target) as (file, size):
                 made_from = small_array(file, zip_members(file, size, target).get("source.npy"), target)
                 if made_from is not None and np.array_equal(made_from, source):
                     return None
-            members = {"image": prepare_volume(path, self.spacing), "source": source}
+            members = {"image": prepare_volume(path, *how), "source": source}
             members |= {"spacing": np.array(self.spacing, np.float32), "orientation": np.array("SPL")}
             save_atomic(target, partial(write_npz, members=members))
         except BadVolume as problem:
@@ -2582,7 +2910,14 @@ def write_npz(file: BinaryIO, members: dict[str, np.ndarray]) -> None:
 
 
 def prepare_table(
-    csv_path: Path, labels: Sequence[str], folder: Path, spacing: Sequence[float], num_workers: int, skip: bool
+    csv_path: Path,
+    labels: Sequence[str],
+    folder: Path,
+    spacing: Sequence[float],
+    num_workers: int,
+    skip: bool,
+    intensity: str = "auto",
+    hu_range: Sequence[float] = DEFAULT_HU_RANGE,
 ) -> Path:
     """Convert the raw scans of a CSV to NPZ files in `folder` and return the CSV that names these, its other cells as
     they were. What an earlier run converted is kept.
@@ -2597,7 +2932,7 @@ def prepare_table(
         raise BadInput(f"--prepare {folder}: would overwrite {csv_path}: name another folder")
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
     raw = [row for row, path in enumerate(table.paths) if is_raw(path)]
-    scans = PrepareScans(table.subset(raw), folder, tuple(spacing))
+    scans = PrepareScans(table.subset(raw), folder, tuple(spacing), intensity, tuple(hu_range))
     loader = torch.utils.data.DataLoader(
         scans, batch_size=None, num_workers=num_workers, worker_init_fn=one_thread_per_worker
     )
@@ -6758,7 +7093,8 @@ def run_check(args: argparse.Namespace) -> int:
 def run_prepare(args: argparse.Namespace) -> int:
     """Convert raw scans to NPZ files and a CSV that names them."""
     skip = args.on_bad_volume == "skip"
-    made = prepare_table(args.csv, args.label_columns, args.prepare, args.spacing[::-1], args.num_workers, skip)
+    how = (args.spacing[::-1], args.num_workers, skip, args.intensity, args.hu_range)
+    made = prepare_table(args.csv, args.label_columns, args.prepare, *how)
     log.info("prepared; train with --csv %s", made)
     return 0
 

@@ -166,7 +166,6 @@ def test_a_double_slice_is_refused(series: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("tags", "word"),
     [
-        ({"SeriesInstanceUID": "9.9"}, "series"),
         ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "orientation"),
         ({"Modality": "MR"}, "modality"),
     ],
@@ -191,24 +190,6 @@ def test_another_modality_is_refused(tmp_path: Path) -> None:
     write_dicom(tmp_path / "mr", body(5, 20, 24), (2.5, 1.5, 1.5), Modality="MR")
     with pytest.raises(BadVolume, match="MR, not CT"):
         load_volume(tmp_path / "mr")
-
-
-def test_folders_with_other_things_in_them_are_refused(tmp_path: Path, series: list[Path]) -> None:
-    folder = series[0].parent
-    (folder / "DICOMDIR").write_bytes(b"index")
-    load_volume(folder)
-    (folder / "notes.txt").write_text("hello")
-    with pytest.raises(BadVolume, match=r"notes\.txt"):
-        load_volume(folder)
-    (folder / "notes.txt").unlink()
-    outside = tmp_path / "outside.dcm"
-    series[3].rename(outside)
-    series[3].symlink_to(outside)
-    with pytest.raises(BadVolume, match="no file of this folder"):
-        load_volume(folder)
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(BadVolume, match="empty folder"):
-        load_volume(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".nrrd"])
@@ -259,7 +240,7 @@ def test_capital_suffixes_are_read(tmp_path: Path) -> None:
 
 def test_series_over_time_are_refused(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)), tmp_path / "scan.nii")
-    with pytest.raises(BadVolume, match="4 dimensions"):
+    with pytest.raises(BadVolume, match="holds 3 volumes"):
         load_volume(tmp_path / "scan.nii")
 
 
@@ -331,7 +312,9 @@ def test_preparing_again_does_only_what_is_missing(
 ) -> None:
     spacing, done = (12.0, 6.0, 6.0), []
     real = finetune_siglip.prepare_volume
-    monkeypatch.setattr(finetune_siglip, "prepare_volume", lambda path, mm: done.append(path.name) or real(path, mm))
+    monkeypatch.setattr(
+        finetune_siglip, "prepare_volume", lambda path, *how: done.append(path.name) or real(path, *how)
+    )
     out = prepare_table(raw_table, ("A", "B"), tmp_path / "out", spacing, 0, skip=False)
     prepare_table(raw_table, ("A", "B"), tmp_path / "out", spacing, 0, skip=False)
     assert done == ["one.nii.gz", "two"]
@@ -361,7 +344,7 @@ def test_what_is_no_raw_scan_is_kept_if_it_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "one.dcm").write_bytes(b"DICM")
     write_image(tmp_path / "raw.mha", body(), (5.0, 5.0, 5.0))
     table = csv_of(tmp_path, "a,,train,ready.npz,1,0", "b,,val,one.dcm,1,0", "c,,val,raw.mha,1,0")
-    with pytest.raises(BadInput, match=r"'b' \(line 3\): .*one\.dcm: is no NPZ, NPY, NIfTI"):
+    with pytest.raises(BadInput, match=r"'b' \(line 3\): .*one\.dcm: holds no DICOM slices"):
         prepare_table(table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=False)
     out = prepare_table(table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=True)
     assert [row.split(",")[3] for row in out.read_text().splitlines()[1:]] == [str(ready), "volumes/c.npz"]

@@ -1847,7 +1847,7 @@ def read_nifti(path: Path) -> RawScan:
 
     def load() -> np.ndarray:
         with open_regular(path) as (file, size):
-            data = read_exactly(file, size, 0, path)
+            data: bytes | bytearray = read_exactly(file, size, 0, path)
         data = gunzip(data, end) if packed else data
         if len(data) < end:
             raise BadVolume(f"{path}: is cut short: copy it again")
@@ -1857,7 +1857,7 @@ def read_nifti(path: Path) -> RawScan:
     return RawScan(shape, np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine(), load)
 
 
-def gunzip(packed: bytes, length: int) -> bytes | bytearray:
+def gunzip(packed: bytes | bytearray, length: int) -> bytes | bytearray:
     """What a gzip file holds, if it may be `length` bytes or more; libdeflate takes half of zlib's time, but reads one
     part only."""
     claimed = int.from_bytes(packed[-4:], "little")

@@ -2,13 +2,13 @@
 
     PYTHONPATH=.:tests python tests/benchmarks/bench_training.py [NAME ...] [--tower B] [--repeats 3] [--scans FOLDER]
 
-NAME: step, memory, depth, cache, air, auroc, inference, layout (all). Towers (ViT-Ti, S or B/16 at 224) have random
-weights: figures of speed and memory do not depend on them. `memory` with ViT-B needs 14 GB free. Both sides run in this
-process, interleaved, and the medians' ratios stand on the last line. For `step`, `memory` and `inference` both sides
-compute the same function of the same weights, and `step` compares their gradients. Memory is what a step adds to the
-process: the kernel's peak of the resident set (/proc/self/clear_refs, VmHWM) less what was resident before, gradients
-already there, with an allocator told to give every freed block back; on a GPU, the caching allocator's peak. `auroc`
-trains the demo's toy tower on the demo's phantoms, with and without --skip-air.
+NAME: step, memory, depth, cache, air, auroc, inference, layout, pooling (all). Towers (ViT-Ti, S or B/16 at 224) have
+random weights: figures of speed and memory do not depend on them. `memory` with ViT-B needs 14 GB free. Both sides run
+in this process, interleaved, and the medians' ratios stand on the last line. For `step`, `memory` and `inference` both
+sides compute the same function of the same weights, and `step` compares their gradients. Memory is what a step adds to
+the process: the kernel's peak of the resident set (/proc/self/clear_refs, VmHWM) less what was resident before,
+gradients already there, with an allocator told to give every freed block back; on a GPU, the caching allocator's peak.
+`auroc` trains the demo's toy tower on the demo's phantoms, with and without --skip-air.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def config_of(size: str) -> dict:
     }  # fmt: skip
 
 
-def our_model(config: dict, **options: object) -> fs.SiglipClassifier:
+def our_model(config: dict, pooling: str = "mean", **options: object) -> fs.SiglipClassifier:
     torch.manual_seed(0)
-    model = fs.SiglipClassifier(fs.build_backbone(config), CHEST, "hu", 18, "mean", 0.0, **options).to(DEVICE)
+    model = fs.SiglipClassifier(fs.build_backbone(config), CHEST, "hu", 18, pooling, 0.0, **options).to(DEVICE)
     model.slice_chunk = fs.usual_chunk(RUNTIME)
     return model
 
@@ -299,6 +299,15 @@ def bench_layout(args: argparse.Namespace) -> dict[str, float]:
     return {"channels_last_ratio": plain / ours}
 
 
+def bench_pooling(args: argparse.Namespace) -> dict[str, float]:
+    """What a head per finding costs: a step with `label` pooling over one with `attention`, the tower trained too."""
+    models = [our_model(config_of(args.tower), pooling) for pooling in ("attention", "label")]
+    volume, amp = volume_of(8), torch.bfloat16 if has_bf16() else None
+    one, each = interleaved(*(partial(train_step, model, volume, amp) for model in models), repeats=args.repeats)
+    print(f"pooling: 8 slices, attention {one:.3f} s, label {each:.3f} s")
+    return {"label_pooling_ratio": each / one}
+
+
 @torch.no_grad()
 def bench_inference(args: argparse.Namespace) -> dict[str, float]:
     (ours, plain), volume = both_models(args.tower), volume_of(64)
@@ -315,7 +324,7 @@ def bench_inference(args: argparse.Namespace) -> dict[str, float]:
 
 BENCHES = {
     "step": bench_step, "memory": bench_memory, "depth": bench_depth, "cache": bench_cache, "air": bench_air,
-    "auroc": bench_auroc, "inference": bench_inference, "layout": bench_layout,
+    "auroc": bench_auroc, "inference": bench_inference, "layout": bench_layout, "pooling": bench_pooling,
 }  # fmt: skip
 
 

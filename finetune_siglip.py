@@ -2732,7 +2732,7 @@ def check_data(
             messages.append(f"series {table.series_ids[row]!r} (line {table.line_numbers[row]}): {problem}")
     if messages and not (skip and samples):
         raise BadInput(*messages)
-    lines = [*describe_table(table), *describe_headers(headers, prep)]
+    lines = [*describe_table(table), *describe_headers(headers, prep), *slice_distance(table, headers, prep)]
     lines += [f"warning: {text}" for text in messages]
     lines += [f"warning: {text}" for text in (*doubtful_pairs(table, headers), *doubtful_scans(table, samples, prep))]
     if picture:
@@ -2766,6 +2766,30 @@ def describe_headers(headers: Sequence[Header], prep: Preprocessing) -> list[str
     lines = [f"{n} x {shape} {'raw scan' if raw else dtype}" for (shape, dtype, raw), n in counts.most_common(8)]
     lines += [f"and {len(counts) - 8} other shapes"] * (len(counts) > 8)
     lines.append(f"read as --orientation {prep.orientation} --intensity {prep.intensity}, resampled to {prep.grid}")
+    return lines
+
+
+def slice_distance(table: Table, headers: Sequence[Header], prep: Preprocessing) -> list[str]:
+    """How far apart the slices lie that the model is given, where files say it; a warning where that is too far.
+
+    A nodule of 6 mm, from which on CT guidelines ask for follow-up, can fall between slices more than 3 mm apart.
+    """
+    axis = spl_axes(prep.orientation)[0][0]
+    depths = [
+        FIELD_OF_VIEW[0] if header.raw else header.shape[1 + axis] * header.spacing[axis]
+        for header in headers
+        if header.raw or header.spacing
+    ]
+    if not depths:
+        return []
+    mm = float(np.median(depths)) / prep.grid[0]
+    lines = [f"slices lie {mm:.1f} mm apart after resampling (median of {len(depths)} scans that tell their spacing)"]
+    small = [label for label in ("Lung nodule", "Bronchiectasis") if label in table.labels]
+    if mm > 3 and small:
+        wanted = math.ceil(np.median(depths) / 3)
+        lines.append(
+            f"warning: more than 3 mm hide small findings ({', '.join(small)}): --num-slices {wanted} avoids it"
+        )
     return lines
 
 

@@ -46,6 +46,18 @@ def test_counts_shapes_and_settings_are_told(phantom: np.ndarray, tmp_path: Path
     assert (tmp_path / "data_check.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_slices_too_far_apart_for_small_findings_are_warned_of(phantom: np.ndarray, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.npz", image=phantom, spacing=np.array([12.5, 3.75, 3.75]))
+    table = dataclasses.replace(table_of(path), labels=("Lung nodule", "Cardiomegaly"))
+    assert "slices lie 12.5 mm apart" in report(table)
+    assert "warning: more than 3 mm hide small findings (Lung nodule): --num-slices 100 avoids it" in report(table)
+    fine = "\n".join(check_data(table, prep((100, 96, 96))))
+    assert "slices lie 3.0 mm apart" in fine
+    assert "more than 3 mm" not in fine
+    assert "more than 3 mm" not in report(dataclasses.replace(table, labels=("Emphysema", "Cardiomegaly")))
+    assert "mm apart" not in report(table_of(save(tmp_path / "b.npz", image=phantom)))  # nothing known, nothing said
+
+
 def test_copies_of_a_scan_and_overlapping_splits_are_named(phantom: np.ndarray, tmp_path: Path) -> None:
     one, other = (save(tmp_path / f"{name}.npz", image=phantom) for name in "ab")
     (tmp_path / "link.npz").symlink_to(one)

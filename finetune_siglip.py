@@ -5025,13 +5025,12 @@ def evaluate(
     `apparent` holds what the thresholds seem to reach where they were chosen, and fixed is 0.5.
     """
     crossfitted = crossfit_thresholds(targets, probabilities, patients, tuned_here or "f1", seed=seed)
-    used = thresholds if tuned_here is None else crossfitted
-    both = {"fixed": thresholds if tuned_here is None else 0.5, "cross-fitted": crossfitted}
+    used, fixed = (thresholds, thresholds) if tuned_here is None else (crossfitted, 0.5)
     score = partial(compute_metrics, targets, probabilities, label_columns)
     out = {
         "metrics": score(used),
         "intervals": bootstrap_metrics(targets, probabilities, label_columns, used, patients, resamples, seed),
-        "f1": {kind: score(each)["macro_f1"] for kind, each in both.items()},
+        "f1": {"fixed": score(fixed)["macro_f1"], "cross-fitted": score(crossfitted)["macro_f1"]},
         "resamples": resamples,
         "tuned_here": tuned_here,
     }
@@ -6693,10 +6692,11 @@ def greet(runtime: Runtime) -> None:
 
 def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, str]) -> dict[str, Any]:
     """The facts in log, run.json and report that tell two runs apart; `weights` holds names and digests."""
-    table, script = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (args.csv, Path(__file__)))
-    facts = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": args.command}
-    facts |= {"table": str(args.csv), "table SHA-256": table, **weights}
-    return facts | {"version": __version__, "script SHA-256": script, **describe_machine(runtime)}
+    facts = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": args.command, **weights, "version": __version__}
+    for name, path in (("table", args.csv), ("script", Path(__file__))):
+        if path:
+            facts |= {name: path.name, f"{name} SHA-256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return facts | describe_machine(runtime)
 
 
 def describe_run(

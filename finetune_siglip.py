@@ -64,7 +64,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache, lru_cache, partial
@@ -317,7 +317,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=whole_number, default=42, help="the same seed on the same machine gives the same run [42]")
 
     add = parser.add_argument_group("output").add_argument
-    add("--resume", metavar="auto|FOLDER", help="continue the run in --output-dir, or the one in another folder")
+    add("--resume", metavar="auto|FOLDER",
+        help="auto: go on with the run in --output-dir, or start one where there is none; or the folder of a run [off]")
     add("--overwrite", action="store_true", help="replace the run that --output-dir holds")
     add("--save-every-minutes", type=amount, default=15.0,
         help="save the state within an epoch too; 0: only after it [15]")
@@ -412,8 +413,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in those seconds is no traceback either
-    parse_args()  # --help and a wrong flag are answered here, before the seconds that importing torch takes
-    if os.environ.get("RANK", "0") == "0":
+    silent = int(os.environ.get("RANK", 0)) > 0  # rank 0 says the same
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere if silent else sys.stderr):
+        parse_args()  # --help and a wrong flag are answered here, before the seconds that importing torch takes
+    if not silent:
         with suppress(OSError):  # nobody may be listening
             print("loading PyTorch …", flush=True)
 
@@ -433,6 +436,7 @@ class Runtime:
     amp_dtype: torch.dtype | None = None
     rank: int = 0
     world_size: int = 1
+    unhurried: Any = None  # the process group for `meet`
 
     @property
     def is_main(self) -> bool:
@@ -458,13 +462,88 @@ def init_runtime(amp: bool) -> Runtime:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see add_in_fixed_order; read by the first product
-    if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    unhurried = join_ranks(device) if world_size > 1 else None
     amp_dtype = None
     if amp:
         has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
         amp_dtype = torch.bfloat16 if has_bf16 else torch.float16
-    return Runtime(device, amp_dtype, rank, world_size)
+    return Runtime(device, amp_dtype, rank, world_size, unhurried)
+
+
+# Several processes. A rank that dies closes its connections: whoever exchanges something with it through gloo finds out
+# at once, leaves, and so takes along those that wait for it. One that hangs is found out when the timeout is over. What
+# one rank does alone (save, publish, compute features) may take longer than any timeout that is of use: for that the
+# others wait in `meet`, in a group of its own. Nobody leaves before rank 0 has committed and published, since whoever
+# launched the ranks ends all of them as soon as the first has ended.
+
+
+def join_ranks(device: torch.device) -> Any:
+    """Meet the other processes of this run; returns the group for `meet`."""
+    on_gpu = device.type == "cuda"
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=timedelta(minutes=30),
+            device_id=device if on_gpu else None,
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that dies stops its ranks in good order, or they would train on
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def meet(runtime: Runtime) -> None:
+    """Wait until all ranks are here, for as long as it takes."""
+    if runtime.world_size > 1:
+        torch.distributed.barrier(runtime.unhurried)
+
+
+def part_ways(runtime: Runtime) -> None:
+    """Leave the other ranks in good order, once all of them are here."""
+    meet(runtime)
+    if runtime.world_size > 1:
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def together(runtime: Runtime, stop: StopRequest) -> Iterator[None]:
+    """End with all other ranks, be it that the work is done or that all have agreed on a stop."""
+    try:
+        yield
+    except Interrupted:
+        if stop.patient:
+            part_ways(runtime)
+        raise
+    part_ways(runtime)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an exchange with other ranks has failed: gloo raises plain RuntimeErrors that name its source files."""
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
+
+
+def says_why(error: BaseException) -> bool:
+    """Whether this rank is to say why the run ends, so that each reason is read once: rank 0 where it knows.
+
+    A lost connection is a reason only where no rank has given another.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if not torch.distributed.is_initialized():
+        return rank == 0 or not isinstance(error, UserError)  # all have the same arguments
+    time.sleep(1 if rank else 0)
+    try:
+        store = torch.distributed.distributed_c10d._get_default_store()
+        speakers, same = (store.add(f"said/{what}", 1) for what in ("anything", str(error)))
+    except RuntimeError:  # the store is gone with rank 0 or torchrun
+        return True
+    return (speakers if is_lost(error) else same) == 1
+
+
+def leave(runtime: Runtime, code: int) -> None:
+    """End a rank that has not parted from the others: neither PyTorch nor NCCL may wait for them on the way."""
+    if torch.distributed.is_initialized():
+        time.sleep(3 if runtime.is_main else 0)  # the store in which the others look up what has been said may be here
+        end_readers()
+        os._exit(code)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -504,7 +583,7 @@ class StopRequest:
     `signal_number`. Before and after that, and while data is waited for, Interrupted is raised on the spot.
     """
 
-    ECHO = 0.5  # seconds: torchrun and srun pass on a Ctrl-C that has already come, and that is no second request
+    ECHO = 2.0  # seconds: torchrun and srun pass on a signal that has already come, and that is no second request
 
     def __init__(self, patient: bool = True):
         self.signal_number, self.asked_at, self.patient = 0, 0.0, patient
@@ -517,10 +596,9 @@ class StopRequest:
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
-    @property
-    def overdue(self) -> bool:
-        """A stop was asked for that needn't wait: whatever has gone wrong since, this is why the process ends."""
-        return bool(self.signal_number) and not self.patient
+    def reason(self, error: BaseException) -> BaseException:
+        """`error`, or the stop that needn't wait and is behind it: C code can turn Interrupted into its own errors."""
+        return Interrupted(self.signal_number) if self.signal_number and not self.patient else error
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -561,51 +639,6 @@ def signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class RankWatch:
-    """Says that this rank lives, and ends this process (exit 3) soon after another rank no longer does.
-
-    A collective operation would wait for a dead rank for half an hour. Beats are counted and not timed, so that ranks
-    which were suspended together find each other alive.
-    """
-
-    INTERVAL, PATIENCE = 2.0, 8  # seconds between beats; beats without a word from a rank
-
-    def __init__(self, runtime: Runtime):
-        self.rank, self.others = runtime.rank, [r for r in range(runtime.world_size) if r != runtime.rank]
-        self.over = threading.Event()
-        if self.others:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self.store = torch.distributed.TCPStore(*address, is_master=False, timeout=timedelta(seconds=10))
-            threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        heard, silent = dict.fromkeys(self.others, b""), dict.fromkeys(self.others, 0)
-        words = f"pid {os.getpid()} on {socket.gethostname()}"
-        beat = 0
-        while not self.over.wait(self.INTERVAL):
-            try:
-                self.store.set(f"beat/{self.rank}", f"{words}, beat {(beat := beat + 1)}")
-                for rank in self.others:
-                    word = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
-                    silent[rank] = 0 if word != heard[rank] else silent[rank] + 1
-                    heard[rank] = word
-                    if silent[rank] > self.PATIENCE:
-                        self.leave(f"rank {rank} ({word.decode().split(', beat')[0]}) has died or hangs")
-            except RuntimeError:  # the store lives in rank 0, or in torchrun
-                self.leave(f"rank 0 ({heard.get(0, b'').decode().split(', beat')[0]}) has died")
-
-    def leave(self, why: str) -> None:
-        if not self.over.is_set():
-            log.error("%s, so rank %d ends too; --resume auto goes on from the last save", why, self.rank)
-            os._exit(BadEnvironment.code)
-
-    def part(self) -> None:
-        """All ranks end together, each at its own pace from here on."""
-        self.over.set()
-        if self.others:
-            torch.distributed.barrier()
 
 
 class ConsoleHandler(logging.Handler):
@@ -5431,6 +5464,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path, self.last = path, path / "last.ckpt"
         self.previous, self.fresh = path / "last.previous.ckpt", path / "last.fresh.ckpt"
+        self.stopped = path / "stopped"  # names the signal that ended the run, all saved; gone once it goes on
         self.fell_back = False
 
     def has_state(self) -> bool:
@@ -5470,6 +5504,7 @@ class RunFolder:
             handle.truncate(0)
             handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
+            self.stopped.unlink(missing_ok=True)
             yield
 
     def ours(self, *patterns: str) -> list[Path]:
@@ -6825,7 +6860,7 @@ def finish_run(run: Run) -> None:
     logits = {"val": run.predict(run.val, "evaluate", args.tta)}
     if len(run.test):
         logits["test"] = run.predict(run.test, "test", args.tta)
-    run.stop.patient = run.runtime.world_size > 1  # all is saved: from here on a stop need not wait
+    run.stop.patient = not run.runtime.is_main  # all is saved: a stop need not wait, and the others wait for rank 0
     logits = {split: aggregate_readable(getattr(run, split), x, args.aggregate) for split, x in logits.items()}
     auto = tune_thresholds(run.val.targets, sigmoid(logits["val"]), args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
@@ -6921,18 +6956,23 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
 def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
     """Fine-tune, keep the best, predict."""
     folder = RunFolder(args.output_dir)
-    check_folder(args, folder)
+    source = check_folder(args, folder)
     with folder.locked() if runtime.is_main else nullcontext():
         setup_logging(args.output_dir, runtime.is_main)
-        greet(runtime)
-        run = prepare_run(args, runtime, stop, folder)
-        start_or_resume(run)
-        apply_memory_plan(unwrap(run.state.model), *run.identity["chunking"])
-        known = run.identity["arguments"], folder.path, runtime.is_main, run.identity["tracker"]
-        with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
-            run.tracker.record(run.history.lines)
-            stop.patient = True
-            train_to_the_end(run)
+        try:
+            greet(runtime)
+            run = prepare_run(args, runtime, stop, folder)
+            start_or_resume(run, source)
+            apply_memory_plan(unwrap(run.state.model), *run.identity["chunking"])
+            known = run.identity["arguments"], folder.path, runtime.is_main, run.identity["tracker"]
+            with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
+                run.tracker.record(run.history.lines)
+                stop.patient = True
+                train_to_the_end(run)
+        except (Exception, Interrupted) as error:
+            if runtime.is_main and isinstance(stop.reason(error), Interrupted):
+                save_bytes(folder.stopped, f"{stop.reason(error)}\n".encode())
+            raise
     return 0
 
 
@@ -6975,32 +7015,38 @@ RESUME_MAY_CHANGE = {
 }  # fmt: skip
 
 
-def check_folder(args: argparse.Namespace, folder: RunFolder) -> None:
-    """Raises BadInput where --output-dir holds a run that was not asked for, or none that was; touches nothing."""
+def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | None:
+    """The run to resume. Raises BadInput where --output-dir holds one that was not asked for; touches nothing."""
     if args.resume and args.overwrite:
         raise BadInput("--resume continues a run and --overwrite replaces it: leave out one of them")
-    source = resume_source(args, folder) if args.resume else None
-    if source and not source.has_state():
-        raise BadInput(f"{source.path} holds no run to resume: leave out --resume to start one there")
+    source = resume_source(args, folder)
+    if args.resume and args.resume != "auto" and not (source and source.has_state()):
+        raise BadInput(f"{args.resume} holds no run to resume: name its folder, or its {folder.last.name}")
     own = source and source.same_as(folder)
     if not own and not args.overwrite and folder.holds_run(*([] if source else [CHECKPOINT])):
-        raise BadInput(f"{folder.path} holds a run: --resume auto continues it, --overwrite replaces it")
+        what = (
+            "holds a run: --resume auto continues it, " if folder.has_state() else "holds files of a run that is gone: "
+        )
+        raise BadInput(f"{folder.path} {what}--overwrite replaces it, or choose another --output-dir")
+    return source
 
 
-def resume_source(args: argparse.Namespace, folder: RunFolder) -> RunFolder:
-    """The folder that `--resume auto|PATH` means; PATH may also be the last.ckpt in it."""
-    if args.resume == "auto":
-        return folder
+def resume_source(args: argparse.Namespace, folder: RunFolder) -> RunFolder | None:
+    """The folder that `--resume auto|PATH` means, None for a new run; PATH may also be the last.ckpt in it."""
+    if args.resume in (None, "auto"):
+        return folder if args.resume and folder.has_state() else None
     path = Path(args.resume)
     return RunFolder(path.parent if path.name == folder.last.name and not path.is_dir() else path)
 
 
-def start_or_resume(run: Run) -> None:
+def start_or_resume(run: Run, source: RunFolder | None) -> None:
     """Begin with an empty folder, or where another run has left off."""
-    if run.args.resume:
-        resume_run(run, resume_source(run.args, run.folder))
+    if any(agree(run.runtime, bool(source))):  # a disk may show ranks on other machines different things
+        resume_run(run, source or run.folder)
     elif run.runtime.is_main:
-        if run.folder.holds_run(CHECKPOINT):
+        if run.args.resume:
+            log.info("--resume auto: %s holds no run yet, so a new one starts", run.folder.path)
+        elif run.folder.holds_run(CHECKPOINT):
             log.info("--overwrite: removing the run that %s holds", run.folder.path)
         run.folder.clear()
     if run.runtime.is_main:
@@ -7052,7 +7098,7 @@ def resume_run(run: Run, source: RunFolder) -> None:
             link_atomic(source.previous, source.last)
     run.saved = run.position
     run.redo_files()
-    log.info("resumed after epoch %d, forward pass %d of the next one", run.state.epoch, run.state.micro)
+    log.info("resumed %s after epoch %d, forward pass %d", source.path, run.state.epoch, run.state.micro)
     if now["arguments"]["epochs"] != then["arguments"]["epochs"] and run.args.scheduler == "cosine":
         log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
 
@@ -7132,6 +7178,8 @@ def run_report(args: argparse.Namespace) -> int:
 def say_why(error: BaseException) -> int:
     """Say in one line why the run has ended; returns the exit code. What only a bug can raise is raised again."""
     text = " ".join(str(error).split())[:300]
+    if not says_why(error):
+        log.setLevel(logging.CRITICAL)
     if isinstance(error, UserError):
         for message in error.messages:
             log.error("%s", message)
@@ -7146,6 +7194,8 @@ def say_why(error: BaseException) -> int:
     elif "DataLoader worker" in text and ("Caught" not in text or isinstance(error, OSError)):
         text = "no space left in it" if isinstance(error, OSError) else text
         log.error("a process that reads volumes has died (%s); lower --num-workers or --batch-size, see /dev/shm", text)
+    elif is_lost(error):
+        log.error("another process of this run has ended or hangs (%s); --resume auto goes on from the last save", text)
     elif isinstance(error, OSError):
         log.error("%s: %s", error.filename or "the system", error.strerror or text)
     else:
@@ -7155,7 +7205,7 @@ def say_why(error: BaseException) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with these arguments; returns the exit code."""
-    args = parse_args(argv)
+    args, runtime = parse_args(argv), Runtime(torch.device("cpu"))
     setup_logging(None, is_main=True)
     with StopRequest(patient=False) as stop:
         try:
@@ -7163,18 +7213,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if asked:
                     return work(args)
             runtime = init_runtime(args.amp)
-            watch = RankWatch(runtime)
-            try:
-                code = run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
-                watch.part()
-                return code
-            except RuntimeError:
-                if runtime.world_size > 1 and not stop.overdue:  # perhaps a rank has died: its name is on the way
-                    time.sleep(RankWatch.INTERVAL * (RankWatch.PATIENCE + 3))
-                raise
+            with together(runtime, stop):
+                return run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
         except (Exception, Interrupted) as error:
-            # C code can turn Interrupted into an error of its own; a rank that has obeyed a stop is missed by others
-            return say_why(Interrupted(stop.signal_number) if stop.overdue else error)
+            reason = stop.reason(error)
+            stop.patient = True  # a launcher ends the other ranks with a signal: no reason to raise on the way out
+            code = say_why(reason)
+            leave(runtime, code)
+            return code
 
 
 if __name__ == "__main__":

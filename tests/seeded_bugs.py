@@ -125,7 +125,7 @@ BUGS = {
                                        "tests/test_step.py -k tta"),
     "changed argument accepted": ("        if name not in RESUME_MAY_CHANGE and", "        if False and",
                                   f"{CRASH} -k changed_arguments"),
-    "overwritten before the check": ("    check_folder(args, folder)\n    with folder",
+    "overwritten before the check": ("    source = check_folder(args, folder)\n    with folder",
                                      "    folder.clear() if args.overwrite else check_folder(args, folder)\n    with folder",
                                      f"{CRASH} -k overwrite_replaces"),
 }  # fmt: skip

@@ -1440,6 +1440,8 @@ def read_stored(path: Path, voxels: bool = True) -> tuple[Header, Any]:
             raise BadVolume(f"{path}: has shape {header.shape}, not (C, D, H, W)")
         if len(header.shape) == 3:
             header = dataclasses.replace(header, shape=(1, *header.shape))
+        if header.shape[-1] <= 4 < header.shape[0]:
+            raise BadVolume(f"{path}: has shape {header.shape}, channels last: store np.moveaxis(image, -1, 0)")
         if not voxels:
             return header, None
         data = read_member(file, image, path) if image else read_exactly(file, size, 0, path)
@@ -1531,29 +1533,69 @@ def copy_float32(planes: np.ndarray, into: np.ndarray) -> None:
         np.copyto(into, planes, casting="unsafe")
 
 
-def guess_intensity(dtype: np.dtype, channels: int, low: float, high: float) -> tuple[str, str]:
-    """What the values of a scan within [low, high] stand for: ("hu" | "unit" | "windowed", "") or ("", why not and what
-    settles it: with `unit` a value v stands for LO + v * (HI - LO), so that flag undoes any scaling)."""
-    values = f"has values from {low:g} to {high:g}"
+# What the values of a scan stand for is told by what every chest shows. Their range does not tell: padding hides a
+# missing intercept, and z-scores look like faint HU.
+
+KNOWN_SCALES = {  # what files hold instead of HU: the HU that 0 and 1 stand for, so that `unit` undoes it
+    "its rescale intercept is missing": (-1024.0, -1023.0),
+    "its rescale intercept was applied twice": (1024.0, 1025.0),
+    "it holds HU / 1000": (0.0, 1000.0),
+    "it holds [-1, 1], of which -1 and 1 stand for -1000 and 1500 HU": (250.0, 1500.0),
+    "it is an 8-bit picture, of which 0 and 255 stand for -1000 and 1500 HU": (-1000.0, -990.196),
+}
+
+
+def thinned(volume: np.ndarray) -> np.ndarray:
+    """float32 of every n-th voxel along each of three axes, enough of them to judge by."""
+    return volume[tuple(slice(None, None, max(1, n // 48)) for n in volume.shape)].astype(np.float32)
+
+
+def muscle_share(hu: np.ndarray) -> float:
+    """Part of the voxels that are muscle, blood or organs (-50 to 150 HU), 0 where lungs are missing: then it is no HU.
+
+    The lowest value and NaN, which may be padding, are left out.
+    """
+    body = hu[hu > np.nanmin(hu, initial=math.inf)]
+    lungs = (body > -990) & (body < -400)
+    return float(((body > -50) & (body < 150)).mean()) if body.size and lungs.mean() > 0.02 else 0.0
+
+
+def shows_chest(hu: np.ndarray) -> bool:
+    """Whether values can be the HU of a chest."""
+    return muscle_share(hu) > 0.02
+
+
+def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] = DEFAULT_HU_RANGE) -> tuple[str, str]:
+    """("hu" | "unit" | "windowed", ""), or ("", why the voxels (C, three axes) are none of these and what settles it).
+
+    NaN of a raw scan is a voxel without a value.
+    """
+    low, high = (float(f(stored)) for f in ((np.nanmin, np.nanmax) if header.raw else (np.min, np.max)))
+    values, some = f"has values from {low:g} to {high:g}", thinned(stored[0])
+    advice = "convert it again, or, if all are scaled alike, name the HU of 0 and 1: --intensity unit --hu-range LO HI"
     if not math.isfinite(low + high):
         return "", "holds voxels that are not finite: leave it out or convert it again"
     if low == high:
         return "", f"has the value {low:g} in every voxel: it holds no scan"
-    if low < -HU_LIMIT or high > HU_LIMIT:
+    if max(-low, high) > HU_LIMIT:
         return "", f"{values}: beyond ±{HU_LIMIT} HU: convert it again, or name --intensity hu if that is meant"
-    fits_unit = dtype.kind == "f" and low >= -1e-3 and high <= 1 + 1e-3
-    if fits_unit:
-        return ("unit", "") if channels == 1 else ("windowed", "")
-    if dtype.kind == "f" and low >= -1 - 1e-3 and high <= 1 + 1e-3:
-        means = "if -1 and 1 stand for -1000 and 1500 HU, --intensity unit --hu-range 250 1500"
-        return "", f"{values}: [-1, 1] is neither HU nor 0-1: {means if channels == 1 else 'store (v + 1) / 2'}"
-    if low >= 0 and high <= 255:
-        means = "if 0 and 255 stand for -1000 and 1500 HU, --intensity unit --hu-range -1000 -990.196"
-        return "", f"{values}: an 8-bit picture, not HU: convert the original, or, {means}"
-    if low >= 0:
-        means = "so the rescale intercept is missing: --intensity unit --hu-range -1024 -1023 adds it"
-        return "", f"{values}: air is near -1000 HU, {means}"
-    return "hu", ""
+    if header.dtype.kind == "f" and low >= -1 - 1e-3 and high <= 1 + 1e-3 and len(stored) > 1:
+        return ("windowed", "") if low >= -1e-3 else ("", f"{values}: windows are 0-1: store (v + 1) / 2")
+    if header.dtype.kind == "f" and low >= -1e-3 and high <= 1 + 1e-3:
+        lo, hi = hu_range
+        if not header.raw and shows_chest(lo + some * (hi - lo)):
+            return "unit", ""
+        doubt = "a raw scan says not of what" if header.raw else f"no lungs and muscle if of {lo:g} to {hi:g} HU"
+        return "", f"{values}: 0-1, and {doubt}: {advice}"
+    if shows_chest(some):
+        return "hu", ""
+    shares = {what: muscle_share(lo + some * (hi - lo)) for what, (lo, hi) in KNOWN_SCALES.items()}
+    likely = max(shares, key=lambda what: shares[what])
+    if shares[likely] > 0.02:
+        lo, hi = KNOWN_SCALES[likely]
+        return "", f"{values}, not HU: {likely}: --intensity unit --hu-range {lo:g} {hi:g} undoes that"
+    scores = " (of z-scores the MEAN and MEAN+DEVIATION)" if high - low < 100 else ""
+    return "", f"{values}, but no lungs and muscle in HU: {advice}{scores}; --intensity hu if it is right as it is"
 
 
 # Raw scans know their own geometry. Each reader gives a RawScan; `read_raw` alone checks and turns it. DICOM is read
@@ -2083,7 +2125,7 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
         if prep.spacing is None or prep.intensity == "windowed":
             raise BadVolume(f"{path}: is a raw scan among prepared volumes: convert it with --prepare")
         stored = prepare_volume(path, prep.spacing, prep.intensity if prep.trusted else "auto", prep.hu_range)
-        header, prep = Header(stored.shape, stored.dtype, raw=True), dataclasses.replace(prep, intensity="hu")
+        header, prep = Header(stored.shape, stored.dtype, raw=True), dataclasses.replace(prep, intensity="hu", trusted=True)
     else:
         header, stored = read_stored(path)
     orientation = checked_orientation(header, prep.orientation, prep.spacing, path)
@@ -2098,23 +2140,24 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # infinite voxels are found in the range
         warnings.simplefilter("ignore")  # torch's, that the file's bytes must not be changed
         ranges = [resample_channel(channel, out, scale, offset) for channel, out in zip(stored, voxels, strict=False)]
-    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-    check_range(low, high, scale, offset, header, prep, path)
-    return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, orientation)))
-
-
-def check_range(
-    low: float, high: float, scale: float, offset: float, header: Header, prep: Preprocessing, path: Path
-) -> None:
-    """BadVolume where one file's resampled values, [low, high], stand for something else than those of the others."""
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+        unlike = "" if prep.trusted else unlike_the_others(header, stored, scale, offset, prep)
+    if unlike:
+        raise BadVolume(f"{path}: {unlike}")
     if not (low >= -32768 and high <= 32767):  # NaN too
         raise BadVolume(f"{path}: holds voxels that are not finite, or beyond ±32767: leave it out or convert it again")
     if low == high:
         raise BadVolume(f"{path}: has the same value in every voxel: it holds no scan")
-    seen, reason = guess_intensity(header.dtype, header.shape[0], (low - offset) / scale, (high - offset) / scale)
-    if not prep.trusted and seen != prep.intensity:
-        advice = f"looks like {seen!r}, not {prep.intensity!r} as the others: convert it, or name --intensity for all"
-        raise BadVolume(f"{path}: {reason or advice}")
+    return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, orientation)))
+
+
+def unlike_the_others(header: Header, stored: np.ndarray, scale: float, offset: float, prep: Preprocessing) -> str:
+    """Why the values of one file stand for something else than those of the others, or ""."""
+    if prep.intensity != "windowed" and shows_chest(thinned(stored[0]) * scale + offset):
+        return ""
+    seen, reason = judge_voxels(header, stored, prep.hu_range)
+    advice = f"looks like {seen!r}, not {prep.intensity!r} as the others: convert it, or name --intensity for all"
+    return "" if seen == prep.intensity else reason or advice
 
 
 def read_headers(table: Table) -> list[Header]:
@@ -2147,16 +2190,13 @@ def decide_orientation(table: Table, headers: Sequence[Header], asked: str | Non
     """`asked`, else what the files say of themselves, else `usual` where their shapes do not speak against it."""
     told = {header.orientation for header in headers if header.orientation and not header.raw}
     if len(told) > 1:
-        raise BadInput(
-            f"the volumes name several orientations of themselves ({', '.join(sorted(told))}): prepare them alike"
-        )
+        raise BadInput(f"the volumes name several orientations ({', '.join(sorted(told))}): prepare them alike")
     orientation = asked or (told.pop() if told else usual)
     depth = spl_axes(orientation)[0][0]
     wrong = []
     for row, header in enumerate(headers):
-        sizes = header.shape[1:]
-        across = [size for axis, size in enumerate(sizes) if axis != depth]
-        if not (asked or header.orientation) and across[0] != across[1] and len(set(sizes)) == 2:
+        across = [size for axis, size in enumerate(header.shape[1:]) if axis != depth]
+        if not (asked or header.orientation) and across[0] != across[1] and len(set(header.shape[1:])) == 2:
             wrong.append(row)
     if wrong:
         first, mixed = wrong[0], "store all files alike, or " if len(wrong) < len(headers) else ""
@@ -2169,27 +2209,29 @@ def decide_orientation(table: Table, headers: Sequence[Header], asked: str | Non
     return orientation
 
 
-def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12, skip: bool = False) -> str:
-    """ "hu", "unit" or "windowed", from the ranges of a sample that holds every kind of file in the table.
+def decide_intensity(table: Table, headers: Sequence[Header], hu_range: Sequence[float], skip: bool = False) -> str:
+    """ "hu", "unit" or "windowed", from a sample that holds every kind of file in the table; BadInput where in doubt.
 
     A damaged file raises BadVolume; with `skip` it is passed over while there are others.
     """
-    kinds: dict[tuple[str, int], list[int]] = {}
-    for row, header in enumerate(headers):
-        kinds.setdefault((header.dtype.kind, header.shape[0]), []).append(row)
-    paths = [table.paths[row] for group in kinds.values() for row in spread(group, max(2, sample // len(kinds)))]
+    kinds: dict[tuple, list[Path]] = {}
+    for path, header in zip(table.paths, headers, strict=True):
+        kinds.setdefault((header.raw, header.dtype.kind, header.shape[0]), []).append(path)
+    paths = [group[row] for group in kinds.values() for row in spread(range(len(group)), max(2, 12 // len(kinds)))]
     seen: dict[str, list[str]] = {}
     doubts: dict[str, list[tuple[Path, str]]] = {}
     for number, path in enumerate(paths, start=1):
         try:
-            verdict, reason, values = judge_intensity(path)
+            header, stored = read_volume(path)
+            verdict, reason = judge_voxels(header, stored, hu_range)
         except BadVolume:
-            if skip and (seen or number < len(paths)):
+            if skip and (seen or doubts or number < len(paths)):
                 continue
             raise
-        if not verdict:
-            doubts.setdefault(reason.partition(": ")[2], []).append((path, reason))
-        seen.setdefault(verdict, []).append(f"{path} ({values})")
+        if reason:
+            doubts.setdefault(re.sub(r"^has values from \S+ to [^:,]+", "", reason), []).append((path, reason))
+        else:
+            seen.setdefault(verdict, []).append(f"{path} ({stored.dtype}, {stored.min():g} to {stored.max():g})")
     if doubts:
         raise BadInput(*(
             f"{path} {reason}" + (f"; likewise {', '.join(str(other) for other, _ in others[:3])}" if others else "")
@@ -2197,40 +2239,10 @@ def decide_intensity(table: Table, headers: Sequence[Header], sample: int = 12, 
         ))  # fmt: skip
     if len(seen) > 1:
         examples = "; ".join(f"{verdict}: {files[0]}" for verdict, files in seen.items())
-        raise BadInput(
-            f"the volumes are of different kinds ({examples}): convert them alike; --intensity overrules this"
-        )
+        raise BadInput(f"the volumes are of different kinds ({examples}): convert them alike, or name --intensity")
     verdict, files = seen.popitem()
     log.info("intensity: %s, decided from %d files such as %s", verdict, len(files), files[0])
     return verdict
-
-
-def judge_intensity(path: Path) -> tuple[str, str, str]:
-    """What `guess_intensity` says of a scan, unless its tissues speak against it; and its type and range in words."""
-    header, stored = read_volume(path)
-    verdict, reason = judge_voxels(header, stored)
-    return verdict, reason, f"{header.dtype}, {np.nanmin(stored):g} to {np.nanmax(stored):g}"
-
-
-def judge_voxels(header: Header, stored: np.ndarray) -> tuple[str, str]:
-    """What the voxels of a scan stand for and "", or "" and why it is refused; NaN of a raw scan is left out."""
-    low, high = float(np.nanmin(stored)), float(np.nanmax(stored))
-    if not header.raw and np.isnan(stored.min()):
-        low = math.nan
-    verdict, reason = guess_intensity(header.dtype, header.shape[0], low, high)
-    if header.raw and verdict not in ("hu", ""):
-        verdict, reason = "", f"has values from {low:g} to {high:g}, not HU: name --intensity unit --hu-range LO HI"
-    if verdict == "hu" and soft_tissue(stored) < 0.01:
-        verdict = ""
-        reason = "has hardly a voxel of soft tissue (-200 to 300 HU): --intensity hu if that is right, "
-        reason += "--intensity unit --hu-range 1024 1025 if its intercept was applied twice"
-    return verdict, reason
-
-
-def soft_tissue(stored: np.ndarray) -> float:
-    """The part of a scan's voxels that lies between -200 and 300 HU, of every fourth one along each axis."""
-    some = stored[0, ::4, ::4, ::4].astype(np.float32)
-    return float(((some > -200) & (some < 300)).mean())
 
 
 def decide_preprocessing(
@@ -2240,13 +2252,13 @@ def decide_preprocessing(
     *,
     orientation: str | None = None,
     intensity: str = "auto",
-    hu_range: Sequence[float] = (-1000.0, 1500.0),
+    hu_range: Sequence[float] = DEFAULT_HU_RANGE,
     spacing: Sequence[float] = (1.5, 1.5, 3.0),
     skip: bool = False,
 ) -> Preprocessing:
     """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt."""
     headers = read_headers(table)
-    decided = decide_intensity(table, headers, skip=skip) if intensity == "auto" else intensity
+    decided = decide_intensity(table, headers, hu_range, skip) if intensity == "auto" else intensity
     channels = headers[0].shape[0] if decided == "windowed" else 1
     odd = [path for path, header in zip(table.paths, headers, strict=True) if header.shape[0] != channels]
     if decided == "windowed" and odd:
@@ -2274,24 +2286,25 @@ def decide_spacing(headers: Sequence[Header], orientation: str, asked: Sequence[
 
 
 def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespace) -> Preprocessing:
-    """A checkpoint's preprocessing for other files: only how these are stored may differ, where a flag says so."""
-    prep = Preprocessing.from_dict(stored)
-    if args.orientation:
-        prep = dataclasses.replace(prep, orientation=args.orientation)
-    if args.intensity not in ("auto", prep.intensity):
-        if "windowed" in (args.intensity, prep.intensity):
+    """A checkpoint's preprocessing for other files: only how these are stored may differ, where a flag says so.
+
+    Values are taken on trust only where a flag of this run names them, whatever the training run was told.
+    """
+    prep = dataclasses.replace(Preprocessing.from_dict(stored), trusted=args.intensity != "auto")
+    if prep.trusted:
+        if (args.intensity == "windowed") != (prep.intensity == "windowed"):
             raise BadInput(f"--intensity {args.intensity}: the checkpoint was trained on {prep.intensity!r} volumes")
-        prep = dataclasses.replace(prep, intensity=args.intensity, hu_range=tuple(args.hu_range), trusted=True)
-    headers = read_headers(table)
-    decided = decide_orientation(table, headers, args.orientation, prep.orientation)
-    prep = dataclasses.replace(prep, orientation=decided)
+        if args.intensity != prep.intensity or tuple(args.hu_range) != DEFAULT_HU_RANGE:
+            prep = dataclasses.replace(prep, intensity=args.intensity, hu_range=tuple(args.hu_range))
+    orientation = decide_orientation(table, read_headers(table), args.orientation, prep.orientation)
+    prep = dataclasses.replace(prep, orientation=orientation)
     problems = []
-    for row in (rows := spread(range(len(table)), 4)):
+    for path in (paths := [table.paths[row] for row in spread(range(len(table)), 4)]):
         try:
-            load_sample(table.paths[row], prep)  # raises where the values are of another kind
+            load_sample(path, prep)  # raises where the values are of another kind
         except BadVolume as problem:
             problems.append(str(problem))
-    if problems and (args.on_bad_volume == "stop" or len(problems) == len(rows)):
+    if problems and (args.on_bad_volume == "stop" or len(problems) == len(paths)):
         raise BadInput(*problems)
     return prep
 
@@ -2842,23 +2855,13 @@ def doubtful_pairs(table: Table, headers: Sequence[Header]) -> list[str]:
 
 
 def doubtful_scans(table: Table, samples: dict[int, Tensor], prep: Preprocessing) -> list[str]:
-    """Scans of the sample that look like something else than a chest."""
-    from scipy import ndimage
-
+    """Scans of the sample that look like something else than a chest, or like one that is turned."""
     lines = []
     tells = prep.intensity != "windowed" and min(prep.grid[1:]) >= 48  # pixels: coarser ones close the lungs
     for row, sample in samples.items() if tells else ():
-        steps = [max(1, n // 96) for n in sample.shape[1:]]
-        volume = sample[0, :: steps[0], :: steps[1], :: steps[2]].numpy()
-        filled = np.stack([ndimage.binary_fill_holes(plane > -400) for plane in volume])
-        air = float((filled & (volume < -400)).sum() / max(1, filled.sum()))
-        reason = ""
-        if filled.mean() < 0.02:
-            reason = "holds hardly any tissue: an empty or failed scan?"
-        elif air < 0.05:
-            reason = f"has {100 * air:.0f} % air inside the body, a chest 15 to 60 %: another body part, or wrong axes?"
-        elif volume.max() < 150:
-            reason = f"has no voxel above {volume.max()} HU, so no bone: is --hu-range right?"
+        volume, reason = thinned(sample[0].numpy()), ""
+        if not shows_chest(volume):
+            reason = "shows no lungs and muscle in HU: another body part, or see --intensity and --hu-range."
         elif spine_ahead(volume) > 0.05:
             code = prep.orientation.translate(str.maketrans("AP", "PA"))
             both = code.translate(str.maketrans("LR", "RL"))

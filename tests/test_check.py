@@ -69,22 +69,23 @@ def test_copies_of_a_scan_and_overlapping_splits_are_named(phantom: np.ndarray, 
     assert "patient 'p' is in train (line 2), val (line 3)" in found
 
 
-def test_what_is_no_chest_is_suspected(phantom: np.ndarray, tmp_path: Path) -> None:
-    solid = phantom.copy()
-    solid[solid < -500] = -1000
+def test_what_is_no_chest_is_refused_or_suspected_where_the_intensity_is_named(
+    phantom: np.ndarray, tmp_path: Path
+) -> None:
     inside = np.zeros(phantom.shape[1:], bool)
     inside[:, 20:76, 10:86] = True
     head = np.where(inside[None], np.maximum(phantom, 30), -1000).astype(np.int16)
     air = np.full_like(phantom, -1000)
     air[0, 3, 3, 3] = 200
-    pale = np.minimum(phantom, 100)
-    scans = [save(tmp_path / f"{i}.npz", image=volume) for i, volume in enumerate((phantom, head, air, pale))]
-    found = report(table_of(*scans))
-    warnings = [line for line in found.splitlines() if line.startswith("warning")]
-    assert len(warnings) == 3
-    for line, (number, words) in zip(warnings, ((3, "0 % air"), (4, "hardly any tissue"), (5, "no bone")), strict=True):
+    table = table_of(*(save(tmp_path / f"{i}.npz", image=volume) for i, volume in enumerate((phantom, head, air))))
+    with pytest.raises(BadInput, match="no lungs and muscle") as caught:
+        report(table)
+    assert len(caught.value.messages) == 2
+    warnings = [line for line in check_data(table, prep(GRID, trusted=True)) if line.startswith("warning")]
+    assert len(warnings) == 2
+    for line, number in zip(warnings, (3, 4), strict=True):
         assert f"line {number}:" in line
-        assert words in line
+        assert "no lungs and muscle" in line
 
 
 def test_a_spine_in_front_is_suspected_with_the_codes_that_would_be_right(phantom: np.ndarray, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 import zlib
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,13 +29,15 @@ from finetune_siglip import (
     BadInput,
     BadVolume,
     CTVolumeDataset,
+    Header,
     Preprocessing,
     Table,
     augment,
     build_loader,
     decide_preprocessing,
+    decide_preprocessing_like,
     fit_shared_memory,
-    guess_intensity,
+    judge_voxels,
     load_sample,
     load_volume,
     move_volume,
@@ -144,6 +147,19 @@ def test_senseless_members_are_refused(tmp_path: Path, members: dict) -> None:
         load_volume(save(tmp_path / "v.npz", image=chest(3, 3, 3), **members))
 
 
+@pytest.mark.parametrize("shape", [(40, 56, 64, 1), (40, 64, 64, 1), (64, 64, 40, 1), (40, 64, 64, 3)])
+@pytest.mark.parametrize("code", [None, "SPL", "RAS"])
+def test_channels_last_are_refused_with_a_remedy_that_works(tmp_path: Path, shape: tuple, code: str | None) -> None:
+    image = np.repeat(chest(*shape[:3])[0][..., None], shape[3], -1)
+    path = save(tmp_path / "v.npz", image=image)
+    with pytest.raises(BadInput, match=r"channels last: store np.moveaxis\(image, -1, 0\)"):
+        decide_preprocessing(table_of(path), (8, 8, 8), CHEST, orientation=code)
+    save(path, image=np.moveaxis(image, -1, 0))
+    right = "RAS" if shape[0] == shape[1] else "SPL"
+    decided = decide_preprocessing(table_of(path), (8, 8, 8), CHEST, orientation=right)
+    assert load_sample(path, decided).shape == (1, 8, 8, 8)
+
+
 # Resampling
 
 
@@ -223,21 +239,77 @@ def test_preprocessing_survives_plain_types() -> None:
 # Intensity
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "dtype", "channels", "verdict"),
-    [
-        (-1024, 1400, "int16", 1, "hu"), (-1000, 1500, "float16", 1, "hu"), (-3024, 3071, "int16", 1, "hu"),
-        (0, 1, "float32", 1, "unit"), (0.02, 0.98, "float16", 1, "unit"), (0, 1, "float32", 3, "windowed"),
-        (-1, 1, "float32", 1, ""), (-0.7, 0.9, "float32", 3, ""), (0, 255, "uint8", 1, ""), (0, 255, "float32", 1, ""),
-        (0, 4095, "int16", 1, ""), (-9000, 1000, "int16", 1, ""), (-1000, 30000, "int16", 1, ""),
-        (0, 0, "int16", 1, ""),
-        (math.nan, math.nan, "float32", 1, ""), (-math.inf, 5, "float32", 1, ""), (0, 1, "int16", 1, ""),
-    ],
-)  # fmt: skip
-def test_what_values_stand_for(low: float, high: float, dtype: str, channels: int, verdict: str) -> None:
-    found, reason = guess_intensity(np.dtype(dtype), channels, low, high)
-    assert found == verdict
-    assert bool(reason) != bool(verdict)
+def body(*shape: int, seed: int = 0) -> np.ndarray:
+    """float32 HU (D, H, W): lungs, muscle, fat and bone in proportions of a chest, with their noise."""
+    rng = np.random.default_rng(seed)
+    tissue = rng.choice([-1000.0, -860.0, -100.0, 40.0, 500.0], size=shape, p=[0.3, 0.2, 0.15, 0.3, 0.05])
+    return (tissue + rng.normal(0, 15, shape)).clip(-1024, 1400).astype(np.float32)
+
+
+def padded(volume: np.ndarray, value: float) -> np.ndarray:
+    """The volume with a frame of one value, as padding leaves it."""
+    return np.pad(volume, 5, constant_values=value)
+
+
+HU = body(40, 40, 40)
+KINDS = {  # name: (voxels, channels, kind or part of the reason)
+    "hu": (HU.astype(np.int16), "hu"),
+    "float hu": (HU.astype(np.float16), "hu"),
+    "hu, padded": (padded(HU, -3024).astype(np.int16), "hu"),
+    "hu, lungs cut out of a window": (HU.clip(-1000, 400), "hu"),
+    "hu, a window that shows no lung": (HU.clip(-160, 240), "--intensity hu"),
+    "unit": ((HU.clip(-1000, 1500) + 1000) / 2500, "unit"),
+    "unit of another range": ((HU.clip(-1000, 400) + 1000) / 1400, "--hu-range LO HI"),
+    "unit of each scan's own range": ((HU + 1024) / 4095, "--hu-range LO HI"),
+    "z-scores": ((HU - HU.mean()) / HU.std(), "MEAN+DEVIATION"),
+    "z-scores as other noise has them": ((HU + 400) / 600, "MEAN+DEVIATION"),
+    "z-scores, padded": (padded((HU - HU.mean()) / HU.std(), -5.0), "MEAN+DEVIATION"),
+    "HU / 1000": (HU / 1000, "--hu-range 0 1000"),
+    "HU / 1000, clipped": (HU.clip(-1000, 1000) / 1000, "--hu-range 0 1000"),
+    "HU / 1000, padded": (padded(HU / 1000, -3.024), "--hu-range 0 1000"),
+    "[-1, 1]": ((HU.clip(-1000, 1500) - 250) / 1250, "--hu-range 250 1500"),
+    "HU + 1024": ((HU + 1024).astype(np.int16), "--hu-range -1024 -1023"),
+    "HU + 1024, unsigned": ((HU + 1024).astype(np.uint16), "--hu-range -1024 -1023"),
+    "HU + 1024, padded": (padded(HU + 1024, -1024).astype(np.int16), "--hu-range -1024 -1023"),
+    "HU + 1024, padded lower": (padded(HU + 1024, -2000).astype(np.int16), "--hu-range -1024 -1023"),
+    "HU + 1024 with streaks": (np.where(HU > 450, -700, HU + 1024).astype(np.int16)[:, :8], "--hu-range -1024 -1023"),
+    "HU - 1024": ((HU - 1024).astype(np.int16), "--hu-range 1024 1025"),
+    "0-255": (((HU.clip(-1000, 1500) + 1000) / 2500 * 255).round().astype(np.uint8), "--hu-range -1000 -990.196"),
+    "0-255, float": ((HU.clip(-1000, 1500) + 1000) / 2500 * 255, "--hu-range -1000 -990.196"),
+    "beyond": (np.where(HU > 450, 20000, HU).astype(np.int16), "beyond"),
+    "blank": (np.zeros_like(HU), "every voxel"),
+    "mask": ((HU > 0).astype(np.int16), "--hu-range LO HI"),
+    "infinite": (np.where(HU > 450, -np.inf, HU), "not finite"),
+    "NaN": (np.where(HU > 450, np.nan, HU), "not finite"),
+}
+
+
+def judged(stored: np.ndarray, channels: int = 1, raw: bool = False) -> tuple[str, str]:
+    stored = np.repeat(stored[None], channels, 0)
+    return judge_voxels(Header(stored.shape, stored.dtype, raw=raw), stored)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_values_stand_for_is_told_by_what_a_chest_shows(name: str) -> None:
+    stored, expected = KINDS[name]
+    kind, reason = judged(stored)
+    assert bool(reason) != bool(kind)
+    assert expected == kind if expected in ("hu", "unit") else expected in reason
+
+
+def test_several_channels_within_0_and_1_are_windows() -> None:
+    windows = (HU.clip(-160, 240) + 160) / 400
+    assert judged(windows, 3) == ("windowed", "")
+    assert "store (v + 1) / 2" in judged(windows * 2 - 1, 3)[1]
+    assert judged(HU, 2) == ("hu", "")
+
+
+def test_of_a_raw_scan_only_hu_are_taken_and_voxels_without_a_value_do_no_harm() -> None:
+    assert judged(np.where(HU > 450, np.nan, HU), raw=True) == ("hu", "")
+    for name in ("unit", "HU + 1024, padded", "z-scores", "0-255", "[-1, 1]", "HU / 1000"):
+        kind, reason = judged(KINDS[name][0], raw=True)
+        assert not kind
+        assert "--intensity unit --hu-range" in reason
 
 
 def unit(*shape: int) -> np.ndarray:
@@ -282,6 +354,30 @@ def test_the_flag_that_a_refusal_names_gives_the_right_hu(tmp_path: Path, change
     decided = decide_preprocessing(table, (8, 9, 9), CHEST, intensity="unit", hu_range=(lo, hi))
     found = load_sample(table.paths[0], decided).numpy()
     assert np.abs(found - np.clip(hu, -1100 if tolerance == 0 else -1000, 1500)).max() <= tolerance
+
+
+@pytest.mark.parametrize("name", ["z-scores", "HU / 1000", "HU + 1024, padded", "0-255", "[-1, 1]"])
+def test_a_model_predicts_only_on_values_of_its_kind(tmp_path: Path, name: str) -> None:
+    table = table_of(save(tmp_path / "odd.npz", image=KINDS[name][0][None]))
+    flags = {"orientation": None, "intensity": "auto", "hu_range": (-1000.0, 1500.0), "on_bad_volume": "stop"}
+    for trusted in (False, True):  # whatever its training run took on trust
+        with pytest.raises(BadInput, match="--intensity unit --hu-range") as caught:
+            decide_preprocessing_like(prep((8, 9, 9), trusted=trusted).to_dict(), table, Namespace(**flags))
+    if name == "z-scores":
+        lo, hi = float(HU.mean()), float(HU.mean() + HU.std())
+    else:
+        lo, hi = map(float, re.search(r"--hu-range (\S+) (-?[\d.]+\d)", str(caught.value)).groups())
+    named = Namespace(**flags | {"intensity": "unit", "hu_range": (lo, hi)})
+    for trained in (prep((40, 40, 40)), prep((40, 40, 40), intensity="unit")):
+        decided = decide_preprocessing_like(trained.to_dict(), table, named)
+        found = load_sample(table.paths[0], decided).numpy()[0, -40:, -40:, -40:]
+        if "padded" not in name:
+            assert np.abs(found.clip(-1000) - HU.clip(-1000, 1400)).max() <= (6 if name == "0-255" else 1)
+    other = prep((8, 9, 9), intensity="unit", hu_range=(lo, hi), trusted=True)
+    good = table_of(save(tmp_path / "good.npz", image=HU.astype(np.int16)[None]))
+    with pytest.raises(BadInput, match="looks like 'hu'"):
+        decide_preprocessing_like(other.to_dict(), good, Namespace(**flags))
+    assert decide_preprocessing_like(other.to_dict(), table, Namespace(**flags)).intensity == "unit"
 
 
 def test_files_with_one_fault_are_told_in_one_line(tmp_path: Path) -> None:

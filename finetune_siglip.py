@@ -2125,7 +2125,8 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
         if prep.spacing is None or prep.intensity == "windowed":
             raise BadVolume(f"{path}: is a raw scan among prepared volumes: convert it with --prepare")
         stored = prepare_volume(path, prep.spacing, prep.intensity if prep.trusted else "auto", prep.hu_range)
-        header, prep = Header(stored.shape, stored.dtype, raw=True), dataclasses.replace(prep, intensity="hu", trusted=True)
+        header = Header(stored.shape, stored.dtype, raw=True)
+        prep = dataclasses.replace(prep, intensity="hu", trusted=True)  # it was judged before it was padded
     else:
         header, stored = read_stored(path)
     orientation = checked_orientation(header, prep.orientation, prep.spacing, path)

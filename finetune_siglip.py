@@ -70,10 +70,13 @@ from datetime import timedelta
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
 __version__ = "1.0.0"
+
+if TYPE_CHECKING:
+    import pandas
 
 # ── 0 Door ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What every room may use: the errors that end a run with one line, and the constants of the field.
@@ -215,20 +218,55 @@ def orientation_code(text: str) -> str:
     return code
 
 
+class Parser(argparse.ArgumentParser):
+    """Gathers what is wrong with a command line, to tell it all at once, in a line each and without the usage."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.wrong: list[str] = []
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        try:
+            return super()._get_values(action, arg_strings)
+        except argparse.ArgumentError as error:
+            self.wrong.append(str(error))
+            return action.default
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        """A line of an @FILE is one value, whatever it holds; empty lines are none."""
+        return [text] if (text := arg_line.strip("\ufeff \t")) else []
+
+    def unknown_flags(self, argv: Sequence[str]) -> list[str]:
+        """What to say of each flag that is none of ours: the nearest one by its name, or by what it does."""
+        found, ours = [], self._option_string_actions
+        for flag in [word.partition("=")[0] for word in argv if re.match(r"--\w", word)]:
+            near = [name for name in ours if name.startswith(flag)]
+            near += [name for name, action in ours.items() if flag[2:].replace("-", " ") in (action.help or "")]
+            near += difflib.get_close_matches(flag, ours, n=1)
+            if flag not in ours:
+                found.append(f"there is no {flag}: {f'the nearest is {near[0]}' if near else '--help lists all'}")
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, "".join(f"{self.prog}: error: {line}\n" for line in (*self.wrong, message)))
+
+
 # fmt: off
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The flat table of arguments, grouped as in the README."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="finetune_siglip.py",
         description="Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.",
         epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory), 4 diverged, 128 + signal: stopped.",
         allow_abbrev=False,
+        fromfile_prefix_chars="@",
     )
     parser.add_argument("--version", action="version", version=f"finetune_siglip.py {__version__}")
     add = parser.add_argument_group("data").add_argument
     add("--config", type=Path, metavar="RUN.JSON", help="start from the settings of this run.json; arguments win")
     add("--csv", type=Path, help="table with series_id, split, img_path and one 0/1 column per finding")
-    add("--label-columns", nargs="+", metavar="NAME", help="finding columns; quote names with spaces")
+    add("--label-columns", nargs="+", metavar="NAME",
+        help="finding columns, names with spaces in quotes, or @FILE with one a line; only training needs them")
     add("--orientation", type=orientation_code, help="towards which side of the patient each stored axis rises [SPL]")
     add("--intensity", choices=("auto", "hu", "unit", "windowed"), default="auto",
         help="what a stored value means [auto]")
@@ -236,6 +274,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="HU that 0 and 1 stand for with --intensity unit [-1000 1500]")
     add("--windows", type=window_list, default="chest",
         help="chest, medsiglip, merlin, or lo:hi,lo:hi,lo:hi in HU [chest]")
+    add("--use-3channel", action="store_true", help="accepted for older scripts: three windows are the default anyway")
     add("--num-slices", type=count, help="slices (depth) after resampling [64; 160 for a 3D backbone]")
     add("--image-size", type=count,
         help="rows and columns after resampling [the checkpoint's own; 224 for a 3D backbone]")
@@ -249,7 +288,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-workers", type=whole_number, default=4, help="processes that read volumes; 0 reads in the main one [4]")
     add("--cache-dir", type=Path, metavar="DIR",
         help="keep resampled volumes there, on a local disk: from the second epoch on reading takes milliseconds")
-    add("--cache-limit-gb", type=amount, default=0.0, metavar="GB", help="size of --cache-dir at most; 0: no limit [0]")
     add("--check-data", action="store_true", help="report on table and volumes, draw data_check.png and stop")
     add("--prepare", type=Path, metavar="DIR",
         help="convert the raw scans of --csv to NPZ files and a CSV in this folder and stop; repeat to go on")
@@ -281,8 +319,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=amount, default=1e-4,
         help="decoupled decay; biases, norms and embeddings have none [1e-4]")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd has Nesterov momentum 0.9 [adamw]")
-    add("--scheduler", choices=("plateau", "cosine"), default="plateau",
-        help="plateau halves the rate when no epoch is better (see --select) [plateau]")
+    add("--scheduler", choices=("plateau", "cosine", "warmup"), default="plateau",
+        help="plateau halves the rate when no epoch is better (--select); warmup: cosine with --warmup 5%% [plateau]")
     add("--warmup", type=steps_or_share, default=0, metavar="STEPS",
         help="optimiser steps of linear warm-up from 0, or a share of all steps such as 5%% [0]")
     add("--gradient-accumulation-steps", type=count, default=1, help="forward passes per optimiser step [1]")
@@ -292,7 +330,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--select", choices=("macro_f1", "macro_auc", "macro_average_precision", "val_loss"), default="macro_f1",
         help="figure on val that epochs are compared by; then macro average precision, then lower loss [macro_f1]")
     add("--use-ema", action="store_true", help="validate, save and predict with averaged weights")
-    add("--ema-decay", type=fraction, default=0.999, help="decay of the averaged weights after their warm-up [0.999]")
     add("--soup", action="store_true",
         help="at the end try the mean of the three best epochs' weights, and keep it where it is better on val")
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
@@ -309,8 +346,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="train the head alone for N epochs, then all that is not frozen [0]")
     add("--lora-rank", type=whole_number, default=0, metavar="R",
         help="train adapters of this rank in place of the backbone itself, merged on saving; 0: none [0]")
-    add("--balance-sampler", action="store_true",
-        help="draw scans so that rare findings, and scans without any, come as often as common ones")
     add("--skip-air", action="store_true", help="leave patches outside the body out of the ViT (SigLIP family)")
     add("--cache-features", type=Path, metavar="DIR",
         help="keep a frozen backbone's slice features there, without augmentation")
@@ -330,7 +365,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="auto: online with a key and a network, else offline [auto]")
 
     add = parser.add_argument_group("prediction").add_argument
-    add("--test-only", type=Path, metavar="CHECKPOINT", help="predict with this checkpoint of ours and stop")
+    add("--test-only", type=Path, nargs="+", metavar="CHECKPOINT",
+        help="predict with this checkpoint of ours, or with the mean logits of several or a folder of them, and stop")
+    add("--images", type=Path, nargs="+", metavar="PATH",
+        help="with --test-only, in place of --csv: scans, DICOM folders, folders that hold any of them; ids are names")
     add("--test-output", type=Path, default=Path("test_predictions.csv"),
         help="a bare name goes to --output-dir [test_predictions.csv]")
     add("--test-split", help="split to predict [test if the CSV has it, else val]")
@@ -339,11 +377,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threshold-objective", choices=("f1", "youden", "crg"), default="f1", help="what auto maximises [f1]")
     add("--aggregate", choices=("none", "series", "patient"), default="none",
         help="average the logits of a scan's reconstructions, or of all scans of a patient [none]")
-    add("--tta", type=whole_number, default=0, metavar="N",
-        help="average the logits of a scan and of N lightly augmented copies, in final predictions; 0: off [0]")
     add("--explain", type=whole_number, default=0, metavar="N",
         help="draw where a finding was seen, for each label in the N most probable scans called positive; 0: off [0]")
-    add("--explain-ids", nargs="+", metavar="ID", help="draw it for every finding called in these scans too")
+    add("--score", type=Path, metavar="PREDICTIONS",
+        help="metrics, intervals and report of a table of id and {label}_prob against the labels in --csv, and stop")
     add("--bootstrap", type=whole_number, default=1000, metavar="N",
         help="resamples of the patients for 95 %% intervals; 0 switches them off [1000]")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.html anew from the files there and stop")
@@ -368,7 +405,7 @@ def stored_arguments(path: Path) -> list[str]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Arguments, checked for conflicts; a wrong one ends in `parser.error` (exit 2). `command` is what was typed."""
+    """Arguments, checked for conflicts; all that is wrong is told at once (exit 2). `command` is what was typed."""
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = shlex.join(["finetune_siglip.py", *argv])
@@ -382,30 +419,38 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for i in range(len(argv) - 1, 0, -1):  # argparse takes a value such as -1000:200 for a flag unless joined by "="
         if argv[i - 1] == "--windows":
             argv[i - 1 : i + 1] = [f"--windows={argv[i]}"]
-    args = parser.parse_args(argv, argparse.Namespace(command=command))
-    if args.report:
-        return args
-    missing = [flag for flag, value in (("--csv", args.csv), ("--label-columns", args.label_columns)) if not value]
-    if missing:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    if not (args.test_only or args.pretrained or args.check_data or args.prepare):
-        parser.error("--pretrained is required unless --test-only names a checkpoint")
-    if args.cache_limit_gb and not args.cache_dir:
-        parser.error("--cache-limit-gb needs --cache-dir")
-    if args.hu_range[0] >= args.hu_range[1] or not all(map(math.isfinite, args.hu_range)):
-        parser.error(f"--hu-range needs LO < HI, not {args.hu_range[0]:g} {args.hu_range[1]:g}")
-    if args.lr == 0:
-        parser.error("--lr must be above 0")
-    if not 0 <= args.dropout_rate < 1:
-        parser.error("--dropout-rate must be below 1")
-    if args.cache_features and (args.freeze_up_to == 0 or args.lora_rank or args.unfreeze_epoch):
-        parser.error("--cache-features needs a backbone that stays as it is: no LoRA, --freeze-up-to all")
-    if args.cache_features and args.tta:
-        parser.error("--tta alters volumes and --cache-features keeps what is computed from them: leave out one")
-    repeated = sorted({name for name in args.label_columns if args.label_columns.count(name) > 1})
-    if repeated:
-        parser.error(f"--label-columns names {', '.join(repeated)} twice")
+    parser.wrong += parser.unknown_flags(argv)
+    foreign = bool(parser.wrong)
+    args, rest = parser.parse_known_args(argv, argparse.Namespace(command=command))
+    if rest and not foreign:  # else these are the values of the unknown flags
+        parser.wrong.append(f"there is no flag before {' '.join(rest)}")
+    parser.wrong += [] if args.report else conflicts(args)
+    if parser.wrong:
+        parser.error(parser.wrong.pop())
+    if args.scheduler == "warmup":
+        args.scheduler, args.warmup = "cosine", args.warmup or "5%"
     return args
+
+
+def conflicts(args: argparse.Namespace) -> list[str]:
+    """What is lacking, and what can't go together."""
+    training = not (args.test_only or args.check_data or args.prepare or args.score)
+    named = args.label_columns or []
+    (lo, hi), repeated = args.hu_range, sorted({name for name in named if named.count(name) > 1})
+    frozen = args.freeze_up_to != 0 and not args.lora_rank and not args.unfreeze_epoch
+    return [message for wrong, message in (
+        (not args.csv and not args.images, "--csv is required"),
+        (args.images and not args.test_only, "--images needs --test-only"),
+        (args.images and args.csv, "--images takes the place of --csv: leave out one"),
+        (training and not named, "--label-columns is required"),
+        (training and not args.pretrained, "--pretrained is required unless --test-only names a checkpoint"),
+        (not -math.inf < lo < hi < math.inf, f"--hu-range needs LO < HI, not {lo:g} {hi:g}"),
+        (args.lr == 0, "--lr must be above 0"),
+        (args.dropout_rate == 1, "--dropout-rate must be below 1"),
+        (args.cache_features and not frozen,
+         "--cache-features needs a backbone that stays as it is: no LoRA, --freeze-up-to all"),
+        (repeated, f"--label-columns names {', '.join(repeated)} twice"),
+    ) if wrong]  # fmt: skip
 
 
 # ── 2 Machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1185,17 +1230,20 @@ def read_table(
     *,
     labels_required: bool = True,
     allow_patient_overlap: bool = False,
+    volumes: bool = True,
 ) -> Table:
     """The checked rows of the CSV.
 
     Raises BadInput with every error of the table, each with its line. `labels_required=False` (prediction) accepts a
-    table without some or all label columns; their targets are NaN.
+    table without some or all label columns; their targets are NaN. `volumes=False` (scoring) needs neither paths nor
+    splits and looks at no file.
     """
     csv_path, labels = Path(csv_path), tuple(label_columns)
-    check_label_names(labels)
+    if labels or labels_required:
+        check_label_names(labels)
     wrong = Complaints(csv_path)
     header, rows = read_rows(csv_path, wrong)
-    optional = ("patient_id",) if labels_required else ("patient_id", *labels)
+    optional = ("patient_id", *(() if labels_required else labels), *(() if volumes else ("img_path", "split")))
     at = find_columns(header, (*TABLE_COLUMNS, *labels), optional, wrong)
     table = Table(labels, [], [], [], [], np.empty((0, len(labels)), np.float32), [])
     targets = []
@@ -1211,10 +1259,10 @@ def read_table(
         table.splits.append(split)
         table.paths.append(csv_path.parent / path if path else Path())
         targets.append(parse_labels(cells, at, labels, line, wrong))
-        if "img_path" in at and not path:
+        if volumes and "img_path" in at and not path:
             wrong.add("img_path", line, "img_path is empty: it names the file of the scan")
     table = dataclasses.replace(table, targets=np.array(targets, np.float32).reshape(len(targets), len(labels)))
-    check_table(table, set(at), wrong, allow_patient_overlap)
+    check_table(table, {*at} if volumes else {*at} - {"img_path"}, wrong, allow_patient_overlap)
     return table
 
 
@@ -2297,7 +2345,15 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
             raise BadInput(f"--intensity {args.intensity}: the checkpoint was trained on {prep.intensity!r} volumes")
         if args.intensity != prep.intensity or tuple(args.hu_range) != DEFAULT_HU_RANGE:
             prep = dataclasses.replace(prep, intensity=args.intensity, hu_range=tuple(args.hu_range))
-    orientation = decide_orientation(table, read_headers(table), args.orientation, prep.orientation)
+    headers = read_headers(table)
+    if prep.spacing is None and any(header.raw for header in headers):
+        prep = dataclasses.replace(prep, spacing=tuple(map(float, reversed(args.spacing))))
+        log.warning(
+            "the checkpoint was trained on files of unknown spacing: raw scans are assumed to fit when brought to "
+            "%g x %g x %g mm (columns, rows, slices; see --spacing) and %g x %g x %g mm around the body",
+            *args.spacing, *FIELD_OF_VIEW[::-1],
+        )  # fmt: skip
+    orientation = decide_orientation(table, headers, args.orientation, prep.orientation)
     prep = dataclasses.replace(prep, orientation=orientation)
     problems = []
     for path in (paths := [table.paths[row] for row in spread(range(len(table)), 4)]):
@@ -2605,6 +2661,11 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         targets[list(self.skipped)] = math.nan
         return targets
 
+    @property
+    def readable(self) -> list[int]:
+        """The rows that were not skipped so far."""
+        return [row for row in range(len(self.table)) if row not in self.skipped]
+
 
 class VolumeLoader(torch.utils.data.DataLoader):
     """Batches of a CTVolumeDataset. A bad scan raises BadVolume here, or is added to the dataset's `skipped`."""
@@ -2792,7 +2853,7 @@ def check_data(
 
 def describe_table(table: Table) -> list[str]:
     """Scans, patients and known labels of each split."""
-    lines, width = [], max(map(len, table.labels))
+    lines, width = [], max(map(len, table.labels), default=0)
     parts = {name: table.split(name) for name in SPLITS if name in table.splits}
     for name, part in parts.items():
         lines.append(f"{name}: {len(part)} scans of {len(set(part.patient_ids))} patients")
@@ -4378,7 +4439,7 @@ class Ema:
     Buffers are taken over as they are.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float = 0.999):
         self.decay, self.steps = decay, 0
         self.weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.weights.items()}
@@ -5478,6 +5539,9 @@ class RunFolder:
         """Whether there is anything that a new run would replace, files of the patterns `more` included."""
         return self.path.is_dir() and (self.has_state() or bool(self.ours(*DERIVED, *more)))
 
+    def holds_model(self) -> bool:
+        return self.has_state() or bool(self.ours(CHECKPOINT, r"best_model\.pth"))
+
     def same_as(self, other: RunFolder) -> bool:
         return self.path.resolve() == other.path.resolve()
 
@@ -5727,9 +5791,16 @@ def write_predictions(
     probabilities = np.asarray(probabilities, np.float64)
     if path.suffix == ".json":
         return write_challenge_json(path, series_ids, move_thresholds_to_half(probabilities, thresholds), labels)
+    write_rows(path, prediction_rows(series_ids, probabilities, thresholds, labels))
+
+
+def prediction_rows(
+    series_ids: Sequence[str], probabilities: np.ndarray, thresholds: float | np.ndarray, labels: Sequence[str]
+) -> list[list]:
+    """The rows of test_predictions.csv, its header first."""
     cells = np.stack([probabilities.astype(object), (probabilities >= thresholds).astype(int)], 2)  # (n, L, 2)
     header = ["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))]
-    write_rows(path, [header, *([name, *row.ravel()] for name, row in zip(series_ids, cells, strict=True))])
+    return [header, *([name, *row.ravel()] for name, row in zip(series_ids, cells, strict=True))]
 
 
 def write_challenge_json(
@@ -6529,9 +6600,9 @@ class Run:
         """Where a stop need not wait for data; with several ranks it does, for the others go on to the next step."""
         return self.stop.waiting() if self.runtime.world_size == 1 else nullcontext()
 
-    def predict(self, dataset: CTVolumeDataset, title: str, tta: int = 0) -> np.ndarray:
+    def predict(self, dataset: CTVolumeDataset, title: str) -> np.ndarray:
         """Logits (n, L) of the model as it is now; may end in Interrupted."""
-        logits = predict(self.state.model, dataset, self.recipe, self.runtime, title, self.poll, tta, self.waiting)
+        logits = predict(self.state.model, dataset, self.recipe, self.runtime, title, self.poll, waiting=self.waiting)
         self.poll()
         return logits
 
@@ -6599,8 +6670,7 @@ def show_data(table: Table, prep: Preprocessing, folder: Path, skip: bool) -> No
 def build_datasets(args: argparse.Namespace, tables: Sequence[Table], prep: Preprocessing) -> list[CTVolumeDataset]:
     """A dataset for each table, all of them behind one cache if `--cache-dir` asks for it."""
     sources = [path for table in tables for path in table.paths]
-    limit = args.cache_limit_gb * 1e9 or math.inf
-    cache = VolumeCache(args.cache_dir, prep, sources, limit) if args.cache_dir else None
+    cache = VolumeCache(args.cache_dir, prep, sources) if args.cache_dir else None
     return [CTVolumeDataset(table, prep, cache, args.on_bad_volume) for table in tables]
 
 
@@ -6644,7 +6714,6 @@ def read_training_table(args: argparse.Namespace) -> Table:
 def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, folder: RunFolder) -> Run:
     """Read everything, check everything, build everything: after this only time can go wrong."""
     table = read_training_table(args)
-    require_scans(args.explain_ids, table.split("val"), table.split("test"))
     model, preprocessing = build_model(args, table)
     model.to(runtime.device)
     shape = (preprocessing.channels, *preprocessing.grid)
@@ -6658,7 +6727,6 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     recipe = Recipe(
         args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
         augment=args.augment, intensity=preprocessing.intensity, seed=args.seed, log_interval=args.log_interval,
-        balance=args.balance_sampler,
     )  # fmt: skip
     if args.cache_features:
         apply_memory_plan(model, *chunking)
@@ -6670,7 +6738,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     state = TrainState(
         distribute(model, runtime), build_optimizer(args, model), build_scheduler(args, steps_per_epoch),
         torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16),
-        Ema(model, args.ema_decay) if args.use_ema else None,
+        Ema(model) if args.use_ema else None,
         loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device),
     )  # fmt: skip
     setup = {
@@ -6861,9 +6929,9 @@ def finish_run(run: Run) -> None:
     if args.soup:
         best = try_soup(run, best)
     model.load_state_dict(best["model"])
-    logits = {"val": run.predict(run.val, "evaluate", args.tta)}
+    logits = {"val": run.predict(run.val, "evaluate")}
     if len(run.test):
-        logits["test"] = run.predict(run.test, "test", args.tta)
+        logits["test"] = run.predict(run.test, "test")
     run.stop.patient = not run.runtime.is_main  # all is saved: a stop need not wait, and the others wait for rank 0
     logits = {split: aggregate_readable(getattr(run, split), x, args.aggregate) for split, x in logits.items()}
     auto = tune_thresholds(run.val.targets, sigmoid(logits["val"]), args.threshold_objective)
@@ -6889,8 +6957,10 @@ def finish_run(run: Run) -> None:
 
 def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> np.ndarray:
     """`aggregate_logits` of the scans that could be read: for the others air was predicted, which says nothing."""
-    kept, logits = [row for row in range(len(dataset)) if row not in dataset.skipped], logits.astype(np.float64)
+    kept, logits = dataset.readable, logits.astype(np.float64)
     table = dataset.table.subset(kept)
+    if wrong := [name for name, row in zip(table.series_ids, logits[kept], strict=True) if not np.isfinite(row).all()]:
+        raise Diverged(f"the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
     logits[kept] = aggregate_logits(logits[kept], table.series_ids, table.patient_ids, over)
     return logits
 
@@ -6900,32 +6970,21 @@ def publish_split(
     thresholds: np.ndarray, tuned_here: str | None, level: int = logging.INFO,
 ) -> tuple[Table, np.ndarray]:  # fmt: skip
     """Score the scans that could be read, keep what the report tells of them, and return them with probabilities."""
-    kept = [row for row in range(len(dataset)) if row not in dataset.skipped]
-    if wrong := [dataset.table.series_ids[row] for row in kept if not np.isfinite(logits[row]).all()]:
-        raise Diverged(f"split {split}: the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
-    volumes = CTVolumeDataset(dataset.table.subset(kept), dataset.prep, None, args.on_bad_volume)
-    table, probabilities = volumes.table, sigmoid(logits[kept])
+    volumes = CTVolumeDataset(dataset.table.subset(dataset.readable), dataset.prep, None, args.on_bad_volume)
+    table, probabilities = volumes.table, sigmoid(logits[dataset.readable])
     if not np.isnan(table.targets).all():
         to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
         publish(
             args.output_dir, split, volumes, to_windows, probabilities, thresholds, tuned_here, args.bootstrap,
             args.seed, level,
         )  # fmt: skip
-    if args.explain or args.explain_ids:
-        wanted = args.explain_ids or ()
+    if args.explain:
         explain_split(
-            args.output_dir, split, volumes, model, probabilities, thresholds, args.explain, wanted, args.num_workers
+            args.output_dir, split, volumes, model, probabilities, thresholds, args.explain, (), args.num_workers
         )
     else:  # those of an earlier model must not stand beside these figures
         (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
     return table, probabilities
-
-
-def require_scans(wanted: Sequence[str] | None, *tables: Table) -> None:
-    """Raises BadInput where --explain-ids names a scan that will not be predicted."""
-    known = {series for table in tables for series in table.series_ids}
-    if unknown := [series for series in wanted or () if series not in known]:
-        raise BadInput(f"--explain-ids: no scan to be predicted has the series_id {', '.join(map(repr, unknown))}")
 
 
 def list_skipped(folder: Path, *datasets: CTVolumeDataset) -> None:
@@ -6936,12 +6995,17 @@ def list_skipped(folder: Path, *datasets: CTVolumeDataset) -> None:
         log.warning("%d scans could not be read and were left out: %s", number, folder / "skipped.csv")
 
 
+def prediction_path(args: argparse.Namespace) -> Path:
+    """Where `--test-output` lies."""
+    return args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
+
+
 def write_results(
     args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, predicted: Table,
     probabilities: np.ndarray, thresholds: np.ndarray,
 ) -> None:  # fmt: skip
     """Predictions as CSV or challenge JSON, the run's facts, and the report where there is something to report."""
-    output = args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
+    output = prediction_path(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
     log.info("predictions of %d scans: %s", len(predicted), output)
@@ -7012,8 +7076,8 @@ def train_to_the_end(run: Run) -> None:
 RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
-    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
-    "check_data", "prepare", "config", "command", "tta", "explain", "explain_ids", "soup",
+    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume", "check_data", "prepare",
+    "config", "command", "explain", "soup", "use_3channel", "images", "score",
     # compared by what they lead to, in the other entries of the identity
     "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
 }  # fmt: skip
@@ -7107,48 +7171,171 @@ def resume_run(run: Run, source: RunFolder) -> None:
         log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
 
 
-def check_labels(path: Path, stored: list[str], asked: list[str]) -> None:
+def check_labels(path: Path, stored: list[str], asked: Sequence[str], source: str = "--label-columns") -> None:
     """The outputs of a checkpoint have names: the list asked for must be the same, in the same order."""
-    if stored == asked:
+    if stored == list(asked):
         return
     missing, foreign = [x for x in stored if x not in asked], [x for x in asked if x not in stored]
     details = [f"the checkpoint also has {', '.join(missing)}"] * bool(missing)
     details += [f"it does not know {', '.join(foreign)}"] * bool(foreign)
     details += [f"the order is another, it needs: {' '.join(map(repr, stored))}"] * (not details)
-    raise BadInput(f"--label-columns differs from {path}: {'; '.join(details)}")
+    raise BadInput(f"{source} differs from {path}: {'; '.join(details)}")
+
+
+def load_checkpoints(named: Sequence[Path]) -> dict[Path, dict[str, Any]]:
+    """The checkpoints named, and those in a folder named or, where it holds none, the best ones of the runs in it."""
+    paths = []
+    for path in named:
+        found = (sorted(path.glob("*.pth")) or sorted(path.glob("*/best_model.pth"))) if path.is_dir() else [path]
+        if not found:
+            raise BadInput(f"{path}: holds no checkpoint (*.pth, or best_model.pth in the folders there)")
+        paths += found
+    contents: dict[Path, dict[str, Any]] = {}
+    seen: dict[str, Path] = {}
+    for path in paths:
+        content = load_checked(path, MODEL_KIND)
+        twin = seen.setdefault(digest_of([content["model"], content["preprocessing"]]), path)
+        if twin != path:
+            log.info("%s: the same weights as %s, which count once", path, twin)
+        else:
+            contents[path] = content
+    return contents
+
+
+def table_of_scans(named: Sequence[Path], labels: Sequence[str]) -> Table:
+    """A table without labels of the scans named, and of all below the folders named; their ids are their names.
+
+    A name goes without the file's ending; of equal names, whole paths tell the scans apart. Raises BadInput.
+    """
+    if wrong := [problem for path in named if (problem := path_complaint(path))]:
+        raise BadInput(*wrong)
+    found = {text: os.path.basename(name) for path in named for name, text in find_scans(path)}
+    if not found:
+        raise BadInput(f"--images {' '.join(map(str, named))}: no scan (NPZ, b2nd, NIfTI, MHA, NRRD, DICOM) lies there")
+    alike = {name for name, n in Counter(found.values()).items() if n > 1}
+    ids = [text if name in alike else name for text, name in found.items()]
+    if wrong := [f"the name {name!r} {reason}" for name in ids if (reason := unsafe_text(name))]:
+        raise BadInput(*wrong)
+    unknown = np.full((len(ids), len(labels)), math.nan, np.float32)
+    patients, paths, rows = [patient_of(name, "") for name in ids], list(map(Path, found)), range(1, len(ids) + 1)
+    return Table(tuple(labels), ids, patients, ["images"] * len(ids), paths, unknown, list(rows))
+
+
+class Classifier:
+    """Checkpoints of ours, ready to predict; the logits of several are averaged, each with its own preprocessing.
+
+    `labels` (L), `thresholds` (L,), at or above which a probability is positive: the checkpoint's own, and 0.5 for a
+    mean; `modules`: the PyTorch models in eval mode, `module` the first of them. Raises BadInput.
+    """
+
+    def __init__(self, args: argparse.Namespace, runtime: Runtime):
+        self.args, self.runtime, self.contents = args, runtime, load_checkpoints(args.test_only)
+        (first, content), *_ = self.contents.items()
+        self.labels: list[str] = content["labels"]
+        for path, other in self.contents.items():
+            check_labels(path, other["labels"], args.label_columns or other["labels"])
+            check_labels(path, other["labels"], self.labels, str(first))
+        own = content["thresholds"] if len(self.contents) == 1 else np.full(len(self.labels), 0.5)
+        self.thresholds = np.array(own, np.float64)
+        self.modules = [classifier_from(each, path).to(runtime.device).eval() for path, each in self.contents.items()]
+        for module in self.modules:
+            module.slice_chunk = args.slice_chunk or usual_chunk(runtime)
+
+    @property
+    def module(self) -> SiglipClassifier:
+        return self.modules[0]
+
+    def logits(self, table: Table) -> tuple[CTVolumeDataset, np.ndarray]:
+        """A table's scans as the first model reads them, and their mean logits (n, L) float64."""
+        args, sets = self.args, []
+        for content in self.contents.values():
+            sets += build_datasets(args, [table], decide_preprocessing_like(content["preprocessing"], table, args))
+        total = np.zeros((len(table), len(self.labels)))
+        for module, dataset in zip(self.modules, sets, strict=True):
+            recipe = Recipe(
+                args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity, seed=args.seed
+            )
+            total += predict(module, dataset, recipe, self.runtime).astype(np.float64) / len(sets)
+            sets[0].skipped |= dataset.skipped
+        return sets[0], aggregate_readable(sets[0], total, args.aggregate)
+
+    def predict(self, paths: Path | str | Sequence[Path | str]) -> pandas.DataFrame:
+        """The columns of test_predictions.csv for these files, folders of DICOM, and all scans below other folders."""
+        import pandas as pd
+
+        named = [paths] if isinstance(paths, (str, Path)) else paths
+        dataset, logits = self.logits(table_of_scans([Path(path) for path in named], self.labels))
+        ids = [dataset.table.series_ids[row] for row in dataset.readable]
+        header, *rows = prediction_rows(ids, sigmoid(logits[dataset.readable]), self.thresholds, self.labels)
+        return pd.DataFrame(rows, columns=header)
+
+    def tune(self, table: Table) -> None:
+        """Set `thresholds` to those that are best for these logits on scans whose labels are known."""
+        if np.isnan(table.targets).all():
+            raise BadInput(
+                "--threshold auto tunes the thresholds of several checkpoints for their mean on split val of --csv, "
+                "and no label is known there: give a number or a JSON file"
+            )
+        dataset, logits = self.logits(table)
+        self.thresholds = tune_thresholds(dataset.targets, sigmoid(logits), self.args.threshold_objective)
+
+
+def load_classifier(*paths: str | Path, **settings: Any) -> Classifier:
+    """A checkpoint of ours, or several whose logits are averaged, for use from Python.
+
+    `settings` are arguments of the command line by their names: `batch_size=4, orientation="RAS", amp=True`. Volumes
+    are read in this process unless `num_workers` says otherwise. Raises BadInput.
+    """
+    usual = vars(build_parser().parse_args([])) | {"num_workers": 0, "test_only": [Path(path) for path in paths]}
+    if unknown := [name for name in settings if name not in usual]:
+        raise BadInput(f"load_classifier has no setting {', '.join(unknown)}: --help lists them")
+    args = argparse.Namespace(**usual | settings)
+    return Classifier(args, init_runtime(args.amp))
+
+
+def require_unused(args: argparse.Namespace, folder: RunFolder, output: Path | None = None) -> None:
+    """Raises BadInput where a prediction would replace what another run wrote."""
+    taken = output if output and output.exists() else folder.path if folder.holds_run(CHECKPOINT) else None
+    if taken and not args.overwrite:
+        raise BadInput(f"{taken} holds results of another run: name another --output-dir, or --overwrite replaces them")
 
 
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
-    """Predict with a checkpoint of ours; where labels are known, score as well."""
+    """Predict with checkpoints of ours; where labels are known, score as well."""
     setup_logging(None, runtime.is_main)
     greet(runtime)
-    content = load_checked(args.test_only, MODEL_KIND)
-    check_labels(args.test_only, content["labels"], args.label_columns)
-    table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
-    split = args.test_split or ("test" if len(table.split("test")) else "val")
+    folder = RunFolder(args.output_dir)
+    require_unused(args, folder, prediction_path(args))
+    classifier = Classifier(args, runtime)
+    several, names = len(classifier.modules) > 1, ", ".join(map(str, classifier.contents))
+    if several and (args.explain or args.export_hf):
+        raise BadInput("--explain and --export-hf are about one model: name one checkpoint")
+    if args.images:
+        table, split = table_of_scans(args.images, classifier.labels), "images"
+    else:
+        table = read_table(args.csv, classifier.labels, labels_required=False, allow_patient_overlap=True)
+        split = args.test_split or ("test" if len(table.split("test")) else "val")
     rows = table.split(split)
     if len(rows) == 0:
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
-    require_scans(args.explain_ids, rows)
-    (dataset,) = build_datasets(args, [rows], decide_preprocessing_like(content["preprocessing"], rows, args))
-    model = classifier_from(content, args.test_only).to(runtime.device)
-    model.slice_chunk = args.slice_chunk or usual_chunk(runtime)
-    log.info("predicting %d scans of split %s with epoch %d of %s", len(rows), split, content["epoch"], args.test_only)
-    recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity, seed=args.seed)
-    thresholds = resolve_thresholds(args.threshold, rows.labels, np.array(content["thresholds"]))
-    with RunFolder(args.output_dir).locked() if runtime.is_main else nullcontext():
-        logits = predict(model, dataset, recipe, runtime, tta=args.tta)
-        logits = aggregate_readable(dataset, logits, args.aggregate)
+    with folder.locked() if runtime.is_main else nullcontext():
+        if several and args.threshold == "auto":
+            classifier.tune(table.split("val"))
+        thresholds = resolve_thresholds(args.threshold, classifier.labels, classifier.thresholds)
+        log.info("predicting %d scans of split %s with %s", len(rows), split, names)
+        dataset, logits = classifier.logits(rows)
         if not runtime.is_main:
             return 0
-        flattered = split == "val" and args.threshold == "auto"  # the checkpoint's thresholds were tuned on this split
-        tuned_for = content.get("tuned_for") if flattered else None
-        predicted = publish_split(args, split, dataset, model, logits, thresholds, tuned_for)
+        if not folder.holds_model():
+            folder.clear()  # an earlier prediction's figures must not stand beside these
+        (content, *_), tuned_for = classifier.contents.values(), None
+        if split == "val" and args.threshold == "auto":  # the thresholds were tuned on this very split
+            tuned_for = args.threshold_objective if several else content.get("tuned_for")
+        predicted = publish_split(args, split, dataset, classifier.module, logits, thresholds, tuned_for)
         list_skipped(args.output_dir, dataset)
-        weights = content.get("origin", {}) | {
-            "checkpoint": str(args.test_only),
-            "checkpoint digest": digest_of(content),
-        }
+        digests = ", ".join(map(digest_of, classifier.contents.values()))
+        weights = {} if several else content.get("origin", {})
+        weights |= {"checkpoint": names, "checkpoint digest": digests}
         write_results(args, "prediction", provenance(args, runtime, weights), rows, *predicted, thresholds)
         if args.export_hf:
             export_hf(content, args.export_hf)
@@ -7156,9 +7343,78 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     return 0
 
 
+def read_predictions(path: Path, labels: Sequence[str] | None) -> tuple[list[str], list[str], np.ndarray]:
+    """Ids, labels (all, unless some are named) and probabilities (n, L) of a table with `id` and `{label}_prob`.
+
+    Raises BadInput with every error of it, each with its line.
+    """
+    wrong = Complaints(path)
+    header, rows = read_rows(path, wrong)
+    labels = list(labels or [name.removesuffix("_prob") for name in header if name.endswith("_prob")])
+    at = find_columns(header, ["id", *(f"{label}_prob" for label in labels)], (), wrong)
+    if not labels:
+        wrong.add("columns", 1, "the header has no column {label}_prob")
+    ids: dict[str, list[float]] = {}
+    for line, cells in rows:
+        try:
+            values = (
+                [float(cells[at[f"{label}_prob"]]) for label in labels] if len(cells) == len(header) else [math.nan]
+            )
+        except (KeyError, ValueError):
+            values = [math.nan]
+        if not all(0 <= value <= 1 for value in values):
+            wrong.add("cells", line, "needs a probability from 0 to 1 in each column {label}_prob")
+        elif "id" in at and ids.setdefault(cells[at["id"]], values) is not values:
+            wrong.add("id", line, f"id {cells[at['id']]!r} is there twice")
+    wrong.raise_if_any()
+    return list(ids), labels, np.array(list(ids.values())).reshape(len(ids), len(labels))
+
+
+def some_of(names: Sequence[str], n: int = 20) -> str:
+    """The first n names, and how many there are besides."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
+
+def run_score(args: argparse.Namespace) -> int:
+    """Figures, intervals and report of predictions from anywhere, against the labels of a table."""
+    folder = RunFolder(args.output_dir)
+    require_unused(args, folder)
+    ids, labels, probabilities = read_predictions(args.score, args.label_columns)
+    table = read_table(args.csv, labels, allow_patient_overlap=True, volumes=False)
+    split = args.test_split or next(name for name in ("test", "val", "train", "") if name in table.splits)
+    table = table.split(split)
+    place = {name: row for row, name in enumerate(ids)}
+    foreign, lacking = [x for x in ids if x not in {*table.series_ids}], [x for x in table.series_ids if x not in place]
+    if foreign or lacking:
+        where = f"{args.csv}, {f'split {split}' if split else 'all rows'}"
+        raise BadInput(
+            f"{args.score} and {where} are not about the same scans (--test-split names another split)",
+            *[f"only in {args.score}: {some_of(foreign)}"] * bool(foreign),
+            *[f"only in {where}: {some_of(lacking)}"] * bool(lacking),
+        )
+    probabilities = probabilities[[place[name] for name in table.series_ids]]
+    tuned = args.threshold_objective if args.threshold == "auto" else None
+    auto = tune_thresholds(table.targets, probabilities, args.threshold_objective)
+    thresholds = resolve_thresholds(args.threshold, labels, auto)
+    scored = evaluate(
+        table.targets, probabilities, labels, thresholds, table.patient_ids, tuned, args.bootstrap, args.seed
+    )
+    with folder.locked():
+        if not folder.holds_model():
+            folder.clear()
+        save_evaluation(folder.path, split or "all", table, probabilities, thresholds, scored)
+        log.info("%s", format_metrics_table(scored["metrics"]))
+        log.info("%s", format_summary(split or "all", scored))
+        with optional("run.json"):
+            facts = provenance(args, Runtime(torch.device("cpu")), {"predictions": str(args.score)})
+            save_run(folder.path, "scoring", facts, settings_of(args), table)
+        log.info("report: %s", write_report(folder.path))
+    return 0
+
+
 def run_check(args: argparse.Namespace) -> int:
     """Report on table and volumes, and draw some of them as a model will see them."""
-    table = read_table(args.csv, args.label_columns, labels_required=False, allow_patient_overlap=True)
+    table = read_table(args.csv, args.label_columns or (), labels_required=False, allow_patient_overlap=True)
     prep = preprocessing_from(args, table, (64, 224, 224))
     show_data(table, prep, args.output_dir, args.on_bad_volume == "skip")
     return 0
@@ -7168,7 +7424,7 @@ def run_prepare(args: argparse.Namespace) -> int:
     """Convert raw scans to NPZ files and a CSV that names them."""
     skip = args.on_bad_volume == "skip"
     how = (args.spacing[::-1], args.num_workers, skip, args.intensity, args.hu_range)
-    made = prepare_table(args.csv, args.label_columns, args.prepare, *how)
+    made = prepare_table(args.csv, args.label_columns or (), args.prepare, *how)
     log.info("prepared; train with --csv %s", made)
     return 0
 
@@ -7211,9 +7467,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with these arguments; returns the exit code."""
     args, runtime = parse_args(argv), Runtime(torch.device("cpu"))
     setup_logging(None, is_main=True)
+    if args.use_3channel:
+        log.info("--use-3channel: three windows (--windows) are what every model sees, so nothing changes")
     with StopRequest(patient=False) as stop:
         try:
-            for asked, work in ((args.report, run_report), (args.prepare, run_prepare), (args.check_data, run_check)):
+            for asked, work in (
+                (args.report, run_report),
+                (args.prepare, run_prepare),
+                (args.check_data, run_check),
+                (args.score, run_score),
+            ):
                 if asked:
                     return work(args)
             runtime = init_runtime(args.amp)

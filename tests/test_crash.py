@@ -94,7 +94,7 @@ def test_what_a_save_does_comes_in_an_order_that_a_power_cut_respects(bench):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--optimizer", "sgd", "--unfreeze-epoch", "1", "--balance-sampler", "--amp", "--loss", "balanced"],
+        ["--optimizer", "sgd", "--unfreeze-epoch", "1", "--amp", "--loss", "balanced"],
         pytest.param(["--lora-rank", "2", "--layer-decay", "0.7", "--threshold", "auto"], marks=pytest.mark.slow),
         pytest.param(["--freeze-up-to", "all", "--cache-features", "features"], marks=pytest.mark.slow),
     ],

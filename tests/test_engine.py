@@ -667,7 +667,7 @@ def run(scans, tower, out, *more):
 
 
 RICH = (
-    "--epochs", 2, "--lora-rank", 2, "--freeze-up-to", 3, "--unfreeze-epoch", 1, "--skip-air", "--balance-sampler",
+    "--epochs", 2, "--lora-rank", 2, "--freeze-up-to", 3, "--unfreeze-epoch", 1, "--skip-air",
     "--use-ema", "--layer-decay", 0.5, "--backbone-lr-scale", 2, "--grad-checkpointing", "on",
     "--gradient-accumulation-steps", 2,
 )  # fmt: skip

@@ -356,15 +356,16 @@ def predict(table, model, out, *more):
     return fs.main([str(word) for word in [*argv, *more]])
 
 
-def test_scans_without_labels_are_explained_by_id_and_reported(explained, table, tmp_path):
+def test_scans_without_labels_are_explained_and_reported(explained, table, tmp_path):
     rows = table.read_text().splitlines()
     unlabelled = table.parent / "unlabelled.csv"
     with open(table, newline="") as source, open(unlabelled, "w", newline="") as file:
         csv.writer(file).writerows(row[:3] for row in csv.reader(source))
     assert len(rows) == 13
-    assert predict(unlabelled, explained / "best_model.pth", tmp_path, "--threshold", 1, "--explain-ids", "007") == 0
-    (finding,) = json.loads((tmp_path / "explanations_test.json").read_text())["findings"]
-    assert (finding["id"], finding["target"]) == ("007", None)  # nothing is called: its most probable label
+    assert predict(unlabelled, explained / "best_model.pth", tmp_path, "--threshold", 0.01, "--explain", 1) == 0
+    findings = json.loads((tmp_path / "explanations_test.json").read_text())["findings"]
+    assert {finding["label"] for finding in findings} == set(LABELS)
+    assert {finding["target"] for finding in findings} == {None}
     assert list(Images((tmp_path / "report.html").read_text()).under) == ["Why the model said so, test split"]
 
 
@@ -372,20 +373,9 @@ def test_explanations_of_an_earlier_model_do_not_stay_beside_new_figures(explain
     model = explained / "best_model.pth"
     assert predict(table, model, tmp_path, "--explain", 1, "--threshold", 0.01) == 0
     assert (tmp_path / "explanations_test.json").exists()
-    assert predict(table, model, tmp_path) == 0
+    assert predict(table, model, tmp_path, "--overwrite") == 0
     assert not (tmp_path / "explanations_test.json").exists()
     assert "Why the model said so" not in (tmp_path / "report.html").read_text()
-
-
-def test_ids_that_are_not_predicted_are_refused_before_any_work(explained, table, tower, tmp_path, capsys):
-    assert predict(table, explained / "best_model.pth", tmp_path / "a", "--explain-ids", "007", "s7", "x y") == 2
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("error: --explain-ids")
-    assert error.endswith("'s7', 'x y'")
-    argv = ["--csv", table, "--pretrained", tower, "--label-columns", *LABELS, "--output-dir", tmp_path / "b"]
-    assert fs.main([str(word) for word in [*argv, "--explain-ids", "s1"]]) == 2  # of split train
-    assert "'s1'" in capsys.readouterr().err
-    assert not list(tmp_path.glob("*/explanations*"))
 
 
 def test_a_damaged_list_of_explanations_is_named(tmp_path):

@@ -58,9 +58,7 @@ def test_required_arguments_are_named(missing, capsys):
         ["--freeze-up-to", "some"],
         ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
         ["--spacing", "1", "1"], ["--spacing", "1", "1", "0"], ["--augment", "mild"], ["--on-bad-volume", "retry"],
-        ["--cache-limit-gb", "5"], ["--cache-dir", "c", "--cache-limit-gb", "-1"],
-        ["--tta", "-1"], ["--tta", "x"], ["--explain", "-2"], ["--explain-ids"],
-        ["--tta", "2", "--cache-features", "f", "--freeze-up-to", "all"],
+        ["--explain", "-2"], ["--images", "a.npz"], ["--test-only", "m.pth", "--images", "a.npz"], ["--score"],
         ["--hu-range", "5", "5"], ["--loss", "mse"], ["--seed", "-1"], ["--label-columns", "A", "A"], ["--epo", "3"],
     ],
 )  # fmt: skip
@@ -86,7 +84,7 @@ def test_chest_windows_are_the_documented_centres_and_widths():
 def test_a_run_json_gives_its_settings_again_and_arguments_win(tmp_path):
     more = [
         "--windows", "-1000:200,-160:240,0:80", "--hu-range", "-1000", "400", "--amp", "--freeze-up-to", "all",
-        "--warmup", "5%", "--threshold", "auto", "--explain-ids", "007", "x y", "--cache-dir", "c", "--lr", "3e-5",
+        "--warmup", "5%", "--threshold", "auto", "--test-only", "007", "x y", "--cache-dir", "c", "--lr", "3e-5",
     ]  # fmt: skip
     then = parse_args([*NEEDED, *more, "--overwrite"])
     path = tmp_path / "run.json"

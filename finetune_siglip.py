@@ -4961,8 +4961,7 @@ def compute_metrics(
     once = np.ones((len(targets), 1))
     figures = {k: v[0] for k, v in weighted_figures(targets, probabilities, thresholds, once).items()}
     plain = {k: [None if np.isnan(x) else float(x) for x in v] for k, v in figures.items()}
-    metrics = arrange_figures(plain, label_columns)
-    metrics["n_scans"] = len(targets)
+    metrics = arrange_figures(plain, label_columns) | {"n_scans": len(targets)}
     metrics["labels_averaged"] = {k: int(np.isfinite(v[:-2]).sum()) for k, v in figures.items()}
     for i, row in enumerate(metrics["per_label"].values()):
         row |= {"n_known": int(np.isfinite(targets[:, i]).sum()), "n_positive": int((targets[:, i] == 1).sum())}
@@ -5053,7 +5052,6 @@ def bootstrap_metrics(
     Patients are drawn with replacement, each with all of their scans: scans of one patient are not independent. A
     figure that is undefined in more than one resample of ten (a finding in a patient or two) has no interval.
     """
-    targets, probabilities = np.asarray(targets, np.float64), np.asarray(probabilities, np.float64)
     members, patient = np.unique(np.asarray(patients, dtype=object).astype(str), return_inverse=True)
     if not (resamples and len(members)):
         return {}

@@ -988,7 +988,8 @@ def sync_folder(folder: Path) -> None:
 
 TABLE_COLUMNS = ("series_id", "split", "img_path", "patient_id")
 SPLITS = ("train", "val", "test")
-LABEL_CELLS = {"0": 0.0, "0.0": 0.0, "1": 1.0, "1.0": 1.0, "": math.nan, "-1": math.nan, "-1.0": math.nan}
+LABEL_CELLS = {"": math.nan, "-1": math.nan, "-1.0": math.nan}  # 0 and 1, as pandas and spreadsheets write them
+LABEL_CELLS |= {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}
 CT_RATE_ID = re.compile(r"([a-z]+_\d+)_[a-z]+_\d+(\.\w+)*", re.ASCII)
 
 
@@ -1023,7 +1024,7 @@ class Complaints:
 
     shown = 20  # of one kind in full; of the others only the line numbers
 
-    def __init__(self, where: Path):
+    def __init__(self, where: Path | str):
         self.where = where
         self.found: dict[str, list[tuple[int, str]]] = {}
 
@@ -1063,36 +1064,34 @@ def unsafe_text(text: str) -> str | None:
 
 
 def read_rows(csv_path: Path, wrong: Complaints) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """Header and (line number, cells) of each row; a row that is no row of the table becomes a complaint.
+    """Header and (line number, cells) of each row that is not blank; what is no row becomes a complaint.
 
     Neither pandas nor a type guess: `007`, `NA` and `1e5` are names, and a trailing comma must not shift the columns.
     """
     try:
-        data = csv_path.read_bytes() if csv_path.is_file() else None
+        data = csv_path.read_bytes()
     except OSError as error:
         raise BadInput(f"{csv_path}: cannot be read ({error.strerror}): check --csv") from None
-    if data is None:
-        raise BadInput(f"{csv_path}: no such file: check --csv")
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise BadInput(f"{csv_path}: is UTF-16 text: save it as CSV UTF-8")
-    lines = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape").split("\n")
-    parsed = []
-    for number, line in enumerate((line.removesuffix("\r") for line in lines), start=1):
-        if not line:
-            continue
+    text = data.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)  # lines may end as on any system
+    rows: list[tuple[int, list[str]]] = []
+    cells: list[str] | None = []
+    while cells is not None:
+        line = reader.line_num + 1
         try:
-            line.encode("utf-8")
-            if "\0" in line or "\r" in line:
-                raise csv.Error("a NUL byte" if "\0" in line else "a carriage return inside the line")
-            parsed.append((number, next(csv.reader([line], strict=True))))
+            if (cells := next(reader, None)) and any(map(str.strip, cells)):
+                "".join(cells).encode()
+                rows.append((line, cells))
         except UnicodeEncodeError:
-            wrong.add("encoding", number, "is not UTF-8 text: save the table as CSV UTF-8")
+            wrong.add("encoding", line, "is not UTF-8 text: save the table as CSV UTF-8")
         except csv.Error as error:
-            wrong.add("format", number, f"is not a CSV row ({error}); a quoted cell must end on its own line")
-    if not parsed or parsed[0][0] != 1:
+            wrong.add("format", line, f"is not a CSV row ({error}): look for a quotation mark too many")
+    if not rows or rows[0][0] != 1:
         wrong.raise_if_any()
         raise BadInput(f"{csv_path}, line 1: holds no header: the first line names the columns")
-    return parsed[0][1], parsed[1:]
+    return rows[0][1], rows[1:]
 
 
 def find_columns(
@@ -1114,31 +1113,14 @@ def find_columns(
 
 def check_label_names(labels: Sequence[str]) -> None:
     """BadInput unless the names of the labels are usable as column names of what we write."""
-    messages = []
+    messages = [] if labels else ["--label-columns: name at least one finding"]
     for name in dict.fromkeys(labels):
-        if not name.strip():
-            messages.append("--label-columns: holds an empty name")
-        elif labels.count(name) > 1:
-            messages.append(f"--label-columns: {name!r} is named {labels.count(name)} times")
-        elif name in TABLE_COLUMNS:
-            messages.append(f"--label-columns: {name!r} is not a finding")
-        elif reason := unsafe_text(name):
+        reason = unsafe_text(name) if name.strip() else "is no name"
+        reason = f"is named {labels.count(name)} times" if labels.count(name) > 1 else reason
+        if reason := "is not a finding" if name in TABLE_COLUMNS else reason:
             messages.append(f"--label-columns: {name!r} {reason}")
-    if messages or not labels:
-        raise BadInput(*(messages or ["--label-columns: name at least one finding"]))
-
-
-def parse_labels(
-    cells: list[str], at: dict[str, int], labels: Sequence[str], line: int, wrong: Complaints
-) -> list[float]:
-    """One row of targets; a column that is absent is unknown throughout."""
-    row = []
-    for name in labels:
-        cell = cells[at[name]].strip() if name in at else ""
-        if cell not in LABEL_CELLS:
-            wrong.add("labels", line, f"label {name!r} is {cell!r}: it must be 0, 1, or empty or -1 for unknown")
-        row.append(LABEL_CELLS.get(cell, math.nan))
-    return row
+    if messages:
+        raise BadInput(*messages)
 
 
 def patient_of(series_id: str, patient_cell: str) -> str:
@@ -1147,24 +1129,31 @@ def patient_of(series_id: str, patient_cell: str) -> str:
     return patient_cell or (match[1] if match else series_id)
 
 
-def check_names(table: Table, columns: set[str], wrong: Complaints) -> None:
-    """Complaints on ids and splits that are wrong in themselves, and on ids given twice."""
-    first: dict[str, int] = {}
-    for line, series, patient, split in zip(
-        table.line_numbers, table.series_ids, table.patient_ids, table.splits, strict=True
-    ):
-        if "series_id" not in columns:
-            pass
-        elif not series:
-            wrong.add("series_id", line, "series_id is empty: give every scan an id")
-        elif reason := unsafe_text(series):
+def path_of(folder: Path, cell: str) -> Path:
+    """The path that a cell names, relative ones from the CSV's folder; written on Windows where it only so exists."""
+    if "\\" in cell and not os.path.lexists(folder / cell):
+        cell = cell.replace("\\", "/")
+    return folder / cell if cell else Path()
+
+
+def check_row(line: int, row: dict[str, str], labels: Sequence[str], first: dict[str, int], wrong: Complaints) -> None:
+    """Complaints on what is wrong with one row in itself, and on an id that is on an earlier line (`first`) too."""
+    if "series_id" in row:
+        series = row["series_id"]
+        if reason := unsafe_text(series) if series else "is empty: give every scan an id":
             wrong.add("series_id", line, f"series_id {series!r} {reason}")
         elif first.setdefault(series, line) != line:
             wrong.add("series_id", line, f"series_id {series!r} is on line {first[series]} too: each scan has its own")
-        if series and patient != series and (reason := unsafe_text(patient)):
-            wrong.add("patient_id", line, f"patient_id {patient!r} {reason}")
-        if split not in SPLITS and "split" in columns:
-            wrong.add("split", line, f"split {split!r} is unknown: it must be one of {', '.join(SPLITS)}")
+    if reason := unsafe_text(row.get("patient_id", "")):
+        wrong.add("patient_id", line, f"patient_id {row['patient_id']!r} {reason}")
+    if row.get("split", "test") not in SPLITS:
+        wrong.add("split", line, f"split {row['split']!r} is unknown: it must be one of {', '.join(SPLITS)}")
+    if not row.get("img_path", "there"):
+        wrong.add("img_path", line, "img_path is empty: it names the file of the scan")
+    for name in labels:
+        if row.get(name, "").strip().lower() not in LABEL_CELLS:
+            must = "it must be 0 or 1 (or False, True), or empty or -1 for unknown"
+            wrong.add("labels", line, f"label {name!r} is {row[name]!r}: {must}")
 
 
 def split_overlaps(table: Table) -> list[tuple[int, str]]:
@@ -1202,26 +1191,22 @@ def path_complaint(path: Path) -> str | None:
     return None if mode.st_size else f"{path}: is an empty file"
 
 
-def check_table(table: Table, columns: set[str], wrong: Complaints, allow_patient_overlap: bool) -> None:
+def check_table(table: Table, wrong: Complaints, volumes: bool, allow_patient_overlap: bool) -> None:
     """BadInput with everything that `wrong` holds and that the rows contradict together or on the disk."""
     if not len(table) and not wrong.found:
         wrong.add("rows", 1, "no row follows the header")
-    check_names(table, columns, wrong)
-    if "img_path" in columns:
-        with ThreadPoolExecutor(16) as pool:  # a network disk answers many questions at once
-            for line, problem in zip(table.line_numbers, pool.map(path_complaint, table.paths), strict=True):
-                if problem:
-                    wrong.add("img_path", line, problem)
-    overlaps = split_overlaps(table)
-    if allow_patient_overlap:
-        for line, message in overlaps[: Complaints.shown]:
-            log.warning("%s, line %d: %s", wrong.where, line, message)
-        if overlaps:
-            log.warning("%d patients or files are in two splits: scores will look better than they are", len(overlaps))
-    else:
-        for line, message in overlaps:
-            wrong.add("overlap", line, f"{message}: one split only, or --allow-patient-overlap")
+    with ThreadPoolExecutor(16) as pool:  # a network disk answers many questions at once
+        problems = pool.map(path_complaint, table.paths if volumes else ())
+        for line, problem in zip(table.line_numbers, problems, strict=volumes):
+            if problem:
+                wrong.add("img_path", line, problem)
+    overlaps = Complaints(wrong.where) if allow_patient_overlap else wrong
+    for line, message in split_overlaps(table):
+        overlaps.add("overlap", line, f"{message}: one split only, or --allow-patient-overlap")
     wrong.raise_if_any()
+    if overlaps.found:
+        lines = line_ranges(sorted({line for line, _ in overlaps.found["overlap"]}))
+        log.warning("patients or files are in two splits (lines %s): scores will look better than they are", lines)
 
 
 def read_table(
@@ -1242,27 +1227,30 @@ def read_table(
     if labels or labels_required:
         check_label_names(labels)
     wrong = Complaints(csv_path)
-    header, rows = read_rows(csv_path, wrong)
+    header, lines = read_rows(csv_path, wrong)
     optional = ("patient_id", *(() if labels_required else labels), *(() if volumes else ("img_path", "split")))
     at = find_columns(header, (*TABLE_COLUMNS, *labels), optional, wrong)
-    table = Table(labels, [], [], [], [], np.empty((0, len(labels)), np.float32), [])
-    targets = []
-    for line, cells in rows:
-        if len(cells) != len(header):
+    rows: dict[int, dict[str, str]] = {}
+    first: dict[str, int] = {}
+    for line, cells in lines:
+        if len(cells) == len(header):
+            rows[line] = {name: cells[place] for name, place in at.items()}
+            check_row(line, rows[line], labels, first, wrong)
+        else:
             hint = "look for a comma at its end, or inside a name without quotes"
             wrong.add("cells", line, f"has {len(cells)} cells where the header has {len(header)}: {hint}")
-            continue
-        series, split, path, patient = (cells[at[name]] if name in at else "" for name in TABLE_COLUMNS)
-        table.line_numbers.append(line)
-        table.series_ids.append(series)
-        table.patient_ids.append(patient_of(series, patient))
-        table.splits.append(split)
-        table.paths.append(csv_path.parent / path if path else Path())
-        targets.append(parse_labels(cells, at, labels, line, wrong))
-        if volumes and "img_path" in at and not path:
-            wrong.add("img_path", line, "img_path is empty: it names the file of the scan")
-    table = dataclasses.replace(table, targets=np.array(targets, np.float32).reshape(len(targets), len(labels)))
-    check_table(table, {*at} if volumes else {*at} - {"img_path"}, wrong, allow_patient_overlap)
+    columns = {name: [row.get(name, "") for row in rows.values()] for name in (*TABLE_COLUMNS, *labels)}
+    targets = [[LABEL_CELLS.get(cell.strip().lower(), math.nan) for cell in columns[name]] for name in labels]
+    table = Table(
+        labels,
+        columns["series_id"],
+        [patient_of(*pair) for pair in zip(columns["series_id"], columns["patient_id"], strict=True)],
+        columns["split"],
+        [path_of(csv_path.parent, cell) for cell in columns["img_path"]],
+        np.array(targets, np.float32).reshape(len(labels), len(rows)).T.copy(),
+        list(rows),
+    )
+    check_table(table, wrong, volumes and "img_path" in at, allow_patient_overlap)
     return table
 
 

@@ -988,8 +988,8 @@ def sync_folder(folder: Path) -> None:
 
 TABLE_COLUMNS = ("series_id", "split", "img_path", "patient_id")
 SPLITS = ("train", "val", "test")
-LABEL_CELLS = {"": math.nan, "-1": math.nan, "-1.0": math.nan}  # 0 and 1, as pandas and spreadsheets write them
-LABEL_CELLS |= {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}
+LABEL_CELLS = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}  # as pandas and Excel write them
+LABEL_CELLS.update(dict.fromkeys(("", "-1", "-1.0"), math.nan))
 CT_RATE_ID = re.compile(r"([a-z]+_\d+)_[a-z]+_\d+(\.\w+)*", re.ASCII)
 
 
@@ -1228,8 +1228,9 @@ def read_table(
         check_label_names(labels)
     wrong = Complaints(csv_path)
     header, lines = read_rows(csv_path, wrong)
-    optional = ("patient_id", *(() if labels_required else labels), *(() if volumes else ("img_path", "split")))
-    at = find_columns(header, (*TABLE_COLUMNS, *labels), optional, wrong)
+    optional = ("patient_id", *(() if labels_required else labels), *(() if volumes else ("split",)))
+    wanted = [name for name in (*TABLE_COLUMNS, *labels) if volumes or name != "img_path"]
+    at = find_columns(header, wanted, optional, wrong)
     rows: dict[int, dict[str, str]] = {}
     first: dict[str, int] = {}
     for line, cells in lines:
@@ -1250,7 +1251,7 @@ def read_table(
         np.array(targets, np.float32).reshape(len(labels), len(rows)).T.copy(),
         list(rows),
     )
-    check_table(table, wrong, volumes and "img_path" in at, allow_patient_overlap)
+    check_table(table, wrong, "img_path" in at, allow_patient_overlap)
     return table
 
 
@@ -2871,11 +2872,8 @@ def slice_distance(table: Table, headers: Sequence[Header], prep: Preprocessing)
     A nodule of 6 mm, from which on CT guidelines ask for follow-up, can fall between slices more than 3 mm apart.
     """
     axis = spl_axes(prep.orientation)[0][0]
-    depths = [
-        FIELD_OF_VIEW[0] if header.raw else header.shape[1 + axis] * header.spacing[axis]
-        for header in headers
-        if header.raw or header.spacing
-    ]
+    depths = [FIELD_OF_VIEW[0]] * sum(header.raw for header in headers)
+    depths += [h.shape[1 + axis] * h.spacing[axis] for h in headers if h.spacing and not h.raw]
     if not depths:
         return []
     mm = float(np.median(depths)) / prep.grid[0]

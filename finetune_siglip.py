@@ -66,10 +66,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import date, datetime, timedelta, timezone
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
@@ -272,8 +272,8 @@ def build_parser() -> Parser:
         help="what a stored value means [auto]")
     add("--hu-range", nargs=2, type=float, default=DEFAULT_HU_RANGE, metavar=("LO", "HI"),
         help="HU that 0 and 1 stand for with --intensity unit [-1000 1500]")
-    add("--windows", type=window_list, default="chest",
-        help="chest, medsiglip, merlin, or lo:hi,lo:hi,lo:hi in HU [chest]")
+    add("--windows", type=window_list,
+        help="chest, medsiglip, merlin, or lo:hi,lo:hi,lo:hi in HU [what the weights say, else chest]")
     add("--use-3channel", action="store_true", help="accepted for older scripts: three windows are the default anyway")
     add("--num-slices", type=count, help="slices (depth) after resampling [64; 160 for a 3D backbone]")
     add("--image-size", type=count,
@@ -3083,97 +3083,164 @@ WEIGHT_FILES = (  # of a folder or hub model, in order of trust; BioViL's stand 
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "best_model.pth"),
 )
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+HUB_NAME = re.compile(
+    r"(?:hf[-_]hub:|hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?P<name>[\w.-]+/[\w.-]+?)"
+    r"(?:@(?P<at>[\w.-]+)|/(?:tree|blob|resolve|raw)/(?P<revision>[^/?]+)(?:/(?P<file>[^?]+?))?)?/?(?:\?.*)?"
+)
+MERGE = "merge it into its base model, model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"
+UNZERO = (
+    "holds the empty placeholders that DeepSpeed ZeRO-3 leaves, not weights: run `python zero_to_fp32.py . FOLDER` "
+    "in the checkpoint's folder, and name that folder"
+)
+UNDCP = (
+    "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+    "{} model.pt`, and name that file"
+)
+ORIGINAL = "a quantised model: use the original weights"
 FOREIGN_FILES = (  # first bytes, what the file then is
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull` there, or download it again"),
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull` there"),
     (b"<", "a web page, not weights: the download met a login or error page; download it again"),
     (b"{", "JSON text, not weights"),
-    (b"\x89HDF", "an HDF5 file (TensorFlow, Keras): export it as safetensors"),
-    (b"GGUF", "a quantised GGUF file: use the original weights"),
+    (b"\x89HDF", "an HDF5 file (TensorFlow, Keras): use the model's safetensors"),
+    (b"GGUF", "a GGUF file: use the original weights"),
     (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"\x81\xa6params", "weights of Flax: use the model's safetensors"),
+    (b"\x08", "an ONNX graph: use the model's PyTorch weights"),
+)
+INSIDE_ZIP = (  # a member of the archive, what the file then is
+    ("/constants.pkl", "a TorchScript program: save its state_dict() instead"),
+    (".npy", "a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy"),
+    (".safetensors", "a zip archive of weights: unpack it first"),
+)
+NOT_PLAIN = (  # pattern of a tensor's name, what the weights then are instead of plain
+    (r"_packed_params|\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale(_inv)?)$", ORIGINAL),
+    (r"(^|\.)(lora_[A-Za-z_]+|base_layer|modules_to_save)\.", f"a model with LoRA adapters: {MERGE}"),
 )
 LOOKS = (  # pattern of a tensor's name, what the file then seems to be
+    (r"^visual_transformer\.|enc_(spatial|temporal)_transformer\.", "CT-CLIP (a CTViT), which no library here builds"),
     (
         r"(^|\.)(rpn|roi_heads|bbox_embed|(box|class|classification|regression)_head|box_predictor|dfl)\.",
         "a detection model",
     ),
-    (r"lora_[AB]\.", "a LoRA adapter: merge it into its base model first"),
     (r"class_embedding$|\.resblocks\.", "a CLIP model, not SigLIP"),
-    (r"(^|\.)(cls|class)_token$", "a plain ViT (ImageNet, MAE, DINO), not SigLIP"),
-    (r"patch_embed(dings)?\.|patch_embedding\.", "a vision transformer without SigLIP's attention pooling"),
+    (r"(^|\.)(cls|class)_token$|embeddings\.patch_embeddings\.", "a ViT without the config.json that describes it"),
     (r"word_embeddings|token_embedding|embed_tokens|(^|\.)wte\.|text_model", "a text model without an image tower"),
     (r"decode_head|up_?blocks?\.|upconv|decoder\d*\.|swinViT", "a segmentation or generation model"),
     (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight$", "a ResNet other than the 3D ResNet-152 and BioViL's"),
     (r"exp_avg", "the state of an optimiser"),
 )
 SUPPORTED = (
-    "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, the 3D "
-    "ResNet-152 and BioViL(-T)"
+    "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, DINOv2 "
+    "and other ViTs, COLIPRI, the 3D ResNet-152 of Merlin and BioViL(-T)"
 )
 
 
 def locate_weights(source: str) -> Path:
-    """The weights file that a path or hub name stands for."""
-    path = Path(source).expanduser()
-    if os.path.isdir(path):
-        named = [path / name for name in WEIGHT_FILES if os.path.isfile(path / name)]
-        found = named[:1] or [f for f in sorted(path.iterdir()) if f.suffix in WEIGHT_SUFFIXES and f.is_file()]
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found[:5]) or "none"
-            raise BadInput(f"{path}: a folder should hold one weights file, found {names}: name the file")
-        return found[0]
-    if os.path.exists(path):
-        if not os.path.isfile(path):
-            raise BadInput(f"{path}: not a regular file")
+    """The weights file that a path, a folder, a hub name or a hub address stands for, all its shards being there."""
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    if not os.path.exists(path):
+        hub = HUB_NAME.fullmatch(source)
+        if not hub or (source.endswith(WEIGHT_SUFFIXES) and not hub["file"]):
+            web = re.match(r"\w+://", source)
+            raise BadInput(f"{source}: " + ("download it and name the file" if web else "no such file or folder"))
+        return download_weights(hub["name"], hub["at"] or hub["revision"], hub["file"])
+    if not os.path.isdir(path):
+        shards_of(path)
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(WEIGHT_SUFFIXES):
-        raise BadInput(f"{source}: no such file or folder (--pretrained)")
-    return download_weights(source)
+    if (path / "snapshots").is_dir():  # of the hub's cache
+        refs = [ref.read_text().strip() for ref in (path / "refs").glob("main")]
+        found = [path / "snapshots" / ref for ref in refs] or sorted((path / "snapshots").iterdir())
+        if len(found) != 1:
+            raise BadInput(f"{path}: holds {len(found)} snapshots of a hub model: name one of its folders")
+        return locate_weights(str(found[0]))
+    named = [path / name for name in WEIGHT_FILES if os.path.isfile(path / name)]
+    found = named[:1] or [f for f in sorted(path.iterdir()) if f.suffix in WEIGHT_SUFFIXES and f.is_file()]
+    if found and (shards := shards_of(found[0])) and (named or set(found) <= set(shards)):
+        return found[0]
+    if (path / ".metadata").is_file():
+        raise BadInput(f"{path}: {UNDCP.format(path)}")
+    if (path / "zero_to_fp32.py").is_file() or any(path.glob("*_optim_states.pt")):
+        raise BadInput(f"{path}: a DeepSpeed checkpoint, {UNZERO}")
+    names = ", ".join(file.name for file in found[:5]) or "none"
+    raise BadInput(f"{path}: a folder should hold one weights file, found {names}: name the file")
 
 
-def download_weights(name: str) -> Path:
-    """The weights file of a hub model, config and shards beside it: from the local cache, else from the network."""
-    from huggingface_hub import errors, hf_hub_download, logging
+def shards_of(path: Path) -> list[Path]:
+    """All files of the model that `path` is a shard or the index of, or itself; BadInput where one is missing."""
+    names = [path.name]
+    if path.name.endswith(".index.json"):
+        names = sorted({str(name) for name in dict(read_json(path).get("weight_map", {})).values()})
+        if not names or any(Path(name).name != name for name in names):
+            raise BadInput(f"{path}: not an index of weight files lying beside it")
+    elif shard := SHARD.fullmatch(path.name):
+        names = [f"{shard[1]}-{n:05}-of-{shard[3]}{shard[4]}" for n in range(1, int(shard[3]) + 1)]
+    if missing := [name for name in names if not os.path.isfile(path.with_name(name))]:
+        if len(names) == 1:
+            raise BadInput(f"{path}: not a regular file")
+        raise BadInput(
+            f"{path}: one of {len(names)} shards, and {', '.join(missing[:3])} is not beside it: get it there, "
+            f"`hf download NAME {missing[0]} --local-dir {path.parent}` if it came from the hub"
+        )
+    return [path.with_name(name) for name in names]
+
+
+def download_weights(name: str, revision: str | None, wanted: str | None) -> Path:
+    """The weights file of a hub model, its configuration beside it: from the local cache, else from the network."""
+    from huggingface_hub import HfApi, errors, logging, snapshot_download
 
     logging.set_verbosity_error()  # it retries a dead network for 20 s, in ten lines of its own
-
-    def fetch(filename: str, cached: bool) -> Path | None:
-        try:
-            return Path(hf_hub_download(name, filename, local_files_only=cached))
-        except errors.LocalEntryNotFoundError:
-            if cached:
-                return None
-            raise BadEnvironment(f"{name}: neither here nor in the hub's cache, and the hub is out of reach") from None
-        except errors.EntryNotFoundError:
-            return None
-        except errors.GatedRepoError:
-            raise BadInput(f"{name}: accept its terms on huggingface.co/{name}, then run `hf auth login`") from None
-        except errors.RepositoryNotFoundError:
-            raise BadInput(f"{name}: neither a file or folder here nor a model on the Hugging Face hub") from None
-        except errors.HfHubHTTPError as error:
-            raise BadEnvironment(f"{name}: the Hugging Face hub answered: {error}".splitlines()[0]) from None
-
-    for cached in (True, False):
-        fetch("config.json", cached)
-        path = next((path for filename in WEIGHT_FILES if (path := fetch(filename, cached))), None)
-        if path and all(fetch(shard, cached) for shard in (shards_of(path) if path.suffix == ".json" else [])):
-            return path
-    raise BadInput(f"{name}: this hub model has no weights file of a known name; download it and name the file")
+    with suppress(errors.LocalEntryNotFoundError, BadInput):  # BadInput: a cached folder without all weights
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return locate_weights(str(folder / wanted if wanted else folder))
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+        wanted = wanted or next((file for file in WEIGHT_FILES if file in files), None)
+        if not wanted:
+            raise BadInput(f"{name}: this hub model has no weights file of a known name; download it and name the file")
+        shards = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+)(\.index\.json)?$", r"-*\2", wanted)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[wanted, shards, "*.json"]))
+    except errors.GatedRepoError:
+        raise BadInput(f"{name}: accept its terms on huggingface.co/{name}, then run `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise BadInput(f"{name}: neither a file or folder here nor a model on the Hugging Face hub") from None
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise BadEnvironment(
+            f"{name}: neither here nor in the hub's cache, and the hub is out of reach ({first_line(error)})"
+        ) from None
+    return locate_weights(str(folder / wanted))
 
 
-def shards_of(index: Path) -> list[str]:
-    """Names of the files that an index of sharded weights lists; they must lie beside it."""
-    names = sorted({str(name) for name in dict(read_json(index).get("weight_map", {})).values()})
-    if not names or any(Path(name).name != name for name in names):
-        raise BadInput(f"{index}: not an index of weight files lying beside it")
-    return names
+def harmless_types() -> list[Any]:
+    """What trainers keep beside the weights, for PyTorch's allow-list: plain data, built without running a file's code.
+
+    Some are named as the file names them, so that another NumPy, Python or system than the writer's reads it too.
+    """
+    array, dtype = np.zeros(1), {type(np.dtype(kind)) for kind in "?bhilqBHILQefdUSOMm"}
+    kinds: list[Any] = [argparse.Namespace, datetime, date, timedelta, timezone, np.ndarray, np.dtype, *dtype]
+    for core in ("numpy.core", "numpy._core"):
+        kinds += [(array.__reduce__()[0], f"{core}.multiarray._reconstruct")]
+        kinds += [(array[0].__reduce__()[0], f"{core}.multiarray.scalar")]
+    for module, name in itertools.product(("pathlib", "pathlib._local"), ("Path", "PurePath")):
+        kinds += [(PurePosixPath, f"{module}.{name.replace('Path', 'PosixPath')}"), (PurePath, f"{module}.{name}")]
+        kinds += [(PureWindowsPath, f"{module}.{name.replace('Path', 'WindowsPath')}")]
+    lightning = (
+        "pytorch_lightning.utilities.parsing",
+        "lightning.fabric.utilities.data",
+        "lightning_fabric.utilities.data",
+    )
+    return kinds + [(dict, f"{module}.AttributeDict") for module in lightning]
 
 
 def open_weights(path: Path) -> dict[str, Any]:
     """The content of a weights file: names and tensors, perhaps nested; memory-mapped, and nothing in it is run."""
-    if path.suffix == ".json":
-        return {k: v for name in shards_of(path) for k, v in flatten(open_weights(path.parent / name)).items()}
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: not a regular file")
+    if (shards := shards_of(path)) != [path]:
+        return {name: tensor for shard in shards for name, tensor in flatten(open_one(shard)).items()}
+    return open_one(path)
+
+
+def open_one(path: Path) -> dict[str, Any]:
+    """The same for one file. Raises BadInput with what the file is where it holds no named tensors."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
@@ -3181,6 +3248,8 @@ def open_weights(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     if not head:
         raise BadInput(f"{path}: is empty: the download or copy failed; get it again")
+    if path.suffix == ".distcp":
+        raise BadInput(f"{path}: {UNDCP.format(path.parent)}")
     safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
     for start, what in () if safetensors else FOREIGN_FILES:  # a safetensors header may start with any byte
         if head.lstrip().startswith(start):
@@ -3191,15 +3260,12 @@ def open_weights(path: Path) -> dict[str, Any]:
 
             with safe_open(path, framework="pt") as tensors:
                 return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        archived = []
-        if head.startswith(b"PK"):
-            with zipfile.ZipFile(path) as archive:
-                archived = archive.namelist()
-        if any(name.endswith("/constants.pkl") for name in archived):
-            raise BadInput(f"{path}: a TorchScript program: save its state_dict() instead")
-        if any(name.endswith(".npy") for name in archived):
-            raise BadInput(f"{path}: a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy")
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(archived))
+        names = zipfile.ZipFile(path).namelist() if head.startswith(b"PK") else []
+        for end, what in INSIDE_ZIP:
+            if any(name.endswith(end) for name in names):
+                raise BadInput(f"{path}: {what}")
+        with torch.serialization.safe_globals(harmless_types()):
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(names))
     except UserError:
         raise
     except Exception as error:  # the bytes can lead the readers anywhere
@@ -3231,40 +3297,50 @@ def flatten(root: dict) -> dict[str, Tensor]:
     return tensors
 
 
-def config_beside(path: Path) -> dict[str, Any] | None:
-    """SigLIP's vision settings from the `config.json` beside a file, with the library's own defaults filled in."""
-    file = path.parent / "config.json"
-    found = read_json(file) if file.is_file() else {}
-    vision = found["vision_config"] if isinstance(found.get("vision_config"), dict) else found
-    if "siglip" not in str(vision.get("model_type") or found.get("model_type")):
-        return None
-    defaults: dict[str, Any] = {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "image_size": 224,
-    }
-    defaults |= {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "vision_use_head": True}
-    return {key: vision.get(key, default) for key, default in defaults.items()}
-
-
 @dataclass
 class Found:
-    """An image encoder's tensors while they are being named anew, and what else bears on its configuration."""
+    """An image encoder's tensors in a file, and what else bears on its configuration.
 
-    tensors: dict[str, Tensor]  # those not yet taken
+    `tensors` are named as in the file without `prefix`, then as the built backbone's `net` names them.
+    """
+
     source: str
-    sidecar: dict[str, Any] | None
-    heads: int | None
-    notes: list[str]
+    tensors: dict[str, Tensor]
+    sidecars: dict[str, Any]  # config, open_clip_config, preprocessor_config: the JSON files beside it
+    heads: int | None = None
+    notes: list[str] = field(default_factory=list)
+    prefix: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)  # names in the file that belong to no part of the image encoder
 
-    def take(self, *parts: str) -> dict[str, Tensor]:
-        """Remove and return the tensors of these parts of a model."""
-        return {name: self.tensors.pop(name) for name in list(self.tensors) if name.split(".")[0] in parts}
+    def blocks(self, pattern: str) -> int:
+        """How many blocks there are, `pattern` finding the number of one in a tensor's name."""
+        return 1 + max((int(match[1]) for name in self.tensors if (match := re.match(pattern, name))), default=-1)
+
+    def library_config(self) -> Any:
+        """config.json as `transformers` understands it, gaps filled with the library's defaults; None if it can't."""
+        from transformers import AutoConfig, logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            return AutoConfig.for_model(**self.sidecars.get("config", {}))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    def clip_settings(self) -> dict[str, Any]:
+        """What open_clip's configuration says of the image tower."""
+        return self.sidecars.get("open_clip_config", {}).get("model_cfg", {}).get("vision_cfg", {})
+
+    def pixels(self) -> int | None:
+        """Image size that open_clip's or timm's configuration states."""
+        timm = self.sidecars.get("config", {}).get("pretrained_cfg", {})
+        return self.clip_settings().get("image_size") or timm.get("input_size", [None])[-1]
 
 
 TIMM_NAMES = (
-    (r"^patch_embed\.proj", "embeddings.patch_embedding"),
+    (r"^(patch_embed|embeds)\.proj", "embeddings.patch_embedding"),
+    (r"^(embeds\.)?pos_embed", "embeddings.position_embedding.weight"),
     (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
     (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
     (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
@@ -3274,30 +3350,16 @@ TIMM_NAMES = (
     (r"^attn_pool\.norm", "head.layernorm"),
     (r"^attn_pool\.mlp", "head.mlp"),
 )
-HF_ANCHOR, TIMM_ANCHOR = "embeddings.patch_embedding.weight", "patch_embed.proj.weight"
-RESNET_ANCHOR, BIOVIL_ANCHOR = "layer3.35.conv3.weight", "encoder.encoder.layer4.1.conv2.weight"
 
 
-def read_hf_siglip(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Hugging Face's names are the ones kept."""
-    kept = found.take("embeddings", "encoder", "post_layernorm", "head")
-    kept.pop("embeddings.position_ids", None)  # a counter that old files store
-    patch = kept[HF_ANCHOR]
-    if patch.ndim == 2:  # NaFlex: a linear layer over flattened (p, p, C) patches is a convolution written otherwise
-        side = math.isqrt(patch.shape[1] // 3)
-        kept[HF_ANCHOR] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
-        found.notes.append("SigLIP 2 NaFlex: its tower is used at a fixed square size")
-    return siglip_config(kept, found, "gelu_pytorch_tanh"), kept
-
-
-def read_timm_siglip(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """timm's and open_clip's names: the fused qkv, and the attention pool's q and kv, become Hugging Face's."""
-    parts = ("patch_embed", "pos_embed", "cls_token", "reg_token", "norm_pre", "blocks", "norm", "attn_pool")
-    theirs, kept = found.take(*parts), {}
-    positions = theirs.pop("pos_embed").flatten(0, -2)  # (1, P, E) to (P, E)
+def rename_timm_siglip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's and open_clip's names as Hugging Face's: qkv is fused in theirs, the pool's q and kv are in ours."""
+    kept = {}
     for kind in ("weight", "bias"):
-        pool = [theirs.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
-        kept[f"head.attention.in_proj_{kind}"] = torch.cat(pool)
+        if pool := [
+            theirs.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv") if f"attn_pool.{part}.{kind}" in theirs
+        ]:
+            kept[f"head.attention.in_proj_{kind}"] = torch.cat(pool)
     for name, tensor in theirs.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
             for part, rows in zip("qkv", tensor.chunk(3), strict=True):
@@ -3305,172 +3367,267 @@ def read_timm_siglip(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
         else:
             for pattern, hf_name in TIMM_NAMES:
                 name = re.sub(pattern, hf_name, name)
-            kept[name] = tensor
-    kept["embeddings.position_embedding.weight"] = positions
-    width, _, patch, _ = kept[HF_ANCHOR].shape
-    # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
-    later = patch == 32 or width == 1536 or (width, patch) == (1152, 16) or (width, len(positions)) == (1024, 1024)
-    return siglip_config(kept, found, "gelu_pytorch_tanh" if later else "gelu"), kept
+            kept[name] = tensor.flatten(0, -2) if "position" in name else tensor  # (1, P, E) to (P, E)
+    return kept
 
 
-def count_blocks(kept: dict[str, Tensor], pattern: str) -> int:
-    """How many blocks there are, `pattern` finding the number of one in a tensor's name."""
-    return 1 + max((int(match[1]) for name in kept if (match := re.match(pattern, name))), default=-1)
-
-
-def siglip_config(kept: dict[str, Tensor], found: Found, act: str) -> dict[str, Any]:
+def read_siglip(found: Found) -> None:
     """Configuration from shapes; what shapes cannot tell comes from a fitting config.json, or is assumed and noted."""
-    width, channels, patch, _ = kept[HF_ANCHOR].shape
-    grid = math.isqrt(len(kept["embeddings.position_embedding.weight"]))
-    config: dict[str, Any] = {
-        "family": "siglip",
-        "hidden_size": width,
-        "num_hidden_layers": count_blocks(kept, r"encoder\.layers\.(\d+)\."),
+    timm = HF_SIGLIP not in found.tensors
+    if timm:
+        found.tensors = rename_timm_siglip(found.tensors)
+    kept, settings = found.tensors, {}
+    kept.pop("embeddings.position_ids", None)  # a counter that old files store
+    patch, positions = kept[HF_SIGLIP], kept["embeddings.position_embedding.weight"]
+    naflex = patch.ndim == 2  # a linear layer over flattened (p, p, C) patches is a convolution written otherwise
+    if naflex:
+        side = math.isqrt(patch.shape[1] // 3)
+        patch = kept[HF_SIGLIP] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+        found.notes.append("SigLIP 2 NaFlex: its tower is used at a fixed square size")
+    width, channels, size, _ = patch.shape
+    grid, head = math.isqrt(len(positions)), any(name.startswith("head.") for name in kept)
+    # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
+    later = not timm or naflex or size == 32 or width == 1536 or (width, size) == (1152, 16)
+    act = "gelu_pytorch_tanh" if later or (width, len(positions)) == (1024, 1024) else "gelu"
+    found.config = {
+        "family": "siglip", "hidden_size": width, "num_hidden_layers": found.blocks(r"encoder\.layers\.(\d+)\."),
         "num_attention_heads": {1152: 16, 1536: 16}.get(width, width // 64),
-        "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]),
-        "num_channels": channels,
-        "patch_size": patch,
-        "image_size": 384 if (patch, grid) == (14, 27) else grid * patch,  # as published, though 384 = 27 * 14 + 6
-        **{"hidden_act": act, "layer_norm_eps": 1e-6, "vision_use_head": True},
-    }
-    if found.sidecar and found.sidecar["hidden_size"] == width:
-        config |= {k: v for k, v in found.sidecar.items() if k != "image_size" or v // patch == grid}
-    elif found.sidecar:
-        found.notes.append(f"config.json ignored: its tower is {found.sidecar['hidden_size']} wide, this one {width}")
-    elif not found.heads and width % 64:
+        "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]), "num_channels": channels,
+        "patch_size": size, "image_size": found.pixels() or grid * size,
+        "hidden_act": act, "layer_norm_eps": 1e-6, "vision_use_head": head, "naflex": naflex,
+    }  # fmt: skip
+    if not head:
+        found.notes.append("no pooling head in the file: its feature is the mean of its tokens")
+    if (size, grid) == (14, 27) and not found.pixels():
+        found.notes.append("assumed to be for images of 384 pixels; one of timm's ..._378 wants --image-size 378")
+        found.config["image_size"] = 384  # as published, though 384 = 27 * 14 + 6
+    if library := found.library_config():
+        vision = getattr(library, "vision_config", library).to_dict()
+        settings = {k: vision[k] for k in ("num_hidden_layers", "num_attention_heads", *SIGLIP_KEYS) if k in vision}
+        if vision.get("hidden_size") != width:
+            found.notes.append(f"config.json ignored: its tower is {vision.get('hidden_size')} wide, this one {width}")
+            settings = {}
+        elif settings.get("image_size", 0) // size != grid:
+            settings.pop("image_size", None)
+    found.config |= settings
+    found.config["num_attention_heads"] = check_heads(found, width, act, stated=bool(settings))
+
+
+def check_heads(found: Found, width: int, act: str, stated: bool = False) -> int:
+    """Attention heads from `--backbone-heads`, else as stated, else assumed aloud."""
+    if not (found.heads or stated) and width % 64:
         raise BadInput(
             f"{found.source}: without a config.json its width of {width} does not tell the number of attention heads: "
             "name it with --backbone-heads"
         )
-    elif not found.heads:
-        heads = config["num_attention_heads"]
+    heads = found.heads or found.config.get("num_attention_heads", width // 64)
+    if not (found.heads or stated):
         found.notes.append(f"assumed, without a config.json: {heads} heads (--backbone-heads), {act}")
-    heads = config["num_attention_heads"] = found.heads or config["num_attention_heads"]
     if width % heads:
         raise BadInput(f"{found.source}: {heads} attention heads do not divide its width of {width} (--backbone-heads)")
-    return config
+    return heads
 
 
-def read_resnet3d(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_timm(found: Found) -> None:
+    """A ViT that timm builds: by the name its configuration states, else by what its tensors show."""
+    tensors, stated = found.tensors, found.sidecars.get("config", {})
+    name = stated.get("architecture") or found.clip_settings().get("timm_model_name") or ""
+    registers = next((tensors[k].shape[1] for k in REGISTERS if k in tensors), 0)
+    if "siglip" in name or not (name or "cls_token" in tensors or registers):
+        return read_siglip(found)
+    width, channels, patch, _ = tensors[TIMM_VIT].shape
+    settings: dict[str, Any] = stated.get("model_args") or {}
+    if "storage_tokens" in tensors:  # DINOv3 as Meta publishes it
+        size = {384: "small", 768: "base", 1024: "large", 1280: "huge_plus"}[width]
+        name = f"vit_{size}_patch16_dinov3_qkvb"
+    elif not name:  # DINOv2 and a plain ViT differ by arguments alone
+        positions, hidden = (
+            tensors["pos_embed"].shape[1],
+            len(tensors["blocks.0.mlp.fc1.weight"])
+            if "blocks.0.mlp.fc1.weight" in tensors
+            else len(tensors["blocks.0.mlp.w12.weight"]),
+        )
+        gated = "blocks.0.mlp.w12.weight" in tensors or hidden == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
+        name = "vit_giant_patch14_dinov2" if gated else "vit_large_patch14_dinov2"
+        settings = {
+            "patch_size": patch, "img_size": math.isqrt(positions) * patch, "embed_dim": width,
+            "depth": found.blocks(r"blocks\.(\d+)\."), "mlp_ratio": hidden / width, "reg_tokens": registers,
+            "no_embed_class": bool(registers) or math.isqrt(positions) ** 2 == positions,
+            "init_values": 1e-5 if "blocks.0.ls1.gamma" in tensors else None, "pre_norm": "norm_pre.weight" in tensors,
+            "qkv_bias": "blocks.0.attn.qkv.bias" in tensors, "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+        }  # fmt: skip
+        settings["num_heads"] = check_heads(found, width, "the exact GELU")
+    found.config = {"family": "timm", "architecture": name, "arguments": settings}
+    found.config["image_size"] = settings.get("img_size") or found.pixels()
+    found.config |= {"num_channels": channels, "patch_size": patch, **normalisation(found, channels)}
+
+
+def read_transformers(found: Found) -> None:
+    """DINOv2 and its kind, as config.json describes them."""
+    library = found.library_config()
+    if getattr(library, "model_type", None) not in TRANSFORMERS_VITS:
+        said = found.sidecars.get("config", {}).get("model_type")
+        raise BadInput(
+            f"{found.source}: " + (f"a {said} model" if said else "a ViT of transformers") + f" {NEEDS_CONFIG}"
+        )
+    found.config = {"family": "transformers", "architecture": json.loads(library.to_json_string(use_diff=False))}
+    found.config |= {key: getattr(library, key) for key in ("image_size", "patch_size", "num_channels")}
+    found.config |= normalisation(found, library.num_channels)
+
+
+def normalisation(found: Found, channels: int) -> dict[str, Any]:
+    """Windows in HU and what is then done to their [0, 1]: mean and standard deviation, None being those of each slice.
+
+    As the JSON files beside the weights say; else what such towers were trained with, aloud.
+    """
+    said = found.sidecars.get("preprocessor_config") or found.sidecars.get("config", {}).get("pretrained_cfg", {})
+    mean, std = (said.get(f"image_{key}", said.get(key)) for key in ("mean", "std"))
+    if channels == 1 and mean and std:  # a tower of one channel is often said to have the means of three
+        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+    if said.get("image_processor_type") == "CuriaImageProcessor":  # HU as they are, air at the least, slice by slice
+        return {"mean": None, "std": None, "windows": [[-1000.0, 3071.0]] * 3}
+    if mean and std:
+        return {"mean": mean, "std": std, "windows": WINDOW_PRESETS["merlin" if channels == 1 else "chest"]}
+    if channels == 1:  # DALE-CT (Damron et al., 2026): HU in -997..888, less -142.39, over 360.97
+        found.notes.append("assumed, nothing beside it saying otherwise: the windows and normalisation of DALE-CT")
+        return {"mean": [854.61 / 1885], "std": [360.97 / 1885], "windows": [[-997.0, 888.0]] * 3}
+    found.notes.append("assumed, nothing beside it saying otherwise: the mean and standard deviation of ImageNet")
+    return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "windows": WINDOW_PRESETS["chest"]}
+
+
+def read_resnet3d(found: Found) -> None:
     """Names as MONAI's, which are Merlin's."""
-    kept = found.take("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")
-    stem, channels, *kernel = kept["conv1.weight"].shape
-    return {
+    stem, channels, *kernel = found.tensors["conv1.weight"].shape
+    found.config = {
         "family": "resnet3d",
-        "layers": [count_blocks(kept, rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+        "layers": [found.blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
         "block_inplanes": [stem, stem * 2, stem * 4, stem * 8],
         "num_channels": channels,
         "conv1_t_size": kernel,
-        "bias_downsample": "layer1.0.downsample.0.bias" in kept,
+        "bias_downsample": "layer1.0.downsample.0.bias" in found.tensors,
         "image_size": 224,
-    }, kept
+    }
 
 
-def read_biovil(found: Found) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_biovil(found: Found) -> None:
     """The encoder of `health_multimodal`'s ImageModel, without what a single image does not use."""
     idle = ("encoder.encoder.fc.", "encoder.vit_pooler.")
-    kept = {k.removeprefix("encoder."): t for k, t in found.take("encoder").items() if not k.startswith(idle)}
-    encoder, size = "resnet50" if "encoder.layer4.0.conv3.weight" in kept else "resnet18", 480
-    if "backbone_to_vit.weight" in kept:
+    found.tensors = {
+        k.removeprefix("encoder."): t
+        for k, t in found.tensors.items()
+        if k.startswith("encoder.") and not k.startswith(idle)
+    }
+    encoder, size = "resnet50" if "encoder.layer4.0.conv3.weight" in found.tensors else "resnet18", 480
+    if "backbone_to_vit.weight" in found.tensors:
         encoder, size = f"{encoder}_multi_image", 448
         found.notes.append("BioViL-T without its temporal pooler: there is no prior image")
-    channels = kept["encoder.conv1.weight"].shape[1]
-    return {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}, kept
+    channels = found.tensors["encoder.conv1.weight"].shape[1]
+    found.config = {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}
 
 
-READERS: dict[str, Callable[[Found], tuple[dict[str, Any], dict[str, Tensor]]]] = {  # by the name that ends any prefix
-    HF_ANCHOR: read_hf_siglip,
-    TIMM_ANCHOR: read_timm_siglip,
-    RESNET_ANCHOR: read_resnet3d,
-    BIOVIL_ANCHOR: read_biovil,
+def read_colipri(found: Found) -> None:
+    """The image encoder of `colipri`: a Primus, a projection of its tokens, attention pooling."""
+    width, channels, patch, *_ = found.tensors[COLIPRI].shape
+    projected = len(found.tensors["projector.weight"])
+    found.config = {
+        "family": "colipri", "embed_dim": width, "patch_size": patch, "num_channels": channels,
+        "eva_depth": found.blocks(r"backbone\.eva\.blocks\.(\d+)\."), "projection_dim": projected, "image_size": 192,
+    }  # fmt: skip
+    found.notes.append("trained on voxels of 2 mm: prepare scans with --spacing 2 2 2")
+
+
+HF_SIGLIP, HF_VIT, DINOV3 = (
+    f"embeddings.{k}.weight" for k in ("patch_embedding", "patch_embeddings.projection", "patch_embeddings")
+)
+TIMM_VIT, TIMM_NAFLEX, COLIPRI = "patch_embed.proj.weight", "embeds.proj.weight", "backbone.down_projection.proj.weight"
+RESNET3D, BIOVIL = "layer3.35.conv3.weight", "encoder.encoder.layer4.1.conv2.weight"
+READERS: dict[str, Callable[[Found], None]] = {  # by the name that ends any prefix
+    **{HF_SIGLIP: read_siglip, TIMM_NAFLEX: read_siglip, TIMM_VIT: read_timm, HF_VIT: read_transformers},
+    **{DINOV3: read_transformers, COLIPRI: read_colipri, RESNET3D: read_resnet3d, BIOVIL: read_biovil},
 }
+REGISTERS = ("reg_token", "register_tokens", "storage_tokens")  # timm's name, DINOv2's, DINOv3's
+TRANSFORMERS_VITS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "ijepa")
+NEEDS_CONFIG = f"that config.json beside it should describe as one of {', '.join(TRANSFORMERS_VITS)}"
+SIGLIP_KEYS = ("image_size", "hidden_act", "layer_norm_eps")
 
 
 def is_encoder(anchor: str, prefix: str, tensors: dict[str, Tensor]) -> bool:
-    """Whether the tensors around an anchor are of its family; CLIP, plain ViTs and 2D ResNets share its name."""
-    if anchor == TIMM_ANCHOR:
-        return prefix + "attn_pool.latent" in tensors and tensors[prefix + anchor].ndim == 4
-    if anchor == RESNET_ANCHOR:
-        return prefix + "conv1.weight" in tensors and tensors[prefix + "conv1.weight"].ndim == 5
-    if anchor == BIOVIL_ANCHOR:
+    """Whether the tensors around an anchor are of its family; CLIP and other ResNets share a name with one."""
+    if anchor == RESNET3D:
+        stem = tensors.get(f"{prefix}conv1.weight", torch.empty(0))
+        return stem.ndim == 5 and stem.shape[2] != 7  # MedicalNet's stem; its last stages have other strides too
+    if anchor == BIOVIL:
         return any(name.startswith((prefix + "projector.", prefix + "encoder.backbone_to_vit.")) for name in tensors)
     return prefix + "embeddings.class_embedding" not in tensors
 
 
-def find_encoder(tensors: dict[str, Tensor], source: str) -> tuple[str, str, list[str]]:
-    """The anchor found in a file, what stands before it, and notes; the fullest candidate, averaged weights first."""
-    found = [(a, name[: -len(a)]) for name in tensors for a in READERS if f".{name}".endswith(f".{a}")]
-    found = [(a, prefix) for a, prefix in found if is_encoder(a, prefix, tensors)]
-    if not found:
-        looks = (what for pattern, what in LOOKS if any(re.search(pattern, name) for name in tensors))
+def find_encoder(tensors: dict[str, Tensor], found: Found) -> str:
+    """The anchor found in a file, its prefix taken off `found`: the fullest candidate, averaged weights first."""
+    ends = [(a, name[: -len(a)]) for name in tensors for a in READERS if f".{name}".endswith(f".{a}")]
+    ends = [(a, prefix) for a, prefix in ends if is_encoder(a, prefix, tensors)]
+    if not ends:
+        looks = (what for pattern, what in (*NOT_PLAIN, *LOOKS) if any(re.search(pattern, name) for name in tensors))
         seems = next(looks, f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
-        raise BadInput(f"{source}: seems to be {seems}. {SUPPORTED}")
-    size = {prefix: sum(name.startswith(prefix) for name in tensors) for _, prefix in found}
-    anchor, prefix = max(found, key=lambda pair: (size[pair[1]], "ema" in re.split(r"[._]", pair[1].lower())))
-    others = ", ".join(repr(other) for _, other in found if other != prefix)
-    return anchor, prefix, [f"taken from {prefix!r}; also there: {others}"] if others else []
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """What a file holds: tensors keyed as the built backbone's `state_dict()`, and the `config` to build it."""
-
-    family: str
-    config: dict[str, Any]
-    tensors: dict[str, Tensor]
-    source: str
-    notes: list[str]
-    unused: list[str]  # names in the file that belong to no part of the image encoder
+        raise BadInput(f"{found.source}: seems to be {seems}. {SUPPORTED}")
+    size = {prefix: sum(name.startswith(prefix) for name in tensors) for _, prefix in ends}
+    anchor, found.prefix = max(ends, key=lambda end: (size[end[1]], "ema" in re.split(r"[._]", end[1].lower())))
+    if others := ", ".join(repr(other) for _, other in ends if other != found.prefix):
+        found.notes.append(f"taken from {found.prefix!r}; also there: {others}")
+    inside = [name for name in tensors if name.startswith(found.prefix)]
+    for pattern, what in NOT_PLAIN:
+        if odd := next((name for name in inside if re.search(pattern, name)), None):
+            raise BadInput(f"{found.source}: {what} ({odd})")
+    if not tensors[found.prefix + anchor].numel():
+        raise BadInput(f"{found.source}: {UNZERO}")
+    found.tensors = {name[len(found.prefix) :]: tensors[name] for name in inside}
+    found.unused = [name for name in tensors if not name.startswith(found.prefix)]
+    return anchor
 
 
 def read_tensors(
-    tensors: dict[str, Tensor], source: str, sidecar: dict[str, Any] | None = None, heads: int | None = None
-) -> Pretrained:
-    """Find the image encoder among named tensors (`meta` ones too) and name them as this script's modules do."""
-    anchor, prefix, notes = find_encoder(tensors, source)
-    found = Found(
-        {k[len(prefix) :]: t for k, t in tensors.items() if k.startswith(prefix)}, source, sidecar, heads, notes
-    )
+    tensors: dict[str, Tensor], source: str, sidecars: dict[str, Any] | None = None, heads: int | None = None
+) -> Found:
+    """Find the image encoder among named tensors (`meta` ones too) and what builds it."""
+    found = Found(source, {}, sidecars or {}, heads)
+    anchor = find_encoder(tensors, found)
     try:
-        config, kept = READERS[anchor](found)
+        READERS[anchor](found)
     except KeyError as error:
-        raise BadInput(f"{source}: incomplete: {prefix}{error.args[0]} is missing") from None
+        raise BadInput(f"{source}: incomplete: {found.prefix}{error.args[0]} is missing") from None
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{source}: tensors of unexpected shape under {prefix!r}: {error}") from None
-    for k, t in kept.items():
+        raise BadInput(f"{source}: tensors of unexpected shape under {found.prefix!r}: {error}") from None
+    for k, t in found.tensors.items():
         if t.is_quantized or t.layout != torch.strided or (t.ndim and (t.itemsize < 2 or not t.is_floating_point())):
-            raise BadInput(f"{source}: {prefix}{k} is quantised or sparse ({t.dtype}): use the original weights")
-    for k in [k for k in kept if k.endswith("running_mean")]:  # old files lack BatchNorm's step counter
-        kept.setdefault(k.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
-    kept = {f"net.{k}": t.float() if t.is_floating_point() else t for k, t in kept.items()}
-    unused = [k for k in tensors if not k.startswith(prefix)] + [prefix + k for k in found.tensors]
-    return Pretrained(config["family"], config, kept, source, notes, unused)
+            raise BadInput(f"{source}: {found.prefix}{k} is quantised or sparse ({t.dtype}): {ORIGINAL}")
+    return found
 
 
-def read_own_checkpoint(raw: dict[str, Any], source: str) -> Pretrained:
+def read_own_checkpoint(raw: dict[str, Any], source: str) -> Found:
     """The backbone inside one of this script's own checkpoints."""
     state, config = raw.get("model"), raw.get("backbone")
     if raw["kind"] != "finetune_siglip":
         raise BadInput(f"{source}: the state of a run; name its best_model.pth")
     if raw.get("format") != 1 or not isinstance(state, dict) or not isinstance(config, dict):
         raise BadInput(f"{source}: a checkpoint of this script in a format that this version does not read")
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    mine = {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
-    unused = [name for name in tensors if not name.startswith("backbone.")]
-    return Pretrained(str(config.get("family")), config, mine, source, ["a checkpoint of this script"], unused)
+    tensors, prefix = flatten(state), "backbone.net."
+    mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    unused = [name for name in tensors if not name.startswith(prefix)]
+    return Found(source, mine, {}, None, ["a checkpoint of this script"], prefix, config, unused)
 
 
-def read_pretrained(source: str | Path, heads: int | None = None) -> Pretrained:
+def read_pretrained(source: str | Path, heads: int | None = None) -> Found:
     """Read a local file or folder, or a model of the Hugging Face hub; its tensors, not its name, tell the family.
 
-    Tensors come as float32 and stay memory-mapped where the file has them so. `heads` overrides the number of
-    attention heads. Raises BadInput with what the file seems to be where no known image encoder is in it.
+    Tensors stay memory-mapped where the file has them so. `heads` overrides the number of attention heads. Raises
+    BadInput with what the file seems to be where no known image encoder is in it.
     """
     path = locate_weights(str(source))
     raw = open_weights(path)
     if str(raw.get("kind")).startswith("finetune_siglip"):
         return read_own_checkpoint(raw, str(path))
-    return read_tensors(flatten(raw), str(path), config_beside(path), heads)
+    beside = {name: path.with_name(f"{name}.json") for name in ("config", "open_clip_config", "preprocessor_config")}
+    sidecars = {name: read_json(file) for name, file in beside.items() if file.is_file()}
+    return read_tensors(flatten(raw), str(path), sidecars, heads)
 
 
 # The encoders: their modules are the libraries', so that files fit; what is done with them is one interface.
@@ -3498,9 +3655,9 @@ def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., T
 
 
 class Backbone(nn.Module):
-    """Image encoder of one family: images in [0, 1] to one feature vector each.
+    """Image encoder of one family: images in [0, 1] to one feature vector each, and to the tokens it is made of.
 
-    Slice families take (n, 3, H, W) images; a `volumetric` one takes (N, 3, D, H, W) with its axes in `orientation`.
+    Slice families take (n, K, H, W) images; a `volumetric` one takes (N, K, D, H, W) with its axes in `orientation`.
     `config` is plain data from which `build_backbone` makes the same architecture again without any file.
     """
 
@@ -3510,37 +3667,53 @@ class Backbone(nn.Module):
     recompute = False  # each block of a volumetric one is computed again in the backward pass
     net: Any  # the family's own module
 
-    def __init__(self, config: dict[str, Any], net: nn.Module, width: int, slices: int):
+    def __init__(self, config: dict[str, Any], net: nn.Module, width: int, slices: int = 64):
         super().__init__()
         self.config, self.net, self.width = dict(config), net, width
         self.default_grid = (slices, config["image_size"], config["image_size"])  # (S, H, W) this family is best given
+        self.windows = tuple(map(tuple, config.get("windows", WINDOW_PRESETS["chest"])))  # HU it is best given
+        for module in net.modules():  # of pretraining only: a parameter that never gets a gradient would stall DDP
+            if hasattr(module, "mask_token"):
+                setattr(module, "mask_token", None)  # noqa: B010
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks in forward order: units to compile or to recompute."""
-        raise NotImplementedError
+        return list(max((m for m in self.net.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))), key=len))
+
+    def adopt(self, found: Found) -> dict[str, Tensor]:
+        """A file's tensors as `net` names and sizes them."""
+        return found.tensors
 
     def tokens(self, images: Tensor) -> Tensor:
         """Last spatial features, (n, *grid, E)."""
         raise NotImplementedError
 
     def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        """(n, *grid, E) to (n, E)."""
+        """(n, *grid, E) to (n, E); where tokens are padded, `real` (n, M) names those that are no padding."""
         raise NotImplementedError
 
     def summary(self, tokens: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
-        """(n, *grid, E) to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well.
-
-        Where tokens are padded, `real` (n, M) names those that are no padding.
-        """
-        pooled = self.pool(tokens, real)
-        if not maxima:
-            return pooled
-        seen = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
-        return torch.cat([pooled, seen.flatten(1, -2).amax(1)], dim=1)
+        """(n, *grid, E) to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well."""
+        return with_maxima(self.pool(tokens, real), tokens, maxima, real)
 
     def forward(self, images: Tensor, *, maxima: bool = False) -> Tensor:
-        """(n, 3, H, W) or (N, 3, D, H, W) in [0, 1] to (n, E), or with `maxima` to (n, 2E)."""
+        """(n, K, H, W) or (N, K, D, H, W) in [0, 1] to (n, E), or with `maxima` to (n, 2E)."""
         return self.summary(self.tokens(images), maxima)
+
+    def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Spatial features (n, *grid, E) that decide on what `forward` gives, and what makes that of them."""
+        return self.tokens(images), partial(self.summary, maxima=maxima)
+
+    def turn(self, volume: Tensor) -> Tensor:
+        """(N, K, D, H, W) in SPL, as a view with the axes in this family's orientation."""
+        axes, flips = spl_axes(self.orientation)
+        volume = volume.flip([2 + i for i, flip in enumerate(flips) if flip])
+        return volume.permute(0, 1, *(2 + axes.index(i) for i in range(3)))
+
+    def turn_back(self, grid: Tensor) -> Tensor:
+        """Tokens (N, x, y, z, E) over this family's axes, turned to SPL."""
+        axes, flips = spl_axes(self.orientation)
+        return grid.permute(0, *(1 + axis for axis in axes), 4).flip([1 + i for i, flip in enumerate(flips) if flip])
 
     def train(self, mode: bool = True) -> Backbone:
         """Set training mode, except that frozen modules stay in eval mode: dropout off, BatchNorm statistics kept."""
@@ -3550,6 +3723,14 @@ class Backbone(nn.Module):
             if parameters and not any(p.requires_grad for p in parameters):
                 module.eval()
         return self
+
+
+def with_maxima(feature: Tensor, tokens: Tensor, maxima: bool, real: Tensor | None = None) -> Tensor:
+    """Features (n, E), or with `maxima` (n, 2E): the largest of each feature of tokens (n, *grid, E) beside them."""
+    if not maxima:
+        return feature
+    seen = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
+    return torch.cat([feature, seen.flatten(1, -2).amax(1)], dim=1)
 
 
 class SiglipBackbone(Backbone):
@@ -3563,15 +3744,27 @@ class SiglipBackbone(Backbone):
     def __init__(self, config: dict[str, Any]):
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
-        settings = {k: v for k, v in config.items() if k != "family"} | {"attn_implementation": "sdpa"}
-        net = SiglipVisionModel(SiglipVisionConfig(**settings))
-        super().__init__(config, net, config["hidden_size"], 64)
+        settings = {k: v for k, v in config.items() if k not in ("family", "naflex")} | {"attn_implementation": "sdpa"}
+        super().__init__(config, SiglipVisionModel(SiglipVisionConfig(**settings)), config["hidden_size"])
         self.side = config["image_size"] // config["patch_size"]
-        # Not in any file; on the meta device it would stay without values.
-        net.embeddings.register_buffer("position_ids", torch.arange(self.side**2, device="cpu")[None], persistent=False)
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.net.encoder.layers)
+    def adopt(self, found: Found) -> dict[str, Tensor]:
+        """Position embeddings (P, E) interpolated to this size: for NaFlex bilinear, as in `transformers`."""
+        key, patch = "embeddings.position_embedding.weight", self.config["patch_size"]
+        old, new = math.isqrt(len(found.tensors[key])), self.side
+        if not new:
+            raise BadInput(f"--image-size {self.config['image_size']} is smaller than a patch of {patch} pixels")
+        if self.config["image_size"] != found.config["image_size"] and (rest := self.config["image_size"] % patch):
+            found.notes.append(f"the last {rest} rows and columns fall outside its patches of {patch}")
+        if old == new:
+            return found.tensors
+        found.notes.append(f"position embeddings interpolated from {old} x {old} to {new} x {new}")
+        grid, mode = (
+            found.tensors[key].float().T.reshape(1, -1, old, old),
+            "bilinear" if found.config.get("naflex") else "bicubic",
+        )
+        grid = F.interpolate(grid, size=(new, new), mode=mode, antialias=True)
+        return found.tensors | {key: grid.flatten(2)[0].T.contiguous()}
 
     def tokens(self, images: Tensor) -> Tensor:
         return self.encode(images)[0].unflatten(1, (self.side, self.side))
@@ -3634,16 +3827,198 @@ def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> t
     return x, None if min(counts) == longest else real
 
 
-class ConvBackbone(Backbone):
+class ViTBackbone(Backbone):
+    """A ViT whose feature may be a class token: `encode` gives (n, prefix + P, E), P the patches."""
+
+    prefix: int  # class and register tokens, which come first
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images in [0, 1] less the mean and over the deviation that the tower was trained with, or their own."""
+        mean, std = self.config["mean"], self.config["std"]
+        if mean is None:
+            centred = images - images.mean((2, 3), keepdim=True)
+            return centred / images.std((2, 3), keepdim=True).clamp(min=1e-6)
+        if len(mean) != images.shape[1]:  # other channels than it was trained with have the same in common
+            mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+        shift, scale = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+        return (images - shift) / scale
+
+    def encode(self, images: Tensor) -> Tensor:
+        """All tokens after the last norm."""
+        raise NotImplementedError
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The feature of `encode`'s tokens, as the library gives it."""
+        raise NotImplementedError
+
+    def tokens(self, images: Tensor) -> Tensor:
+        x = self.encode(images)[:, self.prefix :]
+        return x.unflatten(1, (images.shape[2] // self.config["patch_size"], -1))
+
+    def forward(self, images: Tensor, *, maxima: bool = False) -> Tensor:
+        x = self.encode(images)
+        return with_maxima(self.attend(x), x[:, self.prefix :], maxima)
+
+    def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """What the last block is given: a class token no longer depends on the patches that come out of it."""
+        last, given = self.blocks()[-1], []
+        hook = last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        grid = self.tokens(images).shape[1:3]
+        hook.remove()
+
+        def finish(tokens: Tensor) -> Tensor:
+            x = torch.cat([given[0][:, : self.prefix], tokens.flatten(1, 2)], 1)
+            hook = last.register_forward_pre_hook(lambda _, inputs: (x, *inputs[1:]))
+            try:
+                return self(images, maxima=maxima)
+            finally:
+                hook.remove()
+
+        return given[0][:, self.prefix :].unflatten(1, grid), finish
+
+
+class TimmBackbone(ViTBackbone):
+    """A ViT of `timm`: plain, DINOv2, DINOv3, DALE-CT, …"""
+
+    family = "timm"
+
+    def __init__(self, config: dict[str, Any]):
+        import timm
+
+        size = {"img_size": config["image_size"]} if config["image_size"] else {}
+        arguments = config["arguments"] | size | {"in_chans": config["num_channels"], "num_classes": 0}
+        net: Any = timm.create_model(config["architecture"], **arguments)
+        if not hasattr(net, "num_prefix_tokens") or not hasattr(net, "blocks"):
+            raise ValueError(f"timm's {config['architecture']} is no ViT")
+        super().__init__(config | {"image_size": net.patch_embed.img_size[0]}, net, net.num_features)
+        self.prefix = net.num_prefix_tokens
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.blocks)
+
+    def adopt(self, found: Found) -> dict[str, Tensor]:
+        """Renamed and resized by the function that timm itself has for published files."""
+        convert = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn")  # noqa: B009
+        return convert({name: t.float() if t.is_floating_point() else t for name, t in found.tensors.items()}, self.net)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.net.forward_features(self.normalised(images))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.net.forward_head(x, pre_logits=True)
+
+
+class TransformersBackbone(ViTBackbone):
+    """DINOv2 (RAD-DINO, Curia), DINOv3 and other ViTs of `transformers`; its feature is the class token."""
+
+    family = "transformers"
+
+    def __init__(self, config: dict[str, Any]):
+        from transformers import AutoConfig, AutoModel
+
+        self.library = AutoConfig.for_model(**config["architecture"] | {"num_channels": config["num_channels"]})
+        options = {"add_pooling_layer": False} if self.library.model_type == "vit" else {}
+        net = AutoModel.from_config(self.library, attn_implementation="sdpa", **options)
+        super().__init__(config, net, self.library.hidden_size)
+        self.prefix = 0 if self.library.model_type == "ijepa" else 1 + getattr(self.library, "num_register_tokens", 0)
+
+    def adopt(self, found: Found) -> dict[str, Tensor]:
+        """Renamed by the library itself: names in published files and in memory differ from release to release."""
+        net, told = type(self.net).from_pretrained(
+            None, config=self.library, state_dict=found.tensors, output_loading_info=True
+        )
+        missing = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
+        found.unused += [found.prefix + name for name in told["unexpected_keys"]]
+        return {name: tensor for name, tensor in net.state_dict().items() if name not in missing}
+
+    def encode(self, images: Tensor) -> Tensor:
+        options = {"interpolate_pos_encoding": True} if self.library.model_type in ("vit", "ijepa") else {}
+        return self.net(self.normalised(images), **options).last_hidden_state
+
+    def attend(self, x: Tensor) -> Tensor:
+        return x[:, 0] if self.prefix else x.mean(1)
+
+
+class VolumeBackbone(Backbone):
+    """An encoder of whole volumes, computed again block by block where memory is short."""
+
+    volumetric = True
+
+    def run_blocks(self, x: Tensor, **options: Any) -> Tensor:
+        for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
+            run = partial(block, **options)
+            x = recomputed(run, block)(x) if self.recompute else run(x)
+        return x
+
+
+class ColipriBackbone(VolumeBackbone):
+    """The image encoder of COLIPRI: 2 mm voxels, axes towards R, A and S, HU in -1000..1000.
+
+    Wald et al., "Comprehensive language-image pre-training for 3D medical image understanding", 2025. The axes are
+    those of the package `colipri` from 0.1.2 on (before, and in its model card still: S, A, R).
+    """
+
+    family = "colipri"
+    orientation = "RAS"
+
+    def __init__(self, config: dict[str, Any]):
+        from dynamic_network_architectures.architectures.primus import Primus
+
+        width, patch = config["projection_dim"], config["patch_size"]
+        self.cube = [config["image_size"] // patch] * 3
+        settings: dict[str, Any] = {
+            "num_classes": 1,
+            "eva_numheads": 12,
+            "use_abs_pos_embed": False,
+            "init_values": 0.1,
+            "scale_attn_inner": True,
+        }
+        settings |= {
+            "embed_dim": config["embed_dim"],
+            "eva_depth": config["eva_depth"],
+            "patch_embed_size": [patch] * 3,
+        }
+        net: Any = nn.Module()
+        net.backbone = Primus(config["num_channels"], input_shape=[n * patch for n in self.cube], **settings)
+        net.backbone.up_projection = nn.Identity()
+        net.projector, net.pooler = nn.Conv3d(config["embed_dim"], width, 1), nn.Module()
+        net.pooler.attn = nn.MultiheadAttention(width, 12, batch_first=True)
+        super().__init__(config | {"windows": WINDOW_PRESETS["merlin"]}, net, width, config["image_size"])
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.backbone.eva.blocks)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        eva, x = self.net.backbone.eva, self.net.backbone.down_projection(images * 2 - 1)
+        grid = x.shape[2:]
+        if list(grid) != self.cube:  # a patch is as far from the next in a volume of any size
+            self.cube, old = list(grid), eva.rope
+            eva.rope = type(old)(
+                old.dim, in_pixels=False, feat_shape=self.cube, ref_feat_shape=self.cube, device=x.device
+            )
+        x = eva.norm(self.run_blocks(x.flatten(2).transpose(1, 2), rope=eva.rope.get_embed()))
+        return self.net.projector(x.transpose(1, 2).unflatten(2, grid)).movedim(1, -1)
+
+    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        x = tokens.flatten(1, -2)
+        return self.net.pooler.attn(x.mean(1, keepdim=True), x, x, need_weights=False)[0][:, 0]
+
+
+class ConvBackbone(VolumeBackbone):
     """A convolutional encoder; its features are the mean over its last map."""
 
     def blocks(self) -> list[nn.Module]:
         trunk = getattr(self.net, "encoder", self.net)
         return [block for stage in (1, 2, 3, 4) for block in getattr(trunk, f"layer{stage}")]
 
+    def adopt(self, found: Found) -> dict[str, Tensor]:
+        steps = (
+            name.replace("running_mean", "num_batches_tracked") for name in found.tensors if "running_mean" in name
+        )
+        return {name: torch.tensor(0) for name in steps} | found.tensors  # old files lack BatchNorm's step counter
+
     def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        mean = F.adaptive_avg_pool3d if tokens.ndim == 5 else F.adaptive_avg_pool2d
-        return mean(tokens.movedim(-1, 1), 1).flatten(1)
+        return tokens.flatten(1, -2).mean(1)
 
 
 class ResNet3DBackbone(ConvBackbone):
@@ -3654,7 +4029,6 @@ class ResNet3DBackbone(ConvBackbone):
 
     family = "resnet3d"
     orientation = "SRA"
-    volumetric = True
 
     def __init__(self, config: dict[str, Any]):
         from monai.networks.nets import ResNet
@@ -3662,17 +4036,14 @@ class ResNet3DBackbone(ConvBackbone):
         names = ("layers", "block_inplanes", "conv1_t_size", "bias_downsample")
         settings = {name: config[name] for name in names} | {"n_input_channels": config["num_channels"]}
         settings |= {"block": "bottleneck", "conv1_t_stride": (1, 2, 2), "feed_forward": False}
-        net = ResNet(**settings)
-        super().__init__(config, net, config["block_inplanes"][3] * 4, 160)
+        super().__init__(config, ResNet(**settings), config["block_inplanes"][3] * 4, 160)
 
     def tokens(self, images: Tensor) -> Tensor:
         if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
             # Measured: bfloat16 convolutions are faster so, float32 ones are not. Weights stay as they are stored.
             images = images.contiguous(memory_format=torch.channels_last_3d)
         x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(images))))
-        for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
-            x = recomputed(block, block)(x) if self.recompute else block(x)
-        return x.movedim(1, -1)
+        return self.run_blocks(x).movedim(1, -1)
 
 
 class BiovilBackbone(ConvBackbone):
@@ -3681,7 +4052,7 @@ class BiovilBackbone(ConvBackbone):
     Boecking et al., 2022; Bannur et al., "Learning to Exploit Temporal Structure for Biomedical VLP", 2023.
     """
 
-    family = "biovil"
+    family, volumetric = "biovil", False
 
     def __init__(self, config: dict[str, Any]):
         with warnings.catch_warnings():
@@ -3694,41 +4065,21 @@ class BiovilBackbone(ConvBackbone):
             del net.vit_pooler  # compares with a prior image
         if config["num_channels"] != 3:
             net.encoder.conv1 = nn.Conv2d(config["num_channels"], 64, 7, stride=2, padding=3, bias=False)
-        super().__init__(config, net, 2048 if config["encoder"] == "resnet50" else 512, 64)
+        super().__init__(config, net, 2048 if config["encoder"] == "resnet50" else 512)
 
     def tokens(self, images: Tensor) -> Tensor:
         return self.net(images, return_patch_embeddings=True)[0].movedim(1, -1)
 
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Backbone]] = {
-    family.family: family for family in (SiglipBackbone, ResNet3DBackbone, BiovilBackbone)
-}
+    "siglip": SiglipBackbone, "timm": TimmBackbone, "transformers": TransformersBackbone, "colipri": ColipriBackbone,
+    "resnet3d": ResNet3DBackbone, "biovil": BiovilBackbone,
+}  # fmt: skip
 
 
 def build_backbone(config: dict[str, Any]) -> Backbone:
     """The architecture that `config` describes, with random weights."""
     return FAMILIES[config["family"]](config)
-
-
-def resize_positions(found: Pretrained, image_size: int | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Configuration and tensors for another image size; position embeddings (P, E) bicubic and antialiased."""
-    config, tensors, key = dict(found.config), dict(found.tensors), "net.embeddings.position_embedding.weight"
-    if not image_size or image_size == config["image_size"]:
-        return config, tensors
-    found.notes.append(f"image size {image_size} instead of the checkpoint's {config['image_size']}")
-    config["image_size"] = image_size
-    if key in tensors:
-        if rest := image_size % config["patch_size"]:
-            found.notes.append(f"the last {rest} rows and columns fall outside its patches of {config['patch_size']}")
-        old, new = math.isqrt(len(tensors[key])), image_size // config["patch_size"]
-        if not new:
-            raise BadInput(f"--image-size {image_size} is smaller than a patch of {config['patch_size']} pixels")
-        if old != new:
-            found.notes.append(f"position embeddings interpolated from {old} x {old} to {new} x {new}")
-            grid = tensors[key].T.reshape(1, -1, old, old)
-            grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True)
-            tensors[key] = grid.flatten(2)[0].T.contiguous()
-    return config, tensors
 
 
 @torch.no_grad()
@@ -3747,6 +4098,9 @@ def adapt_channels(backbone: Backbone, channels: int) -> None:
         turn = torch.arange(channels) % stored
         weight = weight[:, turn] / torch.bincount(turn)[turn].view(-1, *[1] * (weight.ndim - 2))
     conv.weight, conv.in_channels = nn.Parameter(weight, conv.weight.requires_grad), channels
+    for module in backbone.modules():  # a module of `transformers` checks what it is given
+        if hasattr(module, "num_channels"):
+            setattr(module, "num_channels", channels)  # noqa: B010
     backbone.config["num_channels"] = channels
     log.info("backbone: first convolution adapted from %d to %d input channels", stored, channels)
 
@@ -3758,16 +4112,42 @@ def load_backbone(
 
     Raises BadInput unless every tensor of the backbone comes from the file, fits, is finite, and none is left over.
     """
+    from accelerate import init_empty_weights
+
     found = read_pretrained(source, heads)
+    family, config = str(found.config.get("family")), dict(found.config)
+    if image_size and image_size != config.get("image_size"):
+        found.notes.append(f"image size {image_size} instead of the checkpoint's {config.get('image_size')}")
+        config["image_size"] = image_size
     try:
-        config, tensors = resize_positions(found, image_size)
-        with torch.device("meta"):  # no memory and no random numbers: every value comes from the file
+        # No memory and no random numbers, for all values come from the file; BioViL's constructor computes with them.
+        with nullcontext() if family == "biovil" else init_empty_weights(include_buffers=False):
             backbone = build_backbone(config)
+        tensors = backbone.adopt(found)
     except ImportError as error:
-        raise BadEnvironment(f"{found.source}: a {found.family} backbone needs {error.name}: install it") from None
+        raise BadEnvironment(f"{found.source}: a {family} backbone needs {error.name}: install it") from None
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{found.source}: no {found.family} backbone can be built as it says ({error})") from None
-    expected = backbone.state_dict()
+        raise BadInput(f"{found.source}: no {family} backbone can be built as it says ({first_line(error)})") from None
+    expected = backbone.net.state_dict()
+    parts = {name.split(".")[0] for name in expected}
+    mine = {name: t for name, t in tensors.items() if name.split(".")[0] in parts and not name.endswith("mask_token")}
+    found.unused += [found.prefix + name for name in tensors if name not in mine]
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in mine.items()}
+    require_all(found.source, family, expected, tensors)
+    backbone.net.load_state_dict(tensors, assign=True)
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    left = Counter(name.split(".")[0] for name in found.unused).most_common(5)
+    listed = ", ".join(f"{n} of {part}" if n > 1 else part for part, n in left)
+    others = f": not part of the image tower, so not used ({listed})" if left else ""
+    log.info("backbone: %s, %.1f M parameters, %d features", family, millions, backbone.width)
+    log.info("  from %s", "; ".join([found.source, *found.notes]))
+    log.info("  %d tensors matched, 0 missing, %d unexpected%s", len(expected), len(found.unused), others)
+    adapt_channels(backbone, channels)
+    return backbone
+
+
+def require_all(source: str, family: str, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Raises BadInput unless a file's tensors are just those expected, of the same shapes and finite."""
     shared = [k for k in expected if k in tensors]
     wrong = {
         "missing": [k for k in expected if k not in tensors],
@@ -3777,21 +4157,10 @@ def load_backbone(
     }
     for what, names in wrong.items():
         if names:
-            listed = ", ".join(name.removeprefix("net.") for name in names[:10])
             raise BadInput(
-                f"{found.source}: seems to be a {found.family} encoder of {len(expected)} tensors, but {len(names)} "
-                f"are {what}: {listed}. It is incomplete, or of a variant that this script does not know"
+                f"{source}: seems to be a {family} encoder of {len(expected)} tensors, but {len(names)} are {what}: "
+                f"{', '.join(names[:10])}. It is incomplete, or of a variant that this script does not know"
             )
-    backbone.load_state_dict(tensors, assign=True)
-    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    parts = Counter(name.split(".")[0] for name in found.unused).most_common(5)
-    listed = ", ".join(f"{n} of {part}" if n > 1 else part for part, n in parts)
-    others = f": not part of the image tower, so not used ({listed})" if parts else ""
-    log.info("backbone: %s, %.1f M parameters, %d features", found.family, millions, backbone.width)
-    log.info("  from %s", "; ".join([found.source, *found.notes]))
-    log.info("  %d tensors matched, 0 missing, %d unexpected%s", len(expected), len(found.unused), others)
-    adapt_channels(backbone, channels)
-    return backbone
 
 
 # What of a backbone is trained: all, what lies above a layer, or adapters of low rank; and how it leaves again.
@@ -3800,7 +4169,10 @@ def load_backbone(
 def backbone_layers(backbone: Backbone) -> list[tuple[str, nn.Module]]:
     """Modules that own parameters directly, in forward order: what `--freeze-up-to N` counts."""
     owners = [(k, m) for k, m in backbone.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    return sorted(owners, key=lambda owner: owner[1] is backbone.net)  # BioViL-T's own parameter comes after its convs
+    late = (
+        backbone.net if backbone.family == "biovil" else None
+    )  # BioViL-T's own parameter comes after its convolutions
+    return sorted(owners, key=lambda owner: owner[1] is late)
 
 
 def freeze_up_to(backbone: Backbone, n: int | str) -> int:
@@ -3820,16 +4192,21 @@ def freeze_up_to(backbone: Backbone, n: int | str) -> int:
 
 
 def add_lora(backbone: Backbone, rank: int) -> None:
-    """Freeze a SigLIP tower and add low-rank updates to those attention projections that were trainable, in place.
+    """Freeze a ViT and add low-rank updates to those of its attention projections and patches that were trainable.
 
     Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021; scaled by 2, starting at no change.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    if backbone.family != "siglip":
-        raise BadInput(f"--lora-rank is for SigLIP towers; this backbone is {backbone.family}: leave it out")
-    projection = re.compile(r"net\.encoder\.layers\.\d+\.self_attn\.(q|k|v|out)_proj")
-    chosen = [k for k, m in backbone_layers(backbone) if projection.fullmatch(k) and m.weight.requires_grad]
+    if isinstance(backbone, ConvBackbone):
+        raise BadInput(f"--lora-rank is for ViTs; this backbone is {backbone.family}: leave it out")
+    inside = {id(m) for block in backbone.blocks() for m in block.modules()}
+    chosen = [
+        name
+        for name, m in backbone_layers(backbone)
+        if isinstance(m, (nn.Conv2d, nn.Conv3d)) or (isinstance(m, nn.Linear) and id(m) in inside and "att" in name)
+        if m.weight.requires_grad
+    ]
     if not chosen:
         raise BadInput("--lora-rank finds nothing to adapt, all is frozen: lower --freeze-up-to")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen), backbone)
@@ -4049,12 +4426,11 @@ class SiglipClassifier(nn.Module):
     def images(self, voxels: Tensor) -> Tensor:
         """What the backbone is given: the windows, a volume's axes turned from SPL to its own."""
         images = self.windows(voxels)
-        return images.flip(3, 4).transpose(3, 4) if self.backbone.orientation == "SRA" else images
+        return self.backbone.turn(images) if self.backbone.volumetric else images
 
     def layers(self, volume: Tensor) -> Tensor:
         """(N, C, D, H, W) to the last map of a 3D backbone, its axes turned back to SPL: (N, D', h, w, E)."""
-        tokens = self.backbone.tokens(self.images(volume))
-        return tokens.transpose(2, 3).flip(2, 3) if self.backbone.orientation == "SRA" else tokens
+        return self.backbone.turn_back(self.backbone.tokens(self.images(volume)))
 
     def slice_features(self, volume: Tensor) -> Tensor:
         """(N, C, S, H, W) -> (N, S, E), with `label` pooling (N, S, 2E). S of a 3D one: 1, or its layers."""
@@ -4877,12 +5253,13 @@ def slice_relevance(model: SiglipClassifier, slices: Tensor, gradients: Tensor) 
     Patches that `skip_air` leaves out had no say: theirs is 0.
     """
     backbone: Any = model.backbone  # of the SigLIP family, where patches are left out
-    images, summary = model.images(slices), partial(backbone.summary, maxima=model.pool.mode == "label")
+    images, maxima = model.images(slices), model.pool.mode == "label"
     if not model.skip_air:
-        return token_relevance(backbone.tokens(images).float(), summary, gradients)
+        tokens, finish = backbone.evidence(images, maxima)
+        return token_relevance(tokens.float(), finish, gradients)
     keep = patches_in_body(slices[:, 0], backbone.config["patch_size"])
     tokens, real = backbone.encode(images, keep)
-    relevance = token_relevance(tokens.float(), partial(summary, real=real), gradients)
+    relevance = token_relevance(tokens.float(), partial(backbone.summary, maxima=maxima, real=real), gradients)
     places, _ = pack_kept(torch.arange(keep.shape[1], device=keep.device).expand_as(keep)[..., None], keep, None)
     relevance = relevance if real is None else relevance * real
     full = torch.zeros(keep.shape, device=keep.device).scatter(1, places[..., 0], relevance)
@@ -6628,13 +7005,13 @@ class Run:
         return 3 * (weights + trained * (moments + bool(self.state.ema))) + weights * (self.history.top.k + 2)
 
 
-def preprocessing_from(args: argparse.Namespace, table: Table, default_grid: Sequence[int]) -> Preprocessing:
-    """How the volumes of this table are read, as the arguments say or the files show."""
-    slices, *in_plane = default_grid
+def preprocessing_from(args: argparse.Namespace, table: Table, backbone: Backbone | None = None) -> Preprocessing:
+    """How the volumes of this table are read, as the arguments say, the files show or the backbone is best given."""
+    slices, *in_plane = backbone.default_grid if backbone else (64, 224, 224)
     return decide_preprocessing(
         table,
         grid=(args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane)),
-        windows=args.windows,
+        windows=args.windows or (backbone.windows if backbone else WINDOW_PRESETS["chest"]),
         orientation=args.orientation,
         intensity=args.intensity,
         hu_range=args.hu_range,
@@ -6661,7 +7038,7 @@ def build_datasets(args: argparse.Namespace, tables: Sequence[Table], prep: Prep
 def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifier, Preprocessing]:
     """The classifier on its pretrained backbone, partly frozen as asked, and the way from file to input."""
     backbone = load_backbone(args.pretrained, image_size=args.image_size, heads=args.backbone_heads)
-    preprocessing = preprocessing_from(args, table, backbone.default_grid)
+    preprocessing = preprocessing_from(args, table, backbone)
     if preprocessing.intensity == "windowed":
         adapt_channels(backbone, preprocessing.channels)
     if args.export_hf and backbone.family != "siglip":
@@ -7399,7 +7776,7 @@ def run_score(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """Report on table and volumes, and draw some of them as a model will see them."""
     table = read_table(args.csv, args.label_columns or (), labels_required=False, allow_patient_overlap=True)
-    prep = preprocessing_from(args, table, (64, 224, 224))
+    prep = preprocessing_from(args, table)
     show_data(table, prep, args.output_dir, args.on_bad_volume == "skip")
     return 0
 

@@ -2682,13 +2682,11 @@ class VolumeLoader(torch.utils.data.DataLoader):
 
 
 def write_skipped(path: Path, *left_out: tuple[Table, dict[int, str]]) -> None:
-    """List the scans left out of tables, row -> why: id, split, line in the CSV and reason."""
-    rows = [
-        [table.series_ids[row], table.splits[row], table.line_numbers[row], skipped[row]]
-        for table, skipped in left_out
-        for row in sorted(skipped)
-    ]
-    write_rows(path, [["series_id", "split", "line", "reason"], *rows])
+    """List the scans left out of tables, row -> why, where there are any: id, split, line in the CSV and reason."""
+    rows = [[t.series_ids[r], t.splits[r], t.line_numbers[r], why[r]] for t, why in left_out for r in sorted(why)]
+    if rows:
+        write_rows(path, [["series_id", "split", "line", "reason"], *rows])
+        log.warning("%d scans could not be read and were left out: %s", len(rows), path)
 
 
 def fit_shared_memory(batch_bytes: int, num_workers: int, free: int) -> tuple[int, int]:
@@ -3067,9 +3065,8 @@ def prepare_table(
             scans.target(place_of[row]).relative_to(folder) if row in place_of else table.paths[row].absolute()
         )
     write_rows(out, [header, *(cells for row, (_, cells) in enumerate(rows) if row not in bad)])
-    if bad:
-        write_skipped(folder / "skipped.csv", (table, bad))
-    log.info("%d scans prepared, %d skipped: %s", len({*raw} - {*bad}), len(bad), out)
+    write_skipped(folder / "skipped.csv", (table, bad))
+    log.info("%d scans prepared: %s", len({*raw} - {*bad}), out)
     return out
 
 
@@ -6377,10 +6374,10 @@ def publish(
     return scored
 
 
-def save_run(folder: Path, title: str, facts: dict, arguments: dict, table: Table) -> None:
+def save_run(folder: Path, title: str, facts: dict, args: argparse.Namespace, table: Table) -> None:
     """Add what the report says of this run, its settings and its data under this title to run.json."""
-    path = folder / "run.json"
-    sections = {"Run": facts, "Settings": arguments, "Data": summarise_table(table)}
+    path, settings = folder / "run.json", {k: v for k, v in vars(args).items() if v is not None and k != "command"}
+    sections = {"Run": facts, "Settings": settings, "Data": summarise_table(table)}
     content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
     save_bytes(path, json.dumps(content, default=str, indent=1).encode())
 
@@ -7302,14 +7299,10 @@ def finish_run(run: Run) -> None:
         if "averaged_epochs" in best or thresholds.tolist() != best["thresholds"]:
             best |= {"thresholds": thresholds.tolist(), "tuned_for": objective}
             save_checked(folder / "best_model.pth", best)
-        for split, values in logits.items():
-            tuned_here, level = objective if split == "val" else None, DETAIL
-            if split == [*logits][-1]:  # one table is enough for the console
-                level = logging.INFO
-            last = publish_split(args, split, getattr(run, split), model, values, thresholds, tuned_here, level)
-        list_skipped(args.output_dir, run.train, run.val, run.test)
+        write_skipped(folder / "skipped.csv", *((part.table, part.skipped) for part in (run.train, run.val, run.test)))
         run.facts |= {"checkpoint": str(folder / "best_model.pth"), "checkpoint digest": digest_of(best)}
-        write_results(args, "training", run.facts, run.table, *last, thresholds)
+        parts = {split: (getattr(run, split), values) for split, values in logits.items()}
+        publish_all(args, "training", run.facts, run.table, model, parts, thresholds, {"val": objective})
         track_results(run.tracker, folder, logits, best)
         if args.export_hf:
             export_hf(best, args.export_hf)
@@ -7326,60 +7319,45 @@ def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) 
     return logits
 
 
-def publish_split(
-    args: argparse.Namespace, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, logits: np.ndarray,
-    thresholds: np.ndarray, tuned_here: str | None, level: int = logging.INFO,
-) -> tuple[Table, np.ndarray]:  # fmt: skip
-    """Score the scans that could be read, keep what the report tells of them, and return them with probabilities."""
-    volumes = CTVolumeDataset(dataset.table.subset(dataset.readable), dataset.prep, None, args.on_bad_volume)
-    table, probabilities = volumes.table, sigmoid(logits[dataset.readable])
-    if not np.isnan(table.targets).all():
-        to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
-        publish(
-            args.output_dir, split, volumes, to_windows, probabilities, thresholds, tuned_here, args.bootstrap,
-            args.seed, level,
-        )  # fmt: skip
-    if args.explain:
-        explain_split(
-            args.output_dir, split, volumes, model, probabilities, thresholds, args.explain, (), args.num_workers
-        )
-    else:  # those of an earlier model must not stand beside these figures
-        (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
-    return table, probabilities
-
-
-def list_skipped(folder: Path, *datasets: CTVolumeDataset) -> None:
-    """`skipped.csv`, where any scan was left out."""
-    if left_out := [(dataset.table, dataset.skipped) for dataset in datasets if dataset.skipped]:
-        write_skipped(folder / "skipped.csv", *left_out)
-        number = sum(len(skipped) for _, skipped in left_out)
-        log.warning("%d scans could not be read and were left out: %s", number, folder / "skipped.csv")
-
-
 def prediction_path(args: argparse.Namespace) -> Path:
     """Where `--test-output` lies."""
     return args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
 
 
-def write_results(
-    args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, predicted: Table,
-    probabilities: np.ndarray, thresholds: np.ndarray,
+def publish_all(
+    args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, model: SiglipClassifier,
+    parts: dict[str, tuple[CTVolumeDataset, np.ndarray]], thresholds: np.ndarray, tuned_here: dict[str, str | None],
 ) -> None:  # fmt: skip
-    """Predictions as CSV or challenge JSON, the run's facts, and the report where there is something to report."""
+    """Write what people read of some splits' logits (n, L): scores, pictures, the last one's predictions, the report.
+
+    Scans that could not be read are no part of any of it.
+    """
+    for split, (dataset, logits) in parts.items():
+        read = CTVolumeDataset(dataset.table.subset(dataset.readable), dataset.prep, None, args.on_bad_volume)
+        probabilities, to_windows = sigmoid(logits[dataset.readable]), CTWindows(read.prep.windows, read.prep.intensity)
+        level = logging.INFO if split == [*parts][-1] else DETAIL  # one table is enough for the console
+        if not np.isnan(read.table.targets).all():
+            how = thresholds, tuned_here.get(split), args.bootstrap, args.seed, level
+            publish(args.output_dir, split, read, to_windows, probabilities, *how)
+        if args.explain:
+            which = thresholds, args.explain, (), args.num_workers
+            explain_split(args.output_dir, split, read, model, probabilities, *which)
+        else:  # those of an earlier model must not stand beside these figures
+            (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
     output = prediction_path(args)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(output, predicted.series_ids, probabilities, thresholds, predicted.labels)
-    log.info("predictions of %d scans: %s", len(predicted), output)
+    write_predictions(output, read.table.series_ids, probabilities, thresholds, read.table.labels)
+    log.info("predictions of %d scans: %s", len(read), output)
+    write_facts(args, title, facts, table)
+
+
+def write_facts(args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table) -> None:
+    """The run's facts, and the report where there is something to report; neither is a reason to stop."""
     with optional("run.json"):
-        save_run(args.output_dir, title, facts, settings_of(args), table)
+        save_run(args.output_dir, title, facts, args, table)
     if any(list(args.output_dir.glob(f"{kind}_*.json")) for kind in ("evaluation", "explanations")):
         with optional("report.html"):
             log.info("report: %s", write_report(args.output_dir))
-
-
-def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as run.json and --config know them."""
-    return {name: value for name, value in sorted(vars(args).items()) if value is not None and name != "command"}
 
 
 def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
@@ -7411,7 +7389,7 @@ def announce(run: Run) -> None:
         for name, value in run.facts.items():
             log.log(DETAIL, "%s: %s", name, value)
         with optional("run.json"):
-            save_run(run.folder.path, "training", run.facts, settings_of(run.args), run.table)
+            save_run(run.folder.path, "training", run.facts, run.args, run.table)
 
 
 def train_to_the_end(run: Run) -> None:
@@ -7445,27 +7423,22 @@ RESUME_MAY_CHANGE = {
 
 
 def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | None:
-    """The run to resume. Raises BadInput where --output-dir holds one that was not asked for; touches nothing."""
+    """The run to resume, None for a new one: `--resume auto` is --output-dir, else a folder or the last.ckpt in it.
+
+    Raises BadInput where --output-dir holds a run that was not asked for; touches nothing.
+    """
     if args.resume and args.overwrite:
         raise BadInput("--resume continues a run and --overwrite replaces it: leave out one of them")
-    source = resume_source(args, folder)
-    if args.resume and args.resume != "auto" and not (source and source.has_state()):
+    path = folder.path if args.resume in (None, "auto") else Path(args.resume)
+    source = RunFolder(path.parent if path.name == folder.last.name and not path.is_dir() else path)
+    found = bool(args.resume) and source.has_state()
+    if args.resume not in (None, "auto") and not found:
         raise BadInput(f"{args.resume} holds no run to resume: name its folder, or its {folder.last.name}")
-    own = source and source.same_as(folder)
-    if not own and not args.overwrite and folder.holds_run(*([] if source else [CHECKPOINT])):
-        what = (
-            "holds a run: --resume auto continues it, " if folder.has_state() else "holds files of a run that is gone: "
-        )
-        raise BadInput(f"{folder.path} {what}--overwrite replaces it, or choose another --output-dir")
-    return source
-
-
-def resume_source(args: argparse.Namespace, folder: RunFolder) -> RunFolder | None:
-    """The folder that `--resume auto|PATH` means, None for a new run; PATH may also be the last.ckpt in it."""
-    if args.resume in (None, "auto"):
-        return folder if args.resume and folder.has_state() else None
-    path = Path(args.resume)
-    return RunFolder(path.parent if path.name == folder.last.name and not path.is_dir() else path)
+    mine = found and source.same_as(folder)
+    if not mine and not args.overwrite and folder.holds_run(*([] if found else [CHECKPOINT])):
+        what = "a run: --resume auto continues it," if folder.has_state() else "files of a run that is gone:"
+        raise BadInput(f"{folder.path} holds {what} --overwrite replaces it, or choose another --output-dir")
+    return source if found else None
 
 
 def start_or_resume(run: Run, source: RunFolder | None) -> None:
@@ -7692,12 +7665,12 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
         (content, *_), tuned_for = classifier.contents.values(), None
         if split == "val" and args.threshold == "auto":  # the thresholds were tuned on this very split
             tuned_for = args.threshold_objective if several else content.get("tuned_for")
-        predicted = publish_split(args, split, dataset, classifier.module, logits, thresholds, tuned_for)
-        list_skipped(args.output_dir, dataset)
+        write_skipped(args.output_dir / "skipped.csv", (dataset.table, dataset.skipped))
         digests = ", ".join(map(digest_of, classifier.contents.values()))
         weights = {} if several else content.get("origin", {})
         weights |= {"checkpoint": names, "checkpoint digest": digests}
-        write_results(args, "prediction", provenance(args, runtime, weights), rows, *predicted, thresholds)
+        facts, parts = provenance(args, runtime, weights), {split: (dataset, logits)}
+        publish_all(args, "prediction", facts, rows, classifier.module, parts, thresholds, {split: tuned_for})
         if args.export_hf:
             export_hf(content, args.export_hf)
             log.info("the tower for transformers: %s", args.export_hf)
@@ -7766,10 +7739,8 @@ def run_score(args: argparse.Namespace) -> int:
         save_evaluation(folder.path, split or "all", table, probabilities, thresholds, scored)
         log.info("%s", format_metrics_table(scored["metrics"]))
         log.info("%s", format_summary(split or "all", scored))
-        with optional("run.json"):
-            facts = provenance(args, Runtime(torch.device("cpu")), {"predictions": str(args.score)})
-            save_run(folder.path, "scoring", facts, settings_of(args), table)
-        log.info("report: %s", write_report(folder.path))
+        facts = provenance(args, Runtime(torch.device("cpu")), {"predictions": str(args.score)})
+        write_facts(args, "scoring", facts, table)
     return 0
 
 
@@ -7832,14 +7803,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.info("--use-3channel: three windows (--windows) are what every model sees, so nothing changes")
     with StopRequest(patient=False) as stop:
         try:
-            for asked, work in (
-                (args.report, run_report),
-                (args.prepare, run_prepare),
-                (args.check_data, run_check),
-                (args.score, run_score),
-            ):
-                if asked:
-                    return work(args)
+            alone = {
+                run_report: args.report,
+                run_prepare: args.prepare,
+                run_check: args.check_data,
+                run_score: args.score,
+            }
+            for work in [work for work, asked in alone.items() if asked]:
+                return work(args)
             runtime = init_runtime(args.amp)
             with together(runtime, stop):
                 return run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from finetune_siglip import WINDOW_PRESETS, build_parser, parse_args, settings_of
+from finetune_siglip import WINDOW_PRESETS, Table, build_parser, parse_args, save_run
 
 SCRIPT = Path(__file__).parents[1] / "finetune_siglip.py"
 NEEDED = ["--csv", "t.csv", "--pretrained", "model", "--label-columns", "A", "B c"]
@@ -88,7 +89,7 @@ def test_a_run_json_gives_its_settings_again_and_arguments_win(tmp_path):
     ]  # fmt: skip
     then = parse_args([*NEEDED, *more, "--overwrite"])
     path = tmp_path / "run.json"
-    path.write_text(json.dumps({"Settings, training": settings_of(then)}, default=str))
+    save_run(tmp_path, "training", {}, then, Table(("A",), ["1"], ["1"], ["val"], [path], np.ones((1, 1)), [2]))
     again = parse_args(["--config", str(path), "--epochs", "3", "--label-columns", "Z"])
     assert again.command == f"finetune_siglip.py --config {path} --epochs 3 --label-columns Z"
     expected = vars(then) | {"epochs": 3, "label_columns": ["Z"], "overwrite": False, "config": path}

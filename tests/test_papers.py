@@ -430,8 +430,8 @@ def test_a_split_is_published_and_reported_with_its_pictures_and_the_settings(tm
     assert scored["metrics"] == fs.compute_metrics(targets, probabilities, table.labels, 0.5)
     assert f"F1 {scored['metrics']['macro_f1']:.3f} at fixed" in caplog.text
     assert sorted((tmp_path / "pictures").iterdir()) == sorted(fs.picture_path(tmp_path, i) for i in ("a/b", "y"))
-    fs.save_run(tmp_path, "training", {"device": "CPU"}, {"lr": 1e-4}, table)
-    fs.save_run(tmp_path, "prediction", {"device": "CPU"}, {"threshold": 0.5}, table)
+    fs.save_run(tmp_path, "training", {"device": "CPU"}, types.SimpleNamespace(lr=1e-4, spacing=None), table)
+    fs.save_run(tmp_path, "prediction", {"device": "CPU"}, types.SimpleNamespace(threshold=0.5), table)
     page = Page(fs.write_report(tmp_path).read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("img") == 2
     run = json.loads((tmp_path / "run.json").read_text())

@@ -7,6 +7,7 @@ HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 CSV_FILE=${CSV_FILE:-all_ct_wlabels.csv}
 PRETRAINED_PATH=${PRETRAINED_PATH:-/opt/project/logs/ckpt/pytorch_model.bin}
 OUTPUT_BASE_DIR=${OUTPUT_BASE_DIR:-./outputs}
+MODEL=${MODEL:-}                  # for inference: a checkpoint or a folder of them; the newest best model where empty
 VENV_DIR=${VENV_DIR:-$HERE/.venv} # where the packages are installed, unless PYTHON names an interpreter
 NPROC=${NPROC:-1}                 # processes on this machine, one per GPU
 NUM_WORKERS=${NUM_WORKERS:-4}     # processes that read volumes, per training process
@@ -26,7 +27,7 @@ fail() {
 
 show_help() {
   cat <<EOF
-Usage: ./run_finetune.sh MODE [--dry-run] [any argument of finetune_siglip.py …]
+Usage: ./run_finetune.sh MODE [any argument of finetune_siglip.py …]
 
 Training on CSV_FILE with PRETRAINED_PATH, each mode into its own folder under OUTPUT_BASE_DIR:
   basic       binary cross-entropy, the defaults
@@ -35,7 +36,8 @@ Training on CSV_FILE with PRETRAINED_PATH, each mode into its own folder under O
   advanced    focal loss, mixed precision, averaged weights, cosine schedule with warm-up, accumulation
   debug       two short epochs without workers or tracker, to see whether everything fits together
 After training:
-  inference   predict with the newest best_model.pth under OUTPUT_BASE_DIR
+  inference   predict with MODEL or the newest best_model.pth under OUTPUT_BASE_DIR that is not from debug or demo,
+              into a new folder OUTPUT_BASE_DIR/predictions/MODEL-CSV
 Before training:
   check       report on the table and the volumes, and draw some of them as a model will see them
   prepare     convert raw scans (DICOM, NIfTI, MHA, NRRD) to NPZ files and a new table
@@ -44,14 +46,21 @@ To begin with:
   test        set up, then lint and tests
   help        this text
 
---dry-run prints the command instead of running it. Arguments that you add go last and win.
+--dry-run anywhere prints the commands instead of running them. Arguments that you add go last and win.
+Where your findings are not the 18 of LABELS: --label-columns "First finding" …, or @FILE with one a line.
 Settings, from the environment or at the top of this file (now):
   CSV_FILE=$CSV_FILE
   PRETRAINED_PATH=$PRETRAINED_PATH
   OUTPUT_BASE_DIR=$OUTPUT_BASE_DIR
+  MODEL=$MODEL
   VENV_DIR=$VENV_DIR
   NPROC=$NPROC  NUM_WORKERS=$NUM_WORKERS  PYTHON=${PYTHON:-}
 EOF
+}
+
+# Run a command, or print it where --dry-run asks for that.
+perform() {
+  if [[ -z $DRY_RUN ]]; then "$@"; else printf '%q ' "$@" && printf '\n'; fi
 }
 
 # ── Set-up ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -67,6 +76,7 @@ install_requirements() {
 
 set_up() {
   local base=${PYTHON:-python3}
+  [[ -n $DRY_RUN ]] && PYTHON=$VENV_DIR/bin/python && return
   command -v "$base" >/dev/null || fail "$base is not there; install Python 3.10 or newer"
   if [[ ! -x $VENV_DIR/bin/python ]]; then
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "$base is older than 3.10; name a newer one in PYTHON"
@@ -79,7 +89,7 @@ set_up() {
 
 # PYTHON if it is set, else the environment in VENV_DIR, else a python3 that has the packages, else a new VENV_DIR.
 find_python() {
-  [[ -n ${PYTHON:-} ]] && return
+  [[ -n ${PYTHON:-}$DRY_RUN ]] && return
   if [[ ! -x $VENV_DIR/bin/python ]] && python3 -c 'import torch, monai, transformers, sklearn, pandas, tqdm' 2>/dev/null; then
     PYTHON=python3
   else
@@ -88,7 +98,7 @@ find_python() {
 }
 
 system_information() {
-  "$PYTHON" - "$OUTPUT_BASE_DIR" <<'EOF'
+  [[ -n $DRY_RUN ]] || "$PYTHON" - "$OUTPUT_BASE_DIR" <<'EOF'
 import os, platform, shutil, sys, torch
 gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -107,12 +117,8 @@ launch() {
   local command=("${PYTHON:-python3}")
   ((NPROC > 1)) && command+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
   command+=("$HERE/finetune_siglip.py" "$@")
-  if [[ -n $DRY_RUN ]]; then
-    printf '%q ' "${command[@]}"
-    printf '\n'
-    exit 0
-  fi
-  exec "${command[@]}"
+  [[ -n $DRY_RUN ]] || exec "${command[@]}"
+  perform "${command[@]}"
 }
 
 # --num-workers stands between the labels and what the user adds: without a flag there, a label list would swallow it.
@@ -123,70 +129,79 @@ train() {
     [[ -f $CSV_FILE ]] || fail "CSV_FILE=$CSV_FILE is not a file; set it, or try ./run_finetune.sh demo"
     [[ $PRETRAINED_PATH != /* && $PRETRAINED_PATH != ./* || -e $PRETRAINED_PATH ]] ||
       fail "PRETRAINED_PATH=$PRETRAINED_PATH is not there; set it to a file, a folder or a hub name"
-    find_python
-    system_information
   fi
+  find_python
+  system_information
   launch --csv "$CSV_FILE" --pretrained "$PRETRAINED_PATH" --output-dir "$OUTPUT_BASE_DIR/$name" \
     --label-columns "${LABELS[@]}" --num-workers "$NUM_WORKERS" "$@"
 }
 
-# Modes that need the table but no model.
+# Everything but training: the table of scans, the folder to write to, and what to do.
 on_data() {
-  local name=$1
+  local folder=$1
   shift
-  if [[ -z $DRY_RUN ]]; then
-    [[ -f $CSV_FILE ]] || fail "CSV_FILE=$CSV_FILE is not a file; set it to the table of scans"
-    find_python
-  fi
-  NPROC=1 launch --csv "$CSV_FILE" --output-dir "$OUTPUT_BASE_DIR/$name" --label-columns "${LABELS[@]}" \
-    --num-workers "$NUM_WORKERS" "$@"
+  [[ -n $DRY_RUN || -f $CSV_FILE ]] || fail "CSV_FILE=$CSV_FILE is not a file; set it to the table of scans"
+  find_python
+  launch --csv "$CSV_FILE" --output-dir "$folder" --num-workers "$NUM_WORKERS" "$@"
 }
 
+# The labels are the checkpoint's own. Models of demo and debug are of no use on patients.
 inference() {
-  local best
-  best=$(find "$OUTPUT_BASE_DIR" -name best_model.pth -printf '%T@ %p\n' 2>/dev/null | sort -rn | head -n 1 | cut -d ' ' -f 2- || true)
-  [[ -n $best ]] || fail "no best_model.pth under OUTPUT_BASE_DIR=$OUTPUT_BASE_DIR; train first, or set OUTPUT_BASE_DIR"
-  if [[ -z $DRY_RUN ]]; then
-    say "predicting with the newest best model: $best"
-    [[ -f $CSV_FILE ]] || fail "CSV_FILE=$CSV_FILE is not a file; set it to the table of scans to predict"
-    find_python
+  local base=${OUTPUT_BASE_DIR%/} name
+  if [[ -z $MODEL ]]; then
+    MODEL=$(find "$base" \( -path "$base/demo" -o -path "$base/debug" \) -prune -o -name best_model.pth \
+      -printf '%T@ %p\n' 2>/dev/null | sort -rn | head -n 1 | cut -d ' ' -f 2- || true)
+    [[ -n $MODEL ]] || fail "no best_model.pth under OUTPUT_BASE_DIR=$base but of demo and debug; train first, or set MODEL"
   fi
-  launch --csv "$CSV_FILE" --test-only "$best" --output-dir "$(dirname "$best")" \
-    --label-columns "${LABELS[@]}" --num-workers "$NUM_WORKERS" "$@"
+  [[ -e $MODEL ]] || fail "MODEL=$MODEL is not there; set it to a checkpoint or a folder of them"
+  name=${MODEL#"$base"/} && name=${name#/} && name=${name%/} && name=${name%.pth} && name=${name%/best_model}
+  [[ -n $DRY_RUN ]] || say "predicting with $MODEL"
+  on_data "$base/predictions/${name//\//-}-$(basename "${CSV_FILE%.csv}")" --test-only "$MODEL" "$@"
 }
 
 demo() {
-  local out=$OUTPUT_BASE_DIR/demo script=$HERE/finetune_siglip.py found started took kept=0
+  local out=$OUTPUT_BASE_DIR/demo script=$HERE/finetune_siglip.py started took kept=0
   set_up
   system_information
   export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that wait by spinning quadruple the time on shared cores
   started=$SECONDS
   say "" "1/3 making phantom chest CTs in $out/data …"
-  "$PYTHON" "$HERE/tests/phantoms.py" "$out/data" --train 400 --val 60 --test 100 --prevalence 0.3 --seed "${DEMO_SEED:-0}"
-  mapfile -t found < <(head -n 1 "$out/data/phantoms.csv" | tr -d '\r' | tr ',' '\n' | tail -n +4)
+  perform "$PYTHON" "$HERE/tests/phantoms.py" "$out/data" --train 400 --val 60 --test 100 --prevalence 0.3 \
+    --seed "${DEMO_SEED:-0}"
   say "" "2/3 fine-tuning the toy tower in tests/assets/tiny-siglip on split train …"
-  "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --pretrained "$HERE/tests/assets/tiny-siglip" \
-    --label-columns "${found[@]}" --output-dir "$out/run" --overwrite --num-workers 2 --wandb-mode disabled \
-    --epochs 30 --batch-size 8 --lr 3e-3 --scheduler cosine --warmup 20 --num-slices 24 --use-ema \
-    --freeze-up-to all --cache-features "$out/features" "$@"
+  perform "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --pretrained "$HERE/tests/assets/tiny-siglip" \
+    --label-columns "@$out/data/findings.txt" --output-dir "$out/run" --overwrite --num-workers 2 \
+    --wandb-mode disabled --epochs 30 --batch-size 8 --lr 3e-3 --scheduler cosine --warmup 20 --num-slices 24 \
+    --use-ema --freeze-up-to all --cache-features "$out/features" "$@"
   say "" "3/3 predicting split test, phantoms that were not trained on …"
-  "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --test-only "$out/run/best_model.pth" \
-    --label-columns "${found[@]}" --output-dir "$out/run" --num-workers 2
+  perform "$PYTHON" "$script" --csv "$out/data/phantoms.csv" --test-only "$out/run/best_model.pth" \
+    --output-dir "$out/predicted" --overwrite --num-workers 2
+  [[ -n $DRY_RUN ]] && return
   took=$((SECONDS - started))
   say ""
-  judge_demo "$out/run/evaluation_test.json" || kept=$?
+  judge_demo "$out/predicted/evaluation_test.json" || kept=$?
   say "the demo took $took s after the set-up; on 2 free cores it is promised to take less than 300"
   say "" "where everything is:"
   say "  report        $out/run/report.html (open it in a browser)"
-  say "  predictions   $out/run/test_predictions.csv"
+  say "  predictions   $out/predicted/test_predictions.csv"
   say "  model         $out/run/best_model.pth"
   say "  log           $out/run/training.log"
   say "  phantoms      $out/data/phantoms.csv; some are drawn in $out/run/data_check.png"
-  say "next, with your own scans (README.md, \"Data\", says what CSV and volumes look like):"
-  say "  CSV_FILE=your.csv ./run_finetune.sh check       # is the table sound, do the volumes look right?"
-  say "  CSV_FILE=your.csv PRETRAINED_PATH=google/siglip-base-patch16-224 ./run_finetune.sh basic"
-  say "  CSV_FILE=your.csv ./run_finetune.sh inference   # predict with the newest model"
+  advise
   return "$kept"
+}
+
+# What to do after the demo, with the settings it was started with.
+advise() {
+  local start
+  start=$(printf %q "$0")
+  [[ $OUTPUT_BASE_DIR == ./outputs ]] || start="OUTPUT_BASE_DIR=$(printf %q "$OUTPUT_BASE_DIR") $start"
+  [[ $VENV_DIR == "$HERE/.venv" ]] || start="VENV_DIR=$(printf %q "$VENV_DIR") $start"
+  say "next, with your own scans (README.md, \"Data\", says what CSV and volumes look like); where the findings in it"
+  say "are not the 18 of LABELS, add --label-columns \"First finding\" \"Second finding\" … to check and basic:"
+  say "  CSV_FILE=your.csv $start check       # is the table sound, do the volumes look right?"
+  say "  CSV_FILE=your.csv PRETRAINED_PATH=google/siglip-base-patch16-224 $start basic"
+  say "  CSV_FILE=your.csv $start inference   # predict with that model"
 }
 
 # The demo's promise, measured on each run: exit 1 when it is missed.
@@ -215,22 +230,23 @@ EOF
 
 run_tests() {
   set_up
-  install_requirements "$HERE/tests/requirements.txt"
+  [[ -n $DRY_RUN ]] || install_requirements "$HERE/tests/requirements.txt"
   cd "$HERE"
-  "$PYTHON" -m ruff check .
-  "$PYTHON" -m ruff format --check .
-  "$PYTHON" -m codespell_lib finetune_siglip.py run_finetune.sh README.md tests/*.py
-  "$VENV_DIR/bin/shellcheck" run_finetune.sh .ci/run
-  "$PYTHON" -m mypy
+  perform "$PYTHON" -m ruff check .
+  perform "$PYTHON" -m ruff format --check .
+  perform "$PYTHON" -m codespell_lib finetune_siglip.py run_finetune.sh README.md tests/*.py
+  perform "$VENV_DIR/bin/shellcheck" run_finetune.sh .ci/run
+  perform "$PYTHON" -m mypy
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests share the cores by processes
-  exec "$PYTHON" -m pytest -n 2 -m "not slow" "$@"
+  perform "$PYTHON" -m pytest -n 2 -m "not slow" "$@"
 }
 
 # ── Modes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+DRY_RUN="" words=()
+for word in "$@"; do [[ $word == --dry-run ]] && DRY_RUN=1 || words+=("$word"); done
+set -- "${words[@]}"
 MODE=${1:-help}
 (($#)) && shift
-DRY_RUN=""
-[[ ${1:-} == --dry-run ]] && DRY_RUN=1 && shift
 
 case $MODE in
   basic) train basic --batch-size 16 --lr 1e-4 "$@" ;;
@@ -241,8 +257,8 @@ case $MODE in
   debug) NUM_WORKERS=0 train debug --epochs 2 --batch-size 2 --num-slices 8 --log-interval 1 \
     --wandb-mode disabled --overwrite "$@" ;;
   inference) inference "$@" ;;
-  check) on_data check --check-data "$@" ;;
-  prepare) on_data prepared --prepare "$OUTPUT_BASE_DIR/prepared" "$@" ;;
+  check) NPROC=1 on_data "$OUTPUT_BASE_DIR/check" --label-columns "${LABELS[@]}" --check-data "$@" ;;
+  prepare) NPROC=1 on_data "$OUTPUT_BASE_DIR/prepared" --prepare "$OUTPUT_BASE_DIR/prepared" "$@" ;;
   demo) demo "$@" ;;
   test) run_tests "$@" ;;
   help | -h | --help) show_help ;;

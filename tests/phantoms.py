@@ -419,6 +419,8 @@ def main() -> None:
         args.out_dir, args.train, args.val, args.test, args.seed, tuple(args.shape),
         save_masks=args.save_masks, all_columns=args.all_columns, prevalence=args.prevalence,
     )  # fmt: skip
+    header = path.read_text(encoding="utf-8").splitlines()[0]
+    (args.out_dir / "findings.txt").write_text("\n".join(header.split(",")[3:]) + "\n", encoding="utf-8")  # @FILE
     print(path)
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+import phantoms
 from finetune_siglip import parse_args
+from helpers import save_tower
 
 ROOT = Path(__file__).parents[1]
 LABELS = [
@@ -76,18 +78,96 @@ def test_settings_come_from_the_environment(tmp_path):
     assert command[command.index("--nproc-per-node") + 1] == "2"
 
 
-def test_inference_takes_the_newest_best_model_and_says_which(tmp_path):
-    for age, name in ((100, "old"), (0, "new run"), (50, "middle")):
-        path = tmp_path / name / "best_model.pth"
-        path.parent.mkdir()
+def make_models(folder, ages):
+    """Empty best_model.pth files in these folders, so many seconds old."""
+    for name, age in ages.items():
+        path = folder / name / "best_model.pth"
+        path.parent.mkdir(parents=True)
         path.write_bytes(b"")
         os.utime(path, (time.time() - age,) * 2)
-    args, _ = arguments_of("inference", OUTPUT_BASE_DIR=str(tmp_path))
-    assert args.test_only == tmp_path / "new run" / "best_model.pth"
+
+
+def test_inference_takes_the_newest_model_that_is_of_use_and_says_which(tmp_path):
+    make_models(tmp_path, {"old": 100, "new run": 10, "middle": 50, "demo/run": 0, "debug": 0, "my debug": 90})
+    args, command = arguments_of("inference", OUTPUT_BASE_DIR=f"{tmp_path}/", CSV_FILE="sets/external.csv")
+    assert args.test_only == [tmp_path / "new run" / "best_model.pth"]
+    assert args.output_dir == tmp_path / "predictions" / "new run-external"
+    assert "--label-columns" not in command
     table = tmp_path / "t.csv"
     table.write_text("")
     said = wrapper("inference", OUTPUT_BASE_DIR=str(tmp_path), CSV_FILE=str(table)).stdout
     assert "new run/best_model.pth" in said.splitlines()[0]
+    of_use = [tmp_path / name for name in ("old", "new run", "middle", "my debug")]
+    for folder in of_use:
+        (folder / "best_model.pth").unlink()
+    assert wrapper("inference", OUTPUT_BASE_DIR=str(tmp_path), CSV_FILE=str(table)).returncode == 2
+
+
+def test_inference_takes_the_model_it_is_told_to(tmp_path):
+    make_models(tmp_path, {"seeds/1": 100, "new": 0})
+    chosen = tmp_path / "seeds" / "1" / "best_model.pth"
+    args, _ = arguments_of("inference", OUTPUT_BASE_DIR=str(tmp_path), MODEL=str(chosen))
+    assert (args.test_only, args.output_dir.name) == ([chosen], "seeds-1-all_ct_wlabels")
+    done = wrapper("inference", "--dry-run", MODEL=str(tmp_path / "none.pth"))
+    assert done.returncode == 2
+    assert "none.pth" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["basic", "check", "demo", "test"])
+def test_a_dry_run_prints_commands_and_runs_none_wherever_it_stands(tmp_path, mode):
+    printed = []
+    for argv in (
+        [mode, "--dry-run", "--seed", "7"],
+        [mode, "--seed", "7", "--dry-run"],
+        ["--dry-run", mode, "--seed", "7"],
+    ):
+        done = wrapper(*argv, OUTPUT_BASE_DIR=str(tmp_path / "out"), VENV_DIR=str(tmp_path / "venv"))
+        assert (done.returncode, done.stderr) == (0, "")
+        printed.append(done.stdout)
+    assert printed[0] == printed[1] == printed[2]
+    commands = [shlex.split(line) for line in printed[0].splitlines() if "python" in line]
+    assert any(command[-2:] == ["--seed", "7"] for command in commands)
+    assert not list(tmp_path.iterdir())
+    if mode == "demo":
+        script = str(ROOT / "finetune_siglip.py")
+        argv = [command[command.index(script) + 1 :] for command in commands if script in command]
+        assert len(argv) == 2
+        assert parse_args(argv[1]).test_only == [tmp_path / "out" / "demo" / "run" / "best_model.pth"]
+
+
+def advice(folder, **environment):
+    """The commands that the demo prints at its end."""
+    text = (ROOT / "run_finetune.sh").read_text()
+    told = text[text.index("advise() {") : text.index("# The demo's promise")]
+    command = ["bash", "-c", f"say() {{ printf '%s\\n' \"$@\"; }}; HERE={ROOT}; {told} advise", "./run_finetune.sh"]
+    usual = {"OUTPUT_BASE_DIR": "./outputs", "VENV_DIR": f"{ROOT}/.venv"}
+    done = subprocess.run(command, capture_output=True, text=True, env={**usual, **environment}, check=True)
+    return [line.strip() for line in done.stdout.splitlines() if "run_finetune.sh" in line]
+
+
+def test_what_the_demo_advises_keeps_the_settings_it_was_started_with(tmp_path):
+    assert all(" ./run_finetune.sh " in line and "OUTPUT" not in line for line in advice(tmp_path))
+    for line in advice(tmp_path, OUTPUT_BASE_DIR="/a b", VENV_DIR="/v"):
+        assert "VENV_DIR=/v OUTPUT_BASE_DIR=/a\\ b ./run_finetune.sh" in line
+
+
+@pytest.mark.slow
+def test_what_the_demo_advises_works_as_printed(tmp_path):
+    """With a table of the 18 findings in the place of your.csv, and a hub that holds a small tower."""
+    table = phantoms.write_dataset(tmp_path, 8, 4, 4, shape=(16, 32, 32), all_columns=True, prevalence=0.6)
+    table.rename(tmp_path / "your.csv")
+    for name in ("finetune_siglip.py", "run_finetune.sh"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    hub = tmp_path / "hf" / "hub" / "models--google--siglip-base-patch16-224"
+    save_tower(hub / "snapshots" / "0")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0")
+    make_models(tmp_path / "outputs", {"demo/run": -60})
+    environment = {**os.environ, "PYTHON": sys.executable, "HF_HOME": str(tmp_path / "hf"), "WANDB_MODE": "disabled"}
+    for line in advice(tmp_path):
+        done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert (tmp_path / "outputs" / "predictions" / "basic-your" / "test_predictions.csv").exists()
 
 
 @pytest.mark.parametrize(

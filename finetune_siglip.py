@@ -7005,16 +7005,12 @@ class Run:
 def preprocessing_from(args: argparse.Namespace, table: Table, backbone: Backbone | None = None) -> Preprocessing:
     """How the volumes of this table are read, as the arguments say, the files show or the backbone is best given."""
     slices, *in_plane = backbone.default_grid if backbone else (64, 224, 224)
+    grid = (args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane))
+    windows = args.windows or (backbone.windows if backbone else WINDOW_PRESETS["chest"])
     return decide_preprocessing(
-        table,
-        grid=(args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane)),
-        windows=args.windows or (backbone.windows if backbone else WINDOW_PRESETS["chest"]),
-        orientation=args.orientation,
-        intensity=args.intensity,
-        hu_range=args.hu_range,
-        spacing=args.spacing,
-        skip=args.on_bad_volume == "skip",
-    )
+        table, grid, windows, orientation=args.orientation, intensity=args.intensity, hu_range=args.hu_range,
+        spacing=args.spacing, skip=args.on_bad_volume == "skip",
+    )  # fmt: skip
 
 
 def show_data(table: Table, prep: Preprocessing, folder: Path, skip: bool) -> None:
@@ -7685,28 +7681,23 @@ def read_predictions(path: Path, labels: Sequence[str] | None) -> tuple[list[str
     wrong = Complaints(path)
     header, rows = read_rows(path, wrong)
     labels = list(labels or [name.removesuffix("_prob") for name in header if name.endswith("_prob")])
-    at = find_columns(header, ["id", *(f"{label}_prob" for label in labels)], (), wrong)
+    at = find_columns(header, ["id", *(f"{label}_prob" for label in labels)], (), wrong).values()
     if not labels:
         wrong.add("columns", 1, "the header has no column {label}_prob")
-    ids: dict[str, list[float]] = {}
+    wrong.raise_if_any()
+    found: dict[str, list[float]] = {}
     for line, cells in rows:
+        name, *texts = [cells[place] if len(cells) == len(header) else "" for place in at]
         try:
-            values = (
-                [float(cells[at[f"{label}_prob"]]) for label in labels] if len(cells) == len(header) else [math.nan]
-            )
-        except (KeyError, ValueError):
+            values = [float(text) for text in texts]
+        except ValueError:
             values = [math.nan]
         if not all(0 <= value <= 1 for value in values):
             wrong.add("cells", line, "needs a probability from 0 to 1 in each column {label}_prob")
-        elif "id" in at and ids.setdefault(cells[at["id"]], values) is not values:
-            wrong.add("id", line, f"id {cells[at['id']]!r} is there twice")
+        elif found.setdefault(name, values) is not values:
+            wrong.add("id", line, f"id {name!r} is there twice")
     wrong.raise_if_any()
-    return list(ids), labels, np.array(list(ids.values())).reshape(len(ids), len(labels))
-
-
-def some_of(names: Sequence[str], n: int = 20) -> str:
-    """The first n names, and how many there are besides."""
-    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+    return list(found), labels, np.array(list(found.values())).reshape(len(found), len(labels))
 
 
 def run_score(args: argparse.Namespace) -> int:
@@ -7718,13 +7709,12 @@ def run_score(args: argparse.Namespace) -> int:
     split = args.test_split or next(name for name in ("test", "val", "train", "") if name in table.splits)
     table = table.split(split)
     place = {name: row for row, name in enumerate(ids)}
-    foreign, lacking = [x for x in ids if x not in {*table.series_ids}], [x for x in table.series_ids if x not in place]
-    if foreign or lacking:
-        where = f"{args.csv}, {f'split {split}' if split else 'all rows'}"
+    where, known = f"{args.csv}, {f'split {split}' if split else 'all rows'}", set(table.series_ids)
+    odd = {args.score: [x for x in ids if x not in known], where: [x for x in table.series_ids if x not in place]}
+    if any(odd.values()):
         raise BadInput(
             f"{args.score} and {where} are not about the same scans (--test-split names another split)",
-            *[f"only in {args.score}: {some_of(foreign)}"] * bool(foreign),
-            *[f"only in {where}: {some_of(lacking)}"] * bool(lacking),
+            *(f"{len(ids)} only in {file}: {', '.join(ids[:20])}" for file, ids in odd.items() if ids),
         )
     probabilities = probabilities[[place[name] for name in table.series_ids]]
     tuned = args.threshold_objective if args.threshold == "auto" else None

@@ -1,4 +1,12 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "torch>=2.10", "torchvision>=0.25", "monai>=1.5", "transformers>=5.0", "hi-ml-multimodal>=0.2.2",
+#   "scikit-learn>=1.5", "pandas>=2.2", "numpy>=1.26", "peft>=0.17", "wandb>=0.28", "tqdm>=4.66", "deflate>=0.8",
+#   "SimpleITK>=2.4", "matplotlib>=3.9",
+# ]
+# ///
 r"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.
 
     python finetune_siglip.py --csv scans.csv --pretrained google/siglip-base-patch16-224 \
@@ -233,7 +241,7 @@ class Parser(argparse.ArgumentParser):
             return action.default
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        """A line of an @FILE is one value, whatever it holds; empty lines are none."""
+        """A line of an @FILE is one argument, empty lines are none."""
         return [text] if (text := arg_line.strip("\ufeff \t")) else []
 
     def unknown_flags(self, argv: Sequence[str]) -> list[str]:
@@ -4184,7 +4192,10 @@ def freeze_up_to(backbone: Backbone, n: int | str) -> int:
         log.warning("--freeze-up-to %s freezes the whole backbone of %d layers; `all` says so on purpose", n, frozen)
     last = layers[frozen - 1][0] if frozen else "none"
     first = layers[frozen][0] if frozen < len(layers) else "none"
-    log.info("backbone: %d of %d layers frozen, last frozen %s, first trained %s", frozen, len(layers), last, first)
+    how = (
+        "backbone: %d of %d layers frozen (--freeze-up-to counts layers, not tensors), last frozen %s, first trained %s"
+    )
+    log.info(how, frozen, len(layers), last, first)
     return frozen
 
 

@@ -1,6 +1,7 @@
 """Room 1: the command line that the user fixed, and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,79 @@ def test_the_first_line_comes_before_the_seconds_that_importing_torch_takes(tmp_
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (7, "loading PyTorch …\n")
+
+
+def errors_of(argv, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(argv)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("finetune_siglip.py: error: ") for line in lines)  # no usage
+    return lines
+
+
+def test_all_that_is_wrong_is_told_at_once_a_line_each(capsys):
+    wrong = [
+        "--epo",
+        "3",
+        "--lr",
+        "nan",
+        "--loss",
+        "mse",
+        "--hu-range",
+        "5",
+        "1",
+        "--batch-size=x",
+        "--dropout-rate",
+        "1",
+    ]
+    lines = errors_of([*NEEDED, *wrong], capsys)
+    assert len(lines) == 6
+    for named in ("--epo", "--lr", "--loss", "--hu-range", "--batch-size", "--dropout-rate"):
+        assert any(named in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--epo", "--epochs"), ("--learning-rate", "--lr"), ("--output", "--output-dir"), ("--batchsize", "--batch-size"),
+        ("--workers", "--num-workers"), ("--use_ema", "--use-ema"), ("--label-colums", "--label-columns"),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_one_line_with_the_nearest_one(capsys, typed, meant):
+    (line,) = errors_of([*NEEDED, typed, "3"], capsys)
+    assert typed in line
+    assert line.endswith(f"the nearest is {meant}")
+    (line,) = errors_of([*NEEDED, "--quux"], capsys)
+    assert line.endswith("--help lists all")
+
+
+def test_a_value_without_a_flag_is_named(capsys):
+    (line,) = errors_of([*NEEDED, "--epochs", "3", "5"], capsys)
+    assert line.endswith("before 5")
+
+
+def test_names_of_the_launcher_this_script_was_written_for_are_understood():
+    assert parse_args([*NEEDED, "--use-3channel"]).windows == parse_args(NEEDED).windows
+    for more, warmup in (((), "5%"), (("--warmup", "0"), "5%"), (("--warmup", "70"), 70), (("--warmup", "2%"), "2%")):
+        args = parse_args([*NEEDED, "--scheduler", "warmup", *more])
+        assert (args.scheduler, args.warmup) == ("cosine", warmup)
+
+
+def test_labels_come_from_a_file_with_one_a_line_whatever_they_hold(tmp_path):
+    names = [f"Finding {i}, left (a/b) 5 % --lr" for i in range(137)]
+    path = tmp_path / "findings.txt"
+    path.write_text("\ufeff" + "\r\n".join([*names[:100], "", *names[100:]]), encoding="utf-8", newline="")
+    args = parse_args(["--csv", "t.csv", "--pretrained", "m", "--label-columns", f"@{path}", "--epochs", "3"])
+    assert args.label_columns == names
+    assert args.epochs == 3
+
+
+def test_the_header_for_uv_holds_the_requirements_as_they_are():
+    """PEP 723; `uv run finetune_siglip.py` installs what this header says."""
+    header = re.match(r"#!.*\n# /// script\n((?:#.*\n)+?)# ///\n", SCRIPT.read_text())[1]
+    text = "".join(line.removeprefix("#") for line in header.splitlines())
+    requirements = (SCRIPT.parent / "requirements.txt").read_text()
+    wanted = [line.split("#")[0].strip() for line in requirements.splitlines() if line.split("#")[0].strip()]
+    assert 'requires-python = ">=3.10"' in text
+    assert re.findall(r'"([^"]+)",', text) == wanted, "the header of the script lists requirements.txt, in its order"

@@ -296,6 +296,7 @@ def build_parser() -> Parser:
     add("--num-workers", type=whole_number, default=4, help="processes that read volumes; 0 reads in the main one [4]")
     add("--cache-dir", type=Path, metavar="DIR",
         help="keep resampled volumes there, on a local disk: from the second epoch on reading takes milliseconds")
+    add("--cache-limit-gb", type=amount, default=0.0, metavar="GB", help="size of --cache-dir at most; 0: no limit [0]")
     add("--check-data", action="store_true", help="report on table and volumes, draw data_check.png and stop")
     add("--prepare", type=Path, metavar="DIR",
         help="convert the raw scans of --csv to NPZ files and a CSV in this folder and stop; repeat to go on")
@@ -453,6 +454,7 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         (training and not named, "--label-columns is required"),
         (training and not args.pretrained, "--pretrained is required unless --test-only names a checkpoint"),
         (not -math.inf < lo < hi < math.inf, f"--hu-range needs LO < HI, not {lo:g} {hi:g}"),
+        (args.cache_limit_gb and not args.cache_dir, "--cache-limit-gb needs --cache-dir"),
         (args.lr == 0, "--lr must be above 0"),
         (args.dropout_rate == 1, "--dropout-rate must be below 1"),
         (args.cache_features and not frozen,
@@ -7035,7 +7037,8 @@ def show_data(table: Table, prep: Preprocessing, folder: Path, skip: bool) -> No
 def build_datasets(args: argparse.Namespace, tables: Sequence[Table], prep: Preprocessing) -> list[CTVolumeDataset]:
     """A dataset for each table, all of them behind one cache if `--cache-dir` asks for it."""
     sources = [path for table in tables for path in table.paths]
-    cache = VolumeCache(args.cache_dir, prep, sources) if args.cache_dir else None
+    limit = args.cache_limit_gb * 1e9 or math.inf
+    cache = VolumeCache(args.cache_dir, prep, sources, limit) if args.cache_dir else None
     return [CTVolumeDataset(table, prep, cache, args.on_bad_volume) for table in tables]
 
 
@@ -7422,8 +7425,8 @@ def train_to_the_end(run: Run) -> None:
 RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
-    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume", "check_data", "prepare",
-    "config", "command", "explain", "soup", "use_3channel", "images", "score",
+    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
+    "check_data", "prepare", "config", "command", "explain", "soup", "use_3channel", "images", "score",
     # compared by what they lead to, in the other entries of the identity
     "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
 }  # fmt: skip

@@ -60,6 +60,7 @@ def test_required_arguments_are_named(missing, capsys):
         ["--freeze-up-to", "some"],
         ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
         ["--spacing", "1", "1"], ["--spacing", "1", "1", "0"], ["--augment", "mild"], ["--on-bad-volume", "retry"],
+        ["--cache-limit-gb", "5"], ["--cache-dir", "c", "--cache-limit-gb", "-1"],
         ["--explain", "-2"], ["--images", "a.npz"], ["--test-only", "m.pth", "--images", "a.npz"], ["--score"],
         ["--hu-range", "5", "5"], ["--loss", "mse"], ["--seed", "-1"], ["--label-columns", "A", "A"], ["--epo", "3"],
     ],
@@ -176,8 +177,8 @@ def test_all_that_is_wrong_is_told_at_once_a_line_each(capsys):
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        ("--epo", "--epochs"), ("--learning-rate", "--lr"), ("--output", "--output-dir"), ("--batchsize", "--batch-size"),
-        ("--workers", "--num-workers"), ("--use_ema", "--use-ema"), ("--label-colums", "--label-columns"),
+        ("--epo", "--epochs"), ("--learning-rate", "--lr"), ("--output", "--output-dir"),
+        ("--batchsize", "--batch-size"), ("--workers", "--num-workers"), ("--use_ema", "--use-ema"), ("--label-colums", "--label-columns"),
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_one_line_with_the_nearest_one(capsys, typed, meant):

@@ -1719,7 +1719,8 @@ def to_hu(stored: np.ndarray, slope: float = 1.0, intercept: float = 0.0, empty:
     """slope * stored + intercept: int16 where that holds every value exactly, else float32; NaN where `empty`."""
     if stored.dtype.kind not in "iuf":
         raise TypeError(f"its voxels are {stored.dtype}, not numbers")
-    plain = (slope, intercept) == (1, 0)
+    if (plain := (slope, intercept) == (1, 0)) and stored.dtype == np.int16 and empty is None:
+        return stored
     if stored.dtype.kind != "f" and empty is None and float(slope).is_integer() and float(intercept).is_integer():
         ends = [int(end) * int(slope) + int(intercept) for end in (stored.min(), stored.max())]
         if max(map(abs, (*ends, int(slope), int(intercept)))) <= 32767:
@@ -1837,6 +1838,8 @@ def frame_numbers(path: Path, data: Any) -> list[list[float]]:
             geometry += map(float, found)
         if (kind := value(i, RESCALING, "RescaleType", "HU")) in NOT_HU:
             raise BadVolume(f"{path}: its RescaleType is {kind}, not HU: export the series in Hounsfield units")
+        if value(i, "", "ModalityLUTSequence"):
+            raise BadVolume(f"{path}: its values go through a look-up table: export the series in Hounsfield units")
         slope, intercept = value(i, RESCALING, "RescaleSlope", 1), value(i, RESCALING, "RescaleIntercept", 0)
         frames.append([*geometry, float(slope), float(intercept)])
     return frames
@@ -1933,8 +1936,6 @@ def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
         if (padding := data.get("PixelPaddingValue")) is not None:  # writers give it unsigned where voxels are signed
             ends = np.array([padding, data.get("PixelPaddingRangeLimit", padding)], np.int64).astype(stored.dtype)
             empty = (stored >= ends.min()) & (stored <= ends.max())
-        if "ModalityLUTSequence" in data:
-            stored = pydicom.pixels.apply_modality_lut(stored, data)
         for i, (*_, slope, intercept) in enumerate(frames):
             yield to_hu(stored[i], slope, intercept, empty[i] if empty is not None and empty[i].any() else None)
 

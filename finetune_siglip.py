@@ -1653,7 +1653,14 @@ SCAN_FILE = r"(?i)\.(npz|npy|b2nd|nii|nii\.gz|mha|nrrd)$"  # what may be a scan 
 RAW_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".dcm")  # none whose voxels lie in another file
 FIELD_OF_VIEW = (480.0, 336.0, 336.0)  # mm (D, H, W) kept around the body: 160 x 224 x 224 voxels at the usual spacing
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK count towards left and back, NIfTI towards right and front
-NRRD_SPACES = ("left-posterior-superior", "right-anterior-superior", "left-anterior-superior", "lps", "ras", "las")
+NRRD_SPACES = {  # signs of its three axes towards right, front and head
+    "left-posterior-superior": (-1, -1, 1), "lps": (-1, -1, 1), "right-anterior-superior": (1, 1, 1), "ras": (1, 1, 1),
+    "left-anterior-superior": (-1, 1, 1), "las": (-1, 1, 1),
+}  # fmt: skip
+MHA_TYPES = {
+    "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
+    "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
+}  # fmt: skip
 SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # the SOP classes of Secondary Capture begin with it
 NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # terms of RescaleType for other quantities
 RESCALING = "PixelValueTransformationSequence"
@@ -1688,10 +1695,7 @@ def raw_library(name: str) -> Any:
         raise BadEnvironment(f"raw scans of this format are read with {name}: pip install {name}") from None
     warnings.filterwarnings("ignore", module=name)
     logging.getLogger("nibabel.global" if name == "nibabel" else name).setLevel(logging.CRITICAL)
-    if name == "SimpleITK":
-        library.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-        library.ProcessObject.SetGlobalWarningDisplay(False)
-    elif name == "pydicom":
+    if name == "pydicom":
         library.config.settings.reading_validation_mode = library.config.IGNORE
     return library
 
@@ -1868,13 +1872,13 @@ def place_frames(folder: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarr
         )
     if np.linalg.norm(step - spacing * normal) < 1e-3 * spacing:  # orientations of three decimals say no more
         step = spacing * normal
-    return order, LPS_TO_RAS @ make_affine(np.stack([step, column * height, row * width], 1), place[0])
+    return order, LPS_TO_RAS @ make_affine(np.stack([step, column * height, row * width], 1))
 
 
-def make_affine(matrix: np.ndarray, origin: Any) -> np.ndarray:
-    """(4, 4) from the steps along the three axes, as columns, and the place of the first voxel."""
+def make_affine(steps: np.ndarray) -> np.ndarray:
+    """(4, 4) from the steps in mm along the three axes, as columns; nothing here asks where the scan begins."""
     affine = np.eye(4)
-    affine[:3, :3], affine[:3, 3] = matrix, origin
+    affine[:3, :3] = steps
     return affine
 
 
@@ -1931,7 +1935,11 @@ def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
         decoder = pydicom.pixels.get_decoder(syntax)
         if not decoder.is_available:
             raise BadEnvironment(f"{path}: its compression, {syntax.name}, needs a decoder: pip install python-gdcm")
+        pixels = data.get_item("PixelData")  # before it is parsed: where its bytes lie
         stored = decoder.as_array(data, raw=True)[0].reshape(len(frames), data.Rows, data.Columns)
+        spare = os.path.getsize(path) - pixels.value_tell - pixels.length if max(data.keys()) == pixels.tag else 0
+        if not syntax.is_compressed and (spare or pixels.length - stored.nbytes not in (0, 1)):
+            raise BadVolume(f"{path}: is damaged: it does not end with the pixels it promises: copy it again")
         empty = None
         if (padding := data.get("PixelPaddingValue")) is not None:  # writers give it unsigned where voxels are signed
             ends = np.array([padding, data.get("PixelPaddingRangeLimit", padding)], np.int64).astype(stored.dtype)
@@ -1953,7 +1961,8 @@ def read_nifti(path: Path) -> RawScan:
     header = kinds[0](head[: kinds[0].sizeof_hdr])
     if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
         raise BadVolume(f"{path}: refers to another file for its voxels: save it with nibabel as one .nii.gz")
-    shape, dtype, start = header.get_data_shape(), header.get_data_dtype(), header.get_data_offset()
+    shape, dtype = header.get_data_shape(), header.get_data_dtype()
+    start = header.get_data_offset() or kinds[0].sizeof_hdr + 4
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) > 3:
@@ -1963,7 +1972,7 @@ def read_nifti(path: Path) -> RawScan:
     if not (header["sform_code"] or header["qform_code"]):
         raise BadVolume(f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform")
     end = start + math.prod(shape) * dtype.itemsize
-    if min(shape) < 1 or end > size:
+    if min(shape) < 1 or end > size or start < kinds[0].sizeof_hdr + 4:
         raise BadVolume(f"{path}: is cut short: copy it again")
     slope, intercept = header.get_slope_inter()
     unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
@@ -1971,10 +1980,7 @@ def read_nifti(path: Path) -> RawScan:
     def load() -> np.ndarray:
         with open_regular(path) as (file, size):
             data: bytes | bytearray = read_exactly(file, size, 0, path)
-        data = gunzip(data, end) if packed else data
-        if len(data) < end:
-            raise BadVolume(f"{path}: is cut short: copy it again")
-        stored = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
+        stored = as_array(path, gunzip(data, end) if packed else data, start, dtype, shape)
         return to_hu(stored, 1.0 if slope is None else slope, intercept or 0.0)
 
     return RawScan(shape, np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine(), load)
@@ -1993,39 +1999,67 @@ def gunzip(packed: bytes | bytearray, length: int) -> bytes | bytearray:
     return gzip.decompress(packed)
 
 
-def read_itk(path: Path) -> RawScan:
-    """An MHA or NRRD file with its voxels inside; voxels (z, y, x)."""
-    sitk, meta = raw_library("SimpleITK"), path.name.lower().endswith(".mha")
-    with open_regular(path) as (file, size):
+def read_mha(path: Path) -> RawScan:
+    """A MetaImage with its voxels inside; voxels (x, y, z). ITK is not asked: it reads damaged files as whole."""
+    with open_regular(path) as (file, _):
         head = os.pread(file, 1 << 16, 0)
-    end = re.search(rb"(?im)^ElementDataFile *=.*$" if meta else rb"\r?\n\r?\n", head)
-    text = head[: end.end() if end else len(head)].decode("latin-1")
-    pairs = re.findall(r"(?m)^ *([\w ]+?) *%s *(.*?) *\r?$" % ("=" if meta else ":(?!=)"), text)
-    fields = {key.lower().replace(" ", ""): value for key, value in pairs}
-    if "datafile" in fields or fields.get("elementdatafile", "LOCAL").upper() != "LOCAL":
-        raise BadVolume(f"{path}: refers to another file for its voxels: write it as one file")
-    told = {"elementspacing", "transformmatrix"} <= {*fields} if meta else "spacedirections" in fields
-    if not told or (not meta and fields.get("space", "").lower() not in NRRD_SPACES):
-        lacking = "ElementSpacing and TransformMatrix" if meta else "space (LPS, RAS or LAS) and space directions"
-        raise BadVolume(
-            f"{path}: does not say how it lies in the patient (its header needs {lacking}): convert it again"
-        )
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("MetaImageIO" if meta else "NrrdImageIO")
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    shape, n = reader.GetSize(), reader.GetDimension()
-    if reader.GetNumberOfComponents() != 1 or math.prod(shape[3:]) != 1 or n < 3:
-        raise BadVolume(f"{path}: holds {shape} values of {reader.GetNumberOfComponents()} numbers, not one scan")
-    if math.prod(shape) > 1032 * size:
+    end = re.search(rb"(?im)^ *ElementDataFile *= *(.*?) *\r?\n", head)
+    if not end or end[1].upper() != b"LOCAL":
+        raise BadVolume(f"{path}: refers to another file for its voxels, or is no MHA: write it as one file")
+    fields = dict(re.findall(r"(?m)^ *(\w+) *= *(.*?) *\r?$", head[: end.end()].decode("latin-1")))
+    if lacking := [name for name in ("ElementSpacing", "TransformMatrix") if name not in fields]:
+        raise BadVolume(f"{path}: does not say how it lies in the patient (no {lacking[0]}): convert it again")
+    numbers = {name: np.array(fields[name].split(), float) for name in ("DimSize", "ElementSpacing", "TransformMatrix")}
+    shape, n = tuple(map(int, numbers["DimSize"])), len(numbers["DimSize"])
+    steps = numbers["TransformMatrix"].reshape(n, n)[:3, :3].T * numbers["ElementSpacing"].reshape(n)[:3]
+    packed, big = (fields.get(name, "False") == "True" for name in ("CompressedData", "BinaryDataByteOrderMSB"))
+    if math.prod(shape[3:]) != 1 or fields.get("ElementNumberOfChannels", "1") != "1" or int(fields["NDims"]) != n:
+        raise BadVolume(f"{path}: holds several volumes: save the one that is meant")
+    if fields.get("BinaryData", "True") != "True" or fields.get("HeaderSize", "0") != "0":
+        raise BadVolume(f"{path}: is written in a way that is not read: save it again with SimpleITK")
+    dtype = np.dtype(MHA_TYPES[fields["ElementType"]]).newbyteorder(">" if big else "<")
+    rescaling = [float(fields.get(f"ElementToIntensityFunction{name}", i)) for i, name in ((1, "Slope"), (0, "Offset"))]
+
+    def load() -> np.ndarray:
+        with open_regular(path) as (file, size):
+            data = read_exactly(file, size - end.end(), end.end(), path)
+        data = zlib.decompress(data) if packed else data
+        if len(data) > math.prod(shape) * dtype.itemsize:
+            raise BadVolume(f"{path}: holds more voxels than it says: copy it again")
+        return to_hu(as_array(path, data, 0, dtype, shape[:3]), *rescaling)
+
+    return RawScan(shape[:3], LPS_TO_RAS @ make_affine(steps), load)
+
+
+def as_array(path: Path, data: bytes | bytearray, start: int, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+    """The voxels (x, y, z) in the bytes of a file from `start` on, x running fastest."""
+    if min(shape) < 1 or len(data) < start + math.prod(shape) * dtype.itemsize:
         raise BadVolume(f"{path}: is cut short: copy it again")
-    matrix = np.array(reader.GetDirection()).reshape(n, n)[:3, :3] * reader.GetSpacing()[:3]
-    slope, offset = (
-        float(fields.get(f"elementtointensityfunction{what}", what == "slope")) for what in ("slope", "offset")
-    )
-    affine = LPS_TO_RAS @ make_affine(matrix[:, ::-1], reader.GetOrigin()[:3])
-    shape = shape[2::-1]
-    return RawScan(shape, affine, lambda: to_hu(sitk.GetArrayFromImage(reader.Execute()).reshape(shape), slope, offset))
+    return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
+
+
+def read_nrrd(path: Path) -> RawScan:
+    """An NRRD file with its voxels inside; voxels (x, y, z)."""
+    nrrd = raw_library("nrrd")
+    with open_regular(path), path.open("rb") as stream:
+        header = nrrd.read_header(stream)
+        start = stream.tell()
+    if "data file" in header or "datafile" in header:
+        raise BadVolume(f"{path}: refers to another file for its voxels: write it as one file")
+    to_ras = NRRD_SPACES.get(str(header.get("space")).lower())
+    steps = np.array(header.get("space directions"), float)
+    if to_ras is None or steps.shape != (3, 3):
+        raise BadVolume(
+            f"{path}: does not say how it lies in the patient (space LPS, RAS or LAS, and three space directions), or "
+            "holds several volumes: convert it again"
+        )
+
+    def load() -> np.ndarray:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            return to_hu(nrrd.read_data(header, stream))
+
+    return RawScan(tuple(map(int, header["sizes"])), make_affine(np.diag(to_ras) @ steps.T), load)
 
 
 def patient_axes(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[str, tuple[float, ...]]:
@@ -2047,7 +2081,7 @@ def patient_axes(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[
         )
     if np.abs(np.abs(turn) - np.rint(np.abs(turn))).max() > 0.17:
         raise BadVolume(f"{path}: is turned by more than 10 degrees against the patient's axes: resample it first")
-    code = "".join(raw_library("nibabel").aff2axcodes(make_affine(turn, 0)))
+    code = "".join(raw_library("nibabel").aff2axcodes(make_affine(turn)))
     return code, tuple(map(float, spacing))
 
 
@@ -2062,7 +2096,7 @@ def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
         if source.is_dir() or name.endswith(".dcm"):
             scan = read_dicom(source, series)
         else:
-            scan = read_nifti(path) if name.endswith((".nii", ".nii.gz")) else read_itk(path)
+            scan = {"mha": read_mha, "nrrd": read_nrrd}.get(name.rpartition(".")[2], read_nifti)(path)
         code, spacing = patient_axes(path, scan.shape, scan.affine)
         axes = spl_axes(code)[0]
         stored = scan.load() if voxels else np.empty(0, np.int16)

@@ -11,9 +11,12 @@ import logging
 import math
 import os
 import random
+import re
 import signal
 import string
-from contextlib import contextmanager
+import zlib
+from collections import Counter
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -33,6 +36,7 @@ from finetune_siglip import (
     main,
     pack_model,
     parse_args,
+    read_raw,
     read_table,
     save_checked,
 )
@@ -147,6 +151,115 @@ def test_arrays_of_any_kind_in_a_whole_archive_are_refused_or_read_as_numpy_does
         assert found.ndim == 4
         assert min(found.shape) > 0
         assert np.array_equal(found, array.reshape(found.shape), equal_nan=True)
+
+
+# raw scans: nothing in them guards the voxels, so what is read may differ from what was written, but never from what
+# other readers find in the changed file
+
+
+@pytest.fixture(scope="module")
+def raw_files(tmp_path_factory):
+    """An even volume (D, H, W) and the files that hold it, the first one slice of a series."""
+    pytest.importorskip("pydicom"), pytest.importorskip("SimpleITK")
+    from test_formats import write_frames
+    from test_raw import body, write_dicom, write_image
+
+    folder = tmp_path_factory.mktemp("raw")
+    noise = np.random.default_rng(0).normal(0, 9, (6, 12, 10))
+    volume = np.clip(body(6, 12, 10) + noise, -1000, 900).astype(np.int16) // 2 * 2
+    slices = write_dicom(folder / "series", volume, (7.5, 5.5, 5.5))
+    write_frames(folder / "frames/frames.dcm", volume, np.arange(6)[::-1])
+    paths = [
+        slices[2],
+        folder / "frames/frames.dcm",
+        folder / "a.nii",
+        folder / "a.nii.gz",
+        folder / "a.mha",
+        folder / "b.mha",
+    ]
+    for path in paths[2:]:
+        write_image(path, volume, (7.5, 5.5, 5.5))
+    sitk = pytest.importorskip("SimpleITK")
+    sitk.WriteImage(sitk.ReadImage(str(folder / "a.mha")), str(folder / "b.mha"), useCompression=True)
+    return volume, paths
+
+
+def read_with_itk(path):
+    """(voxels (D, H, W) in SPL, spacing)."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    reader.SetImageIO({".dcm": "GDCMImageIO", ".mha": "MetaImageIO"}.get(path.suffix, "NiftiImageIO"))
+    image = sitk.DICOMOrient(reader.Execute(), "LPS")
+    return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
+
+
+def read_plainly(path):
+    """The same without ITK: its readers of MHA and enhanced CT fill in what a damaged header lacks."""
+    if path.suffix == ".mha":
+        head, _, data = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")
+        found = {name: re.search(rb"(?m)^%s = (.*)$" % name, head)[1] for name in (b"ElementSpacing", b"DimSize")}
+        data = zlib.decompress(data) if b"\nCompressedData = True\n" in head else data
+        spacing, size = (np.array(found[name].split(), float)[::-1] for name in (b"ElementSpacing", b"DimSize"))
+        dtype = {b"S": "i2", b"U": "u2"}[re.search(rb"ElementType = MET_(.)SHORT|$", head)[1] or b"S"]
+        return np.frombuffer(data, dtype).reshape(size.astype(int)), spacing
+    if path.suffix == ".dcm":
+        import pydicom
+
+        data = pydicom.dcmread(path)
+        frames = data.get("PerFrameFunctionalGroupsSequence") or [data]
+        place = [float((f.get("PlanePositionSequence") or [f])[0].ImagePositionPatient[2]) for f in frames]
+        rescaling = [(f.get("PixelValueTransformationSequence") or [f])[0] for f in frames]
+        planes = data.pixel_array.reshape(len(frames), data.Rows, data.Columns)
+        planes = [
+            p * float(r.get("RescaleSlope", 1)) + float(r.get("RescaleIntercept", 0))
+            for p, r in zip(planes, rescaling, strict=True)
+        ]
+        measures = (data.get("SharedFunctionalGroupsSequence") or [None])[0]
+        pixel = (measures.PixelMeasuresSequence[0] if measures else data).PixelSpacing
+        return np.array(planes)[np.argsort(place)], (np.ptp(place) / max(1, len(place) - 1), *map(float, pixel))
+    import nibabel
+
+    image = nibabel.as_closest_canonical(nibabel.load(path))
+    return image.get_fdata().transpose(2, 1, 0)[:, ::-1, ::-1], image.header.get_zooms()[2::-1]
+
+
+def agrees(found, header, path, volume):
+    """Whether a reading is of the file as it now stands."""
+    readings = [(volume, (7.5, 5.5, 5.5))]
+    for read in (read_with_itk, read_plainly):
+        with suppress(Exception):  # a reader that refuses the file says nothing of it
+            readings.append(read(path))
+    for voxels, spacing in readings:
+        if path.parent.name == "series" and len(voxels) == 1:  # the one slice among the others
+            voxels, spacing = np.array([*volume[:2], voxels[0], *volume[3:]]), (7.5, *spacing[1:])
+        same = voxels.shape == found.shape and np.array_equal(voxels.astype(found.dtype), found, equal_nan=True)
+        if same and np.allclose(spacing, header.spacing, rtol=2e-3):
+            return True
+    return False
+
+
+def test_mangled_raw_scans_are_refused_by_name_or_read_as_they_now_stand(raw_files, capfd):
+    (volume, paths), rng, tally = raw_files, random.Random(7), Counter()
+    for number in range(cases(240, 10000)):
+        path = paths[number % len(paths)]
+        good = path.read_bytes()
+        cut = len(good) if number % 3 else rng.choice([200, 400, 800])  # often only the header
+        path.write_bytes(mangle(good[:cut], rng) + good[cut:])
+        target = path.parent if path.suffix == ".dcm" else path
+        with no_hang():
+            try:
+                header, found = read_raw(target)
+            except BadInput as error:
+                assert names(error, target), error
+                assert "\n" not in error.messages[0]
+                tally[path.name, "refused"] += 1
+            else:
+                assert agrees(found[0], header, path, volume), (number, path.name)
+                tally[path.name, "read"] += 1
+        path.write_bytes(good)
+    assert min(tally[path.name, what] for path in paths for what in ("refused", "read")) > 0, tally
 
 
 # tables

@@ -1692,7 +1692,8 @@ def raw_library(name: str) -> Any:
     try:
         library = importlib.import_module(name)
     except ImportError:
-        raise BadEnvironment(f"raw scans of this format are read with {name}: pip install {name}") from None
+        package = {"nrrd": "pynrrd"}.get(name, name)
+        raise BadEnvironment(f"raw scans of this format are read with {package}: pip install {package}") from None
     warnings.filterwarnings("ignore", module=name)
     logging.getLogger("nibabel.global" if name == "nibabel" else name).setLevel(logging.CRITICAL)
     if name == "pydicom":

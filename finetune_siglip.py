@@ -140,39 +140,23 @@ DEFAULT_HU_RANGE = (-1000.0, 1500.0)
 PATIENT_AXIS = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 
-def whole_number(text: str) -> int:
-    """Argument type: an integer of at least 0."""
-    if (value := int(text)) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
+def numeric(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
+    """Argument type: a finite int or float from `low`, or only above it, to `high`."""
+
+    limits = f"{'above' if above else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low <= value <= high) or value == math.inf or (above and value == low):
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    parse.__name__ = "whole number" if kind is int else "number"  # for argparse's own message
+    return parse
 
 
-def count(text: str) -> int:
-    """Argument type: an integer of at least 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def amount(text: str) -> float:
-    """Argument type: a finite number of at least 0."""
-    if not (math.isfinite(value := float(text)) and value >= 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number of at least 0")
-    return value
-
-
-def millimetres(text: str) -> float:
-    """Argument type: a distance between voxels."""
-    if not 0.1 <= (value := float(text)) <= 20:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0.1 and 20 mm")
-    return value
-
-
-def fraction(text: str) -> float:
-    """Argument type: a number from 0 to 1."""
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
+whole_number, count, amount, fraction = numeric(int, 0), numeric(int, 1), numeric(float, 0), numeric(float, 0, 1)
+multiple, millimetres = numeric(float, 0, above=True), numeric(float, 0.1, 20)
 
 
 def threshold_source(text: str) -> float | str | Path:
@@ -183,19 +167,11 @@ def threshold_source(text: str) -> float | str | Path:
         return text if text == "auto" else Path(text)
 
 
-def multiple(text: str) -> float:
-    """Argument type: a number above 0."""
-    if (value := amount(text)) == 0:
-        raise argparse.ArgumentTypeError("0 would train nothing: use --freeze-up-to")
-    return value
-
-
 def steps_or_share(text: str) -> int | str:
     """Argument type: an integer of at least 0, or a share of all optimiser steps such as 5%."""
     if not text.endswith("%"):
         return whole_number(text)
-    if not 0 <= float(text[:-1]) <= 100:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0% and 100%")
+    numeric(float, 0, 100)(text[:-1])
     return text
 
 
@@ -206,10 +182,9 @@ def layer_count(text: str) -> int | str:
 
 def window_list(text: str) -> tuple[tuple[float, float], ...]:
     """Argument type: the name of a preset, or three HU intervals as `lo:hi,lo:hi,lo:hi`."""
-    if text in WINDOW_PRESETS:
-        return WINDOW_PRESETS[text]
     try:
-        windows = tuple((float(lo), float(hi)) for lo, hi in (part.split(":") for part in text.split(",")))
+        parts = (part.split(":") for part in text.split(","))
+        windows = WINDOW_PRESETS.get(text) or tuple((float(lo), float(hi)) for lo, hi in parts)
     except ValueError:
         windows = ()
     if len(windows) != 3 or not all(lo < hi and math.isfinite(hi - lo) for lo, hi in windows):
@@ -324,7 +299,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=count, default=100, help="passes over split train at most [100]")
     add("--batch-size", type=count, default=16, help="scans per process and forward pass [16]")
-    add("--lr", type=amount, default=1e-4, help="peak learning rate [1e-4]")
+    add("--lr", type=multiple, default=1e-4, help="peak learning rate [1e-4]")
     add("--weight-decay", type=amount, default=1e-4,
         help="decoupled decay; biases, norms and embeddings have none [1e-4]")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd has Nesterov momentum 0.9 [adamw]")
@@ -455,7 +430,6 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         (training and not args.pretrained, "--pretrained is required unless --test-only names a checkpoint"),
         (not -math.inf < lo < hi < math.inf, f"--hu-range needs LO < HI, not {lo:g} {hi:g}"),
         (args.cache_limit_gb and not args.cache_dir, "--cache-limit-gb needs --cache-dir"),
-        (args.lr == 0, "--lr must be above 0"),
         (args.dropout_rate == 1, "--dropout-rate must be below 1"),
         (args.cache_features and not frozen,
          "--cache-features needs a backbone that stays as it is: no LoRA, --freeze-up-to all"),

@@ -178,7 +178,8 @@ def test_all_that_is_wrong_is_told_at_once_a_line_each(capsys):
     ("typed", "meant"),
     [
         ("--epo", "--epochs"), ("--learning-rate", "--lr"), ("--output", "--output-dir"),
-        ("--batchsize", "--batch-size"), ("--workers", "--num-workers"), ("--use_ema", "--use-ema"), ("--label-colums", "--label-columns"),
+        ("--batchsize", "--batch-size"), ("--workers", "--num-workers"),
+        ("--use_ema", "--use-ema"), ("--label-colums", "--label-columns"),
     ],
 )  # fmt: skip
 def test_a_wrong_flag_is_one_line_with_the_nearest_one(capsys, typed, meant):

@@ -515,9 +515,14 @@ def join_ranks(device: torch.device) -> Any:
             timeout=timedelta(minutes=30),
             device_id=device if on_gpu else None,
         )
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun that dies stops its ranks in good order, or they would train on
-        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that dies stops its ranks, which would else train on
+        end_with_parent(signal.SIGTERM)
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def end_with_parent(number: int) -> None:
+    """Let Linux send this process a signal when the one that started it ends, however it ends."""
+    torch.multiprocessing._prctl_pr_set_pdeathsig(number)  # type: ignore[attr-defined]
 
 
 def meet(runtime: Runtime) -> None:
@@ -571,7 +576,6 @@ def leave(runtime: Runtime, code: int) -> None:
     """End a rank that has not parted from the others: neither PyTorch nor NCCL may wait for them on the way."""
     if torch.distributed.is_initialized():
         time.sleep(3 if runtime.is_main else 0)  # the store in which the others look up what has been said may be here
-        end_readers()
         os._exit(code)
 
 
@@ -2755,6 +2759,7 @@ def one_thread_per_worker(_: int) -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
+    end_with_parent(signal.SIGKILL)  # lest a killed rank's connections stay open in its workers
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: M_MMAP_MAX and M_TRIM_THRESHOLD. What one scan
         mallopt(-4, 0), mallopt(-1, 1 << 30)  # frees serves the next: new pages take a tenth of the time of reading it
 

@@ -112,13 +112,41 @@ EOF
 }
 
 # ── Running ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# torch.distributed.run as it is, but for its end: the process that failed has said why, so neither a traceback follows
+# nor does the exit code become 1; and SIGUSR1, of which it would die, goes to its processes, which save and stop.
+TORCHRUN='
+import os, signal, sys
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+def pass_on(number, _):
+    with open("/proc/thread-self/children") as children:
+        for child in children.read().split():
+            os.kill(int(child), number)
+
+signal.signal(signal.SIGUSR1, pass_on)
+try:
+    run.main()
+except ChildFailedError as error:
+    code = error.get_first_failure()[1].exitcode
+    sys.exit(code if code > 0 else 3)
+except SignalException as error:
+    sys.exit(128 + error.sigval)
+'
+
 # The script under one process, or under torchrun's launcher when NPROC asks for more.
 launch() {
   local command=("${PYTHON:-python3}")
   ((NPROC > 1)) && command+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
   command+=("$HERE/finetune_siglip.py" "$@")
-  [[ -n $DRY_RUN ]] || exec "${command[@]}"
-  perform "${command[@]}"
+  if [[ -n $DRY_RUN ]]; then
+    perform "${command[@]}"
+  elif ((NPROC > 1)); then
+    exec "${command[0]}" -c "$TORCHRUN" "${command[@]:3}"
+  else
+    exec "${command[@]}"
+  fi
 }
 
 # --num-workers stands between the labels and what the user adds: without a flag there, a label list would swallow it.

@@ -168,6 +168,17 @@ def run_child(request: dict, module) -> None:
             png = b"\x89PNG\r\n\x1a\n" + bytes(99) + b"IEND\xaeB`\x82"
             module.publish = lambda *_: None
             module.plot_progress = lambda to, *_: module.save_atomic(to / "progress.png", lambda f: f.write(png))
+        if "publish_seconds" in request:
+            begun = Path(request["log"]).with_suffix(".publishing")
+            module.publish = lambda *_: (begun.touch(), time.sleep(request["publish_seconds"]))
+        if "commit_seconds" in request:  # while there is a file "slow" in the run's folder
+            commit = module.RunFolder.commit
+
+            def slowly(folder, content):
+                time.sleep(request["commit_seconds"] * (folder.path / "slow").exists())
+                commit(folder, content)
+
+            module.RunFolder.commit = slowly
         if limit := request.get("largest_file"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         ticks = itertools.count()

@@ -564,12 +564,15 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start_ranks(bench, out, tmp_path, *more):
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    logs = [tmp_path / f"rank{rank}.log" for rank in (0, 1)]
-    argv = bench.arguments(PLAIN, out, "--epochs", "50", "--early-stopping-patience", "0", *more)
+def start_ranks(bench, out, tmp_path, *more, ranks=2, config=PLAIN, store=None, **shim):
+    port = store.port if store else free_port()
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    if store:  # as under torchrun, it outlives the ranks
+        common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    logs = [tmp_path / f"rank{rank}.log" for rank in range(ranks)]
+    argv = bench.arguments(config, out, "--epochs", "50", "--early-stopping-patience", "0", *more)
     return logs, [
-        bench.server.start(argv, log, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        bench.server.start(argv, log, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **shim)
         for rank, log in enumerate(logs)
     ]
 
@@ -578,11 +581,48 @@ def codes(bench, pids):
     return [bench.server.wait(pid).code for pid in pids]
 
 
+def wait_until(there, seconds=240):
+    deadline = time.monotonic() + seconds
+    while not there() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert there()
+
+
+RANKS_AND_SECONDS = [(2, 3), *(pytest.param(ranks, 60, marks=pytest.mark.slow) for ranks in (2, 3))]
+
+
+@pytest.mark.parametrize(("ranks", "seconds"), RANKS_AND_SECONDS)
+def test_all_ranks_stay_until_rank_0_has_saved_a_stop(bench, tmp_path, ranks, seconds):
+    out = tmp_path / "run"
+    logs, pids = start_ranks(bench, out, tmp_path, ranks=ranks, commit_seconds=seconds)
+    wait_until((out / "results.jsonl").exists)
+    (out / "slow").touch()
+    before = load_checked(out / "last.ckpt", RUN_KIND)["progress"]
+    for pid in pids:
+        os.kill(pid, signal.SIGTERM)
+    assert codes(bench, pids[1:]) == [143] * (ranks - 1), [log.read_text() for log in logs]
+    assert load_checked(out / "last.ckpt", RUN_KIND)["progress"] != before  # rank 0 may go on a little
+    assert (out / "stopped").read_text() == "SIGTERM\n"
+    assert codes(bench, pids[:1]) == [143]
+    assert "Traceback" not in "".join(log.read_text() for log in logs)
+
+
+@pytest.mark.parametrize(("ranks", "seconds"), RANKS_AND_SECONDS)
+def test_all_ranks_stay_until_rank_0_has_published(bench, tmp_path, ranks, seconds):
+    out = tmp_path / "run"
+    logs, pids = start_ranks(
+        bench, out, tmp_path, "--epochs", "1", ranks=ranks, publish_seconds=seconds / 2
+    )  # 2 splits
+    assert codes(bench, pids[1:]) == [0] * (ranks - 1), [log.read_text() for log in logs]
+    assert (out / "test_predictions.csv").exists()
+    assert codes(bench, pids[:1]) == [0]
+    assert not (out / "stopped").exists()
+
+
 def test_two_ranks_stop_together_and_go_on_together(bench, tmp_path):
     out = tmp_path / "run"
     logs, pids = start_ranks(bench, out, tmp_path)
-    while not (out / "last.ckpt").exists():
-        time.sleep(0.02)
+    wait_until((out / "last.ckpt").exists)
     os.kill(pids[1], signal.SIGTERM)  # to one of them only
     assert codes(bench, pids) == [143, 143], [log.read_text() for log in logs]
     epoch = load_checked(out / "last.ckpt", RUN_KIND)["progress"]["epoch"]
@@ -593,21 +633,56 @@ def test_two_ranks_stop_together_and_go_on_together(bench, tmp_path):
     assert codes(bench, pids) == [143, 143], [log.read_text() for log in logs]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_dead_rank_ends_the_others_at_once_in_one_line(bench, tmp_path, victim):
-    out = tmp_path / "run"
-    logs, pids = start_ranks(bench, out, tmp_path)
-    while not (out / "last.ckpt").exists():
-        time.sleep(0.02)
+@pytest.mark.parametrize(
+    ("victim", "when", "config"),
+    [(0, "trains", PLAIN), (1, "trains", RICH), (0, "saves", PLAIN), (0, "publishes", PLAIN), (2, "trains", PLAIN)],
+)
+def test_a_killed_rank_ends_the_others_at_once_in_one_line(bench, tmp_path, victim, when, config):
+    """Its readers, who share its connections, go with it; nothing is torn, and the run can be resumed."""
+    out, ranks = tmp_path / "run", max(2, victim + 1)
+    more = ["--epochs", "1"] * (when == "publishes")
+    slow = {"saves": {"commit_seconds": 60}, "publishes": {"publish_seconds": 60}}.get(when, {})
+    logs, pids = start_ranks(bench, out, tmp_path, *more, ranks=ranks, config=config, **slow)
+    wait_until((logs[0].with_suffix(".publishing") if when == "publishes" else out / "results.jsonl").exists)
+    if when == "saves":
+        (out / "slow").touch()
+        time.sleep(3)
     started = time.monotonic()
     os.kill(pids[victim], signal.SIGKILL)
     ended = codes(bench, pids)
     assert time.monotonic() - started < 30
-    assert ended[1 - victim] == 3
-    text = logs[1 - victim].read_text()
-    assert text.count("another process of this run has ended or hangs") == 1
+    assert [code for rank, code in enumerate(ended) if rank != victim] == [3] * (ranks - 1)
+    text = "".join(log.read_text() for log in logs)
+    assert victim == 0 or text.count("another process of this run has ended or hangs") == 1, text
     assert "Traceback" not in text
     assert not torn_files(out)
+
+
+@pytest.mark.parametrize("who", ["all", "rank 0", "rank 1"])
+def test_an_error_is_said_once_whichever_ranks_find_it(bench, tmp_path, who):
+    """By rank 0 where it knows; what follows from it on the other ranks is no further message."""
+    out, more = tmp_path / "run", []
+    if who == "all":
+        more, said = ["--csv", str(tmp_path / "none.csv")], "none.csv"
+    elif who == "rank 0":
+        out.write_text("in the way")
+        said = f"{out} can't be written"
+    else:  # each epoch deals the scans out anew, so this one is met by either rank sooner or later
+        scans = shutil.copytree(bench.scans.parent, tmp_path / "scans") / bench.scans.name
+        row = next(line.split(",") for line in scans.read_text().splitlines() if ",train," in line)
+        more, said = ["--csv", str(scans), "--save-every-minutes", "0"], row[0]
+    store = torch.distributed.TCPStore("127.0.0.1", free_port(), is_master=True, wait_for_workers=False)
+    logs, pids = start_ranks(bench, out, tmp_path, *more, store=store)
+    if who == "rank 1":
+        wait_until((out / "results.jsonl").exists)
+        (scans.parent / row[2]).write_bytes(b"no volume any more")
+    ended = codes(bench, pids)
+    errors = [line for log in logs for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, errors
+    assert said in errors[0]
+    assert "Traceback" not in "".join(log.read_text() for log in logs)
+    assert ended[0] == {"all": 2, "rank 0": 3}.get(who, ended[0])
+    assert set(ended) <= {2, 3}
 
 
 # long runs

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -233,3 +234,46 @@ def test_the_demo_prints_every_auroc_and_keeps_its_promise_only_with_small_findi
         assert code == 1
         assert "missed" in said.splitlines()[-1]
         assert reason in said.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mistake", "said"), [(["--lr", "-1"], "--lr"), (["--label-columns", "No column"], "No column")]
+)
+def test_with_several_processes_a_mistake_is_said_once_with_its_own_exit_code(scans, tower, tmp_path, mistake, said):
+    done = wrapper(
+        "basic", *mistake, NPROC="2", CSV_FILE=str(scans), PRETRAINED_PATH=str(tower), OUTPUT_BASE_DIR=str(tmp_path),
+        OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="",
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert sum(said in line for line in (done.stdout + done.stderr).splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_the_wrapper_saves_with_several_processes(scans, tower, tmp_path, number):
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "NPROC": "2", "CSV_FILE": str(scans), "PRETRAINED_PATH": str(tower),
+        "OUTPUT_BASE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    command = [
+        ROOT / "run_finetune.sh",
+        "debug",
+        "--num-slices",
+        "4",
+        "--epochs",
+        "1000",
+        "--label-columns",
+        "Emphysema",
+    ]
+    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 300
+    while not (tmp_path / "debug" / "results.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    run.send_signal(number)
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 128 + number, said[-3000:]
+    assert (tmp_path / "debug" / "stopped").read_text() == f"{number.name}\n"
+    assert "Traceback" not in said

@@ -7221,8 +7221,8 @@ def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[
         raise BadInput("split val: no scan with a positive label could be read, so nothing tells which epoch is better")
     if metrics["micro_precision"] is None and run.runtime.is_main:
         run.warn_once(
-            "no validation scan is called positive so far (macro AUROC %s): while F1 is 0, macro average precision "
-            "tells which epoch is better. Lower --threshold (or tune it: auto), or train with --loss balanced",
+            "no validation scan is called positive so far (macro AUROC %s): F1 is 0, so macro average precision tells "
+            "which epoch is better; --threshold auto tunes thresholds on val at the end, a lower one lets F1 count now",
             shown(metrics["macro_auc"]),
         )
     return {"val_loss": loss, **metrics}

@@ -1624,38 +1624,27 @@ def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] =
 
 
 # Raw scans know their own geometry. Each reader gives a RawScan; `read_raw` alone checks and turns it. DICOM is read
-# frame by frame with pydicom, for one series may lie in files of one frame, of many, or both: highdicom refuses series
-# without FrameOfReferenceUID and takes longer than ITK.
+# frame by frame with pydicom, for one series may lie in files of one frame, of many, or both (highdicom refuses series
+# without FrameOfReferenceUID and is slower than ITK). MHA is parsed here: ITK takes damaged voxels for whole ones.
 
 SCAN_FILE = r"(?i)\.(npz|npy|b2nd|nii|nii\.gz|mha|nrrd)$"  # what may be a scan by itself
 RAW_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".dcm")  # none whose voxels lie in another file
 FIELD_OF_VIEW = (480.0, 336.0, 336.0)  # mm (D, H, W) kept around the body: 160 x 224 x 224 voxels at the usual spacing
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # DICOM and ITK count towards left and back, NIfTI towards right and front
-NRRD_SPACES = {  # signs of its three axes towards right, front and head
-    "left-posterior-superior": (-1, -1, 1), "lps": (-1, -1, 1), "right-anterior-superior": (1, 1, 1), "ras": (1, 1, 1),
-    "left-anterior-superior": (-1, 1, 1), "las": (-1, 1, 1),
-}  # fmt: skip
-MHA_TYPES = {
-    "MET_CHAR": "i1", "MET_UCHAR": "u1", "MET_SHORT": "i2", "MET_USHORT": "u2", "MET_INT": "i4", "MET_UINT": "u4",
-    "MET_LONG_LONG": "i8", "MET_ULONG_LONG": "u8", "MET_FLOAT": "f4", "MET_DOUBLE": "f8",
-}  # fmt: skip
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])  # DICOM and ITK count towards left and back, NIfTI towards right and front
 SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # the SOP classes of Secondary Capture begin with it
 NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # terms of RescaleType for other quantities
-RESCALING = "PixelValueTransformationSequence"
-FRAME_TAGS = (  # where a frame says how it lies, and how many numbers each tag has
-    ("PlanePositionSequence", "ImagePositionPatient", 3),
-    ("PlaneOrientationSequence", "ImageOrientationPatient", 6),
-    ("PixelMeasuresSequence", "PixelSpacing", 2),
+RESCALING = "PixelValueTransformation"
+REMEDY = "resample it first, e.g. with nibabel.processing.resample_to_output"
+FRAME_TAGS = (  # where a frame says how it lies, and how many numbers there are up to then
+    ("PlanePosition", "ImagePositionPatient", 3),
+    ("PlaneOrientation", "ImageOrientationPatient", 9),
+    ("PixelMeasures", "PixelSpacing", 11),
 )
-
-
-@dataclass(frozen=True)
-class RawScan:
-    """What a reader makes of a scan, its voxels still to be loaded."""
-
-    shape: tuple[int, ...]  # of the voxels, three axes
-    affine: np.ndarray  # (4, 4), voxel indices to mm towards right, front and head
-    load: Callable[[], np.ndarray]  # int16 or float32 HU; NaN where a voxel has no value
+MHA_TYPES = {"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4", "FLOAT": "f4",
+             "DOUBLE": "f8", "LONG_LONG": "i8", "ULONG_LONG": "u8"}  # fmt: skip
+# (shape, steps in mm (3, 3): a column for each stored axis, towards right, front and head; what loads int16 or float32
+# HU, NaN where a voxel has no value)
+RawScan = tuple[tuple[int, ...], np.ndarray, Callable[[], np.ndarray]]
 
 
 def is_raw(path: Path) -> bool:
@@ -1664,9 +1653,12 @@ def is_raw(path: Path) -> bool:
     return source.name.lower().endswith(RAW_SUFFIXES) or source.is_dir()
 
 
+say_once = cache(log.info)  # a scan is read in every epoch
+
+
 @cache
 def raw_library(name: str) -> Any:
-    """A package that reads raw scans, told to be quiet and to leave the other cores to the other workers."""
+    """A package that reads raw scans, told to be quiet: what it warns of is checked here."""
     try:
         library = importlib.import_module(name)
     except ImportError:
@@ -1677,12 +1669,6 @@ def raw_library(name: str) -> Any:
     if name == "pydicom":
         library.config.settings.reading_validation_mode = library.config.IGNORE
     return library
-
-
-@cache
-def say_once(text: str) -> None:
-    """A scan is read in every epoch; what is to be known of it is said the first time."""
-    log.info("%s", text)
 
 
 @contextmanager
@@ -1698,66 +1684,55 @@ def reading_raw(path: Path) -> Iterator[None]:
         raise BadVolume(f"{path}: is damaged or not what it is named ({type(error).__name__}: {text})") from None
 
 
-def to_hu(stored: np.ndarray, slope: float = 1.0, intercept: float = 0.0, empty: Any = None) -> np.ndarray:
+def to_hu(stored: np.ndarray, slope: float = 1, intercept: float = 0, empty: np.ndarray | None = None) -> np.ndarray:
     """slope * stored + intercept: int16 where that holds every value exactly, else float32; NaN where `empty`."""
     if stored.dtype.kind not in "iuf":
         raise TypeError(f"its voxels are {stored.dtype}, not numbers")
-    if (plain := (slope, intercept) == (1, 0)) and stored.dtype == np.int16 and empty is None:
+    if stored.dtype == np.int16 and (slope, intercept) == (1, 0) and empty is None:
         return stored
-    if stored.dtype.kind != "f" and empty is None and float(slope).is_integer() and float(intercept).is_integer():
+    if stored.dtype.kind != "f" and empty is None and slope % 1 == intercept % 1 == 0:
         ends = [int(end) * int(slope) + int(intercept) for end in (stored.min(), stored.max())]
-        if max(map(abs, (*ends, int(slope), int(intercept)))) <= 32767:
-            hu = stored.astype(np.int16, copy=False)  # integers that overflow on the way are right again at the end
-            return hu if plain else hu * np.int16(slope) + np.int16(intercept)
-    values = stored.astype(np.float32)
-    if not plain:
-        values = values * np.float32(slope) + np.float32(intercept)
+        if max(map(abs, (*ends, slope, intercept))) <= 32767:  # what overflows on the way is right again at the end
+            return stored.astype(np.int16) * np.int16(slope) + np.int16(intercept)
+    hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
     if empty is not None:
-        values[empty] = math.nan
-    return values
+        hu[empty] = math.nan
+    return hu
 
 
-def look_into(folder: Path) -> tuple[dict[str, list[tuple[Path, Any]]], Counter]:
-    """The headers of the CT slices in a folder, by series UID, and what else lies there, counted.
+def slice_header(path: Path) -> tuple[str, Any]:
+    """("", the header) of a CT slice, or (what else an entry of a folder is, None)."""
+    if path.is_dir():
+        return "sub-folder", None
+    with open_regular(path) as (file, _):
+        head = os.pread(file, 132, 0)
+    if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
+        return "other file", None
+    if head[128:] != b"DICM" and head[:2] not in (b"\2\0", b"\10\0"):  # the preamble may be missing
+        if re.fullmatch(r"(?i)\.(dcm|ima|\d+)", path.suffix) or (not path.suffix and b"\0" in head):
+            raise BadVolume(f"{path}: is no DICOM file but is named as one: copy it again, or remove it")
+        return "other file", None
+    with reading_raw(path):
+        data = raw_library("pydicom").dcmread(path, stop_before_pixels=True, force=True)
+        kind = "" if (modality := str(data.get("Modality") or "CT")) == "CT" else f"{modality} image"
+        if data.get("SamplesPerPixel", 1) != 1 or str(data.get("SOPClassUID")).startswith(SCREENSHOT):
+            kind = "picture of a screen"
+        elif "LOCALIZER" in (data.get("ImageType") or ()):
+            kind = "localizer"
+        return (kind if "Rows" in data else "other file"), data
 
-    Images of other modalities and pictures of a screen are slices only where there is nothing better.
-    """
-    pydicom = raw_library("pydicom")
-    images: dict[str, list[tuple[Path, Any]]] = {}
-    pictures: dict[str, list[tuple[Path, Any]]] = {}
+
+def look_into(folder: Path) -> tuple[dict[str, list[tuple[Path, Any]]], str]:
+    """The headers of the CT slices in a folder (or file) by series UID, and what else is there, counted."""
+    series: dict[str, list[tuple[Path, Any]]] = {}
     others: Counter = Counter()
-    odd = []  # binary files that are no DICOM
     for item in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
-        if item.is_dir() or item.name.startswith(".") or item.name.upper() == "DICOMDIR":
-            others["sub-folder" if item.is_dir() else "no slice"] += 1
-            continue
-        with open_regular(item) as (file, _):
-            head = os.pread(file, 132, 0)
-        if head[128:] != b"DICM" and head[:2] not in (b"\2\0", b"\10\0"):  # the preamble may be missing
-            others["no slice"] += 1
-            odd += [item] * (b"\0" in head or not head)
-            continue
-        with reading_raw(item):
-            data = pydicom.dcmread(item, stop_before_pixels=True, force=True)
-            if "LOCALIZER" in (data.get("ImageType") or ()) or "Rows" not in data:
-                others["localizer" if "Rows" in data else "no slice"] += 1
-            else:
-                kind = pictures if str(data.get("SOPClassUID")).startswith(SCREENSHOT) else images
-                kind.setdefault(str(data.get("SeriesInstanceUID") or "").strip(), []).append((item, data))
-    found = images or pictures
-    ct = {uid: slices for uid, slices in found.items() if any(modality_of(data) == "CT" for _, data in slices)}
-    others["other image"] += sum(map(len, (*images.values(), *pictures.values()))) - sum(
-        map(len, (ct or found).values())
-    )
-    suffixes = {item.suffix.lower() for slices in found.values() for item, _ in slices} | {".dcm"}
-    if damaged := [item for item in odd if item.suffix.lower() in suffixes]:
-        raise BadVolume(f"{damaged[0]}: is no DICOM file but is named as one: copy it again, or remove it")
-    return ct or found, +others
-
-
-def modality_of(data: Any) -> str:
-    """CT where a slice does not say otherwise."""
-    return str(data.get("Modality") or "CT")
+        kind, data = slice_header(item)
+        if kind:
+            others[kind] += 1
+        else:
+            series.setdefault(str(data.get("SeriesInstanceUID") or ""), []).append((item, data))
+    return series, ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in others.items())
 
 
 def find_scans(path: Path) -> list[tuple[str, str]]:
@@ -1778,65 +1753,57 @@ def find_scans(path: Path) -> list[tuple[str, str]]:
 def pick_series(folder: Path, wanted: str) -> list[tuple[Path, Any]]:
     """The slices of the only series in a folder, or of the one with the UID `wanted`; the rest is passed over."""
     series, others = look_into(folder)
-    counted = ", ".join(f"{n} {what}" for what, n in others.items())
-    names = "; ".join(
-        f"{str(slices[0][1].get('SeriesDescription') or 'no description')!r}, {len(slices)} files, {folder}#{uid}"
-        for uid, slices in series.items()
-    )
-    if wanted and wanted not in series:
-        raise BadVolume(f"{folder}: holds no series {wanted}, but: {names or 'none'}")
     if not series:
-        inside = next((item.parent for item in sorted(folder.rglob("*.[dD][cC][mM]"))), None)
-        advice = f": img_path names the folder of one series, such as {inside}" if inside else ""
-        raise BadVolume(f"{folder}: holds no DICOM slices ({counted or 'it is empty'}){advice}")
-    if len(series) > 1 and not wanted:
-        raise BadVolume(f"{folder}: holds {len(series)} series: name one in img_path: {names}")
-    if others:
-        say_once(f"{folder}: passed over {sum(others.values())} entries beside the slices ({counted})")
-    slices = series[wanted] if wanted else next(iter(series.values()))
-    total = max(int(data.get("InConcatenationTotalNumber") or 0) for _, data in slices)
-    if total > len(slices):
-        raise BadVolume(f"{folder}: holds {len(slices)} of the {total} files of a concatenation: copy the others too")
-    return slices
+        inside = next((f": img_path names a folder such as {item.parent}" for item in folder.rglob("*.dcm")), "")
+        raise BadVolume(f"{folder}: holds no CT slices ({others or 'it is empty'}){inside}")
+    if (wanted or len(series) == 1) and (slices := series.get(wanted or next(iter(series)))):
+        if others:
+            say_once(f"{folder}: passed over beside the slices: {others}")
+        total = max(int(data.get("InConcatenationTotalNumber") or 0) for _, data in slices)
+        if total > len(slices):
+            raise BadVolume(
+                f"{folder}: holds {len(slices)} of the {total} files of a concatenation: copy the others too"
+            )
+        return slices
+    names = [f"{data.get('SeriesDescription')!r}: {folder}#{uid}" for uid, ((_, data), *_) in series.items()]
+    raise BadVolume(f"{folder}: holds {len(series)} series: img_path names one of them: {'; '.join(names)}")
 
 
 def frame_numbers(path: Path, data: Any) -> list[list[float]]:
-    """Of each frame of a DICOM file: position (3), orientation (6), spacing (2), slope and intercept."""
+    """Of each frame of a DICOM file: position (3), orientation (6), spacing (2), size (2), slope and intercept."""
     count = int(data.get("NumberOfFrames") or 1)
     shared, each = (list(data.get(f"{kind}FunctionalGroupsSequence") or ()) for kind in ("Shared", "PerFrame"))
     if len(each) != count and (each or count > 1):
         raise BadVolume(f"{path}: has {count} frames, but says where {len(each)} of them lie: export it again")
 
-    def value(i: int, sequence: str, keyword: str, usual: Any = None) -> Any:
-        groups = [group[sequence][0] for group in (*each[i : i + 1], *shared) if group.get(sequence)]
-        return next((found for item in (*groups, data) if (found := item.get(keyword)) not in (None, "")), usual)
+    def value(i: int, group: str, keyword: str, usual: Any = None) -> Any:
+        sequences = [item.get(f"{group}Sequence") for item in (*each[i : i + 1], *shared)]
+        places = (*(sequence[0] for sequence in sequences if sequence), data)
+        return next((found for place in places if (found := place.get(keyword)) not in (None, "")), usual)
 
     frames = []
     for i in range(count):
-        geometry: list[float] = []
-        for sequence, keyword, length in FRAME_TAGS:
-            found = value(i, sequence, keyword) or ()
-            if len(found) != length:
+        if (kind := value(i, RESCALING, "RescaleType")) in NOT_HU or value(i, RESCALING, "ModalityLUTSequence"):
+            raise BadVolume(f"{path}: its values are {kind or 'those of a look-up table'}, not HU: export it in HU")
+        numbers: list[Any] = []
+        for group, keyword, length in FRAME_TAGS:
+            numbers += value(i, group, keyword) or ()
+            if len(numbers) != length:
                 raise BadVolume(f"{path}: does not say its {keyword}: without it a slice has no place or size")
-            geometry += map(float, found)
-        if (kind := value(i, RESCALING, "RescaleType", "HU")) in NOT_HU:
-            raise BadVolume(f"{path}: its RescaleType is {kind}, not HU: export the series in Hounsfield units")
-        if value(i, "", "ModalityLUTSequence"):
-            raise BadVolume(f"{path}: its values go through a look-up table: export the series in Hounsfield units")
-        slope, intercept = value(i, RESCALING, "RescaleSlope", 1), value(i, RESCALING, "RescaleIntercept", 0)
-        frames.append([*geometry, float(slope), float(intercept)])
+        numbers += (data.Rows, data.Columns, value(i, RESCALING, "RescaleSlope", 1))
+        frames.append([float(number) for number in (*numbers, value(i, RESCALING, "RescaleIntercept", 0))])
     return frames
 
 
 def place_frames(folder: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the order of the frames by position, the affine of the volume they make) from numbers (n, 13).
+    """(the order of the frames by position, the steps of the volume they make) from their numbers.
 
     The line runs from the first frame to the last: positions are often rounded to 0.1 mm, so no two steps are equal.
     """
     row, column, (height, width) = np.split(np.mean(frames[:, 3:11], 0), (3, 6))
     normal = np.cross(row, column)
     if not np.abs([row @ row - 1, column @ column - 1, row @ column]).max() < 0.01:
-        raise BadVolume(f"{folder}: its ImageOrientationPatient, {[*row, *column]}, is no pair of directions")
+        raise BadVolume(f"{folder}: its ImageOrientationPatient is no pair of directions, but {[*row, *column]}")
     order = np.argsort(frames[:, :3] @ normal, kind="stable")
     place = frames[order, :3]
     step = (place[-1] - place[0]) / (len(place) - 1)
@@ -1844,65 +1811,44 @@ def place_frames(folder: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarr
     off = np.abs(place - place[0] - np.arange(len(place))[:, None] * step).max(1)
     off[1:] = np.maximum(off[1:], np.abs(between - spacing))
     if not off.max() < 0.1 + 0.1 * spacing or between.min() < 0.01:
-        at = place[off.argmax() if between.min() >= 0.01 else between.argmin()]
-        raise BadVolume(
-            f"{folder}: {len(place)} slices {spacing:.2f} mm apart, but not at {at.round(1).tolist()} mm: slices are "
-            "missing, double or of several acquisitions: copy the series again, into a folder of its own"
-        )
+        at = place[off.argmax() if between.min() >= 0.01 else between.argmin()].round(1).tolist()
+        text = f"{folder}: {len(place)} slices {spacing:.2f} mm apart, but not at {at} mm: slices are missing or double"
+        raise BadVolume(f"{text}, or of several acquisitions: copy the series again, into a folder of its own")
     if np.linalg.norm(step - spacing * normal) < 1e-3 * spacing:  # orientations of three decimals say no more
         step = spacing * normal
-    return order, LPS_TO_RAS @ make_affine(np.stack([step, column * height, row * width], 1))
-
-
-def make_affine(steps: np.ndarray) -> np.ndarray:
-    """(4, 4) from the steps in mm along the three axes, as columns; nothing here asks where the scan begins."""
-    affine = np.eye(4)
-    affine[:3, :3] = steps
-    return affine
-
-
-def require_alike(folder: Path, slices: list[tuple[Path, Any]], frames: np.ndarray, owners: list[int]) -> None:
-    """BadVolume where the frames, each of the file slices[owners[i]], do not make one CT series."""
-    modalities = {modality_of(data) for _, data in slices}
-    if modalities != {"CT"} and len(modalities) == 1:
-        raise BadVolume(f"{folder}: its modality is {modalities.pop()}, not CT")
-    if any(data.get("SamplesPerPixel", 1) != 1 for _, data in slices):
-        raise BadVolume(f"{folder}: holds colour pictures, not CT slices")
-    if len(frames) < 2:
-        raise BadVolume(f"{folder}: has one slice: img_path names the folder of a series, or a file of many frames")
-    sizes = np.array([(data.Rows, data.Columns) for _, data in slices])[owners]
-    kinds = np.array([modality_of(data) == "CT" for _, data in slices])[owners, None]
-    for what, values in (
-        ("modality", kinds), ("size", sizes), ("orientation", frames[:, 3:9]), ("pixel spacing", frames[:, 9:11]),
-    ):  # fmt: skip
-        off = np.abs(values - np.median(values, 0)).max(1)
-        if not off.max() < 1.01e-3:  # writers round
-            odd = slices[owners[int(off.argmax())]][0]
-            raise BadVolume(f"{folder}: holds slices of different {what}, such as {odd}: one series per folder")
+    return order, LPS_TO_RAS @ np.stack([step, column * height, row * width], 1)
 
 
 def read_dicom(folder: Path, series: str) -> RawScan:
     """The frames of one series, whichever files they lie in, as a volume (slice, row, column)."""
-    slices, numbers = pick_series(folder, series), []
-    for path, data in slices:
+    numbers = {}
+    for path, data in pick_series(folder, series):
         with reading_raw(path):
-            numbers.append(frame_numbers(path, data))
-    frames = np.array([frame for file in numbers for frame in file])
-    owners = [i for i, file in enumerate(numbers) for _ in file]
-    require_alike(folder, slices, frames, owners)
-    order, affine = place_frames(folder, frames)
-    shape = (len(frames), int(slices[0][1].Rows), int(slices[0][1].Columns))
+            numbers[path] = frame_numbers(path, data)
+    owners = [path for path, rows in numbers.items() for _ in rows]
+    frames = np.array([frame for rows in numbers.values() for frame in rows])
+    for what, values in (
+        ("orientation", frames[:, 3:9]),
+        ("pixel spacing", frames[:, 9:11]),
+        ("size", frames[:, 11:13]),
+    ):
+        off = np.abs(values - np.median(values, 0)).max(1)
+        if not off.max() < 1.01e-3:  # writers round
+            raise BadVolume(f"{folder}: holds slices of different {what}, such as {owners[off.argmax()]}: remove them")
+    if len(frames) < 2:
+        raise BadVolume(f"{folder}: has one slice: img_path names the folder of a series, or a file of many frames")
+    order, steps = place_frames(folder, frames)
+    shape = (len(frames), *map(int, frames[0, 11:13]))
 
     def load() -> np.ndarray:
-        planes = (plane for (path, _), file in zip(slices, numbers, strict=True) for plane in decode(path, file))
         volume = np.empty(shape, np.int16)
+        planes = (plane for path, rows in numbers.items() for plane in decode(path, rows))
         for at, plane in zip(np.argsort(order), planes, strict=True):
-            if plane.dtype.kind == "f" and volume.dtype.kind == "i":
-                volume = volume.astype(np.float32)
+            volume = volume.astype(np.result_type(volume, plane), copy=False)
             volume[at] = plane
         return volume
 
-    return RawScan(shape, affine, load)
+    return shape, steps, load
 
 
 def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
@@ -1919,12 +1865,12 @@ def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
         spare = os.path.getsize(path) - pixels.value_tell - pixels.length if max(data.keys()) == pixels.tag else 0
         if not syntax.is_compressed and (spare or pixels.length - stored.nbytes not in (0, 1)):
             raise BadVolume(f"{path}: is damaged: it does not end with the pixels it promises: copy it again")
-        empty = None
+        empty = np.zeros(stored.shape, bool)
         if (padding := data.get("PixelPaddingValue")) is not None:  # writers give it unsigned where voxels are signed
             ends = np.array([padding, data.get("PixelPaddingRangeLimit", padding)], np.int64).astype(stored.dtype)
             empty = (stored >= ends.min()) & (stored <= ends.max())
-        for i, (*_, slope, intercept) in enumerate(frames):
-            yield to_hu(stored[i], slope, intercept, empty[i] if empty is not None and empty[i].any() else None)
+        for plane, hidden, (*_, slope, intercept) in zip(stored, empty, frames, strict=True):
+            yield to_hu(plane, slope, intercept, hidden if hidden.any() else None)
 
 
 def read_nifti(path: Path) -> RawScan:
@@ -1934,40 +1880,31 @@ def read_nifti(path: Path) -> RawScan:
         head = os.pread(file, 4096, 0)
     if packed := head[:2] == b"\x1f\x8b":
         head, size = zlib.decompressobj(31).decompress(head, 540), 1032 * size  # deflate packs no tighter
-    kinds = [kind for kind in (nibabel.Nifti1Header, nibabel.Nifti2Header) if kind.may_contain_header(head)]
-    if not kinds:
-        raise BadVolume(f"{path}: is no NIfTI file")
-    header = kinds[0](head[: kinds[0].sizeof_hdr])
+    kind = nibabel.Nifti1Header if nibabel.Nifti1Header.may_contain_header(head) else nibabel.Nifti2Header
+    header = kind(head[: kind.sizeof_hdr])
     if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
         raise BadVolume(f"{path}: refers to another file for its voxels: save it with nibabel as one .nii.gz")
-    shape, dtype = header.get_data_shape(), header.get_data_dtype()
-    start = header.get_data_offset() or kinds[0].sizeof_hdr + 4
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) > 3:
-        raise BadVolume(
-            f"{path}: holds {math.prod(shape[3:])} volumes {shape}: save the one that is meant (nibabel.four_to_three)"
-        )
     if not (header["sform_code"] or header["qform_code"]):
         raise BadVolume(f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform")
+    shape = tuple(n for axis, n in enumerate(header.get_data_shape()) if axis < 3 or n != 1)
+    start, dtype = header.get_data_offset() or kind.sizeof_hdr + 4, header.get_data_dtype()
     end = start + math.prod(shape) * dtype.itemsize
-    if min(shape) < 1 or end > size or start < kinds[0].sizeof_hdr + 4:
+    if end > size or start < kind.sizeof_hdr + 4:
         raise BadVolume(f"{path}: is cut short: copy it again")
     slope, intercept = header.get_slope_inter()
     unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
 
     def load() -> np.ndarray:
         with open_regular(path) as (file, size):
-            data: bytes | bytearray = read_exactly(file, size, 0, path)
+            data = read_exactly(file, size, 0, path)
         stored = as_array(path, gunzip(data, end) if packed else data, start, dtype, shape)
-        return to_hu(stored, 1.0 if slope is None else slope, intercept or 0.0)
+        return to_hu(stored, 1 if slope is None else slope, intercept or 0)
 
-    return RawScan(shape, np.diag([unit, unit, unit, 1.0]) @ header.get_best_affine(), load)
+    return shape, unit * header.get_best_affine()[:3, :3], load
 
 
 def gunzip(packed: bytes | bytearray, length: int) -> bytes | bytearray:
-    """What a gzip file holds, if it may be `length` bytes or more; libdeflate takes half of zlib's time, but reads one
-    part only."""
+    """What a gzip file holds; libdeflate takes half of zlib's time, but reads one part only."""
     claimed = int.from_bytes(packed[-4:], "little")
     if find_spec("deflate") and length <= claimed <= 1032 * len(packed):
         import deflate
@@ -1978,38 +1915,6 @@ def gunzip(packed: bytes | bytearray, length: int) -> bytes | bytearray:
     return gzip.decompress(packed)
 
 
-def read_mha(path: Path) -> RawScan:
-    """A MetaImage with its voxels inside; voxels (x, y, z). ITK is not asked: it reads damaged files as whole."""
-    with open_regular(path) as (file, _):
-        head = os.pread(file, 1 << 16, 0)
-    end = re.search(rb"(?im)^ *ElementDataFile *= *(.*?) *\r?\n", head)
-    if not end or end[1].upper() != b"LOCAL":
-        raise BadVolume(f"{path}: refers to another file for its voxels, or is no MHA: write it as one file")
-    fields = dict(re.findall(r"(?m)^ *(\w+) *= *(.*?) *\r?$", head[: end.end()].decode("latin-1")))
-    if lacking := [name for name in ("ElementSpacing", "TransformMatrix") if name not in fields]:
-        raise BadVolume(f"{path}: does not say how it lies in the patient (no {lacking[0]}): convert it again")
-    numbers = {name: np.array(fields[name].split(), float) for name in ("DimSize", "ElementSpacing", "TransformMatrix")}
-    shape, n = tuple(map(int, numbers["DimSize"])), len(numbers["DimSize"])
-    steps = numbers["TransformMatrix"].reshape(n, n)[:3, :3].T * numbers["ElementSpacing"].reshape(n)[:3]
-    packed, big = (fields.get(name, "False") == "True" for name in ("CompressedData", "BinaryDataByteOrderMSB"))
-    if math.prod(shape[3:]) != 1 or fields.get("ElementNumberOfChannels", "1") != "1" or int(fields["NDims"]) != n:
-        raise BadVolume(f"{path}: holds several volumes: save the one that is meant")
-    if fields.get("BinaryData", "True") != "True" or fields.get("HeaderSize", "0") != "0":
-        raise BadVolume(f"{path}: is written in a way that is not read: save it again with SimpleITK")
-    dtype = np.dtype(MHA_TYPES[fields["ElementType"]]).newbyteorder(">" if big else "<")
-    rescaling = [float(fields.get(f"ElementToIntensityFunction{name}", i)) for i, name in ((1, "Slope"), (0, "Offset"))]
-
-    def load() -> np.ndarray:
-        with open_regular(path) as (file, size):
-            data = read_exactly(file, size - end.end(), end.end(), path)
-        data = zlib.decompress(data) if packed else data
-        if len(data) > math.prod(shape) * dtype.itemsize:
-            raise BadVolume(f"{path}: holds more voxels than it says: copy it again")
-        return to_hu(as_array(path, data, 0, dtype, shape[:3]), *rescaling)
-
-    return RawScan(shape[:3], LPS_TO_RAS @ make_affine(steps), load)
-
-
 def as_array(path: Path, data: bytes | bytearray, start: int, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
     """The voxels (x, y, z) in the bytes of a file from `start` on, x running fastest."""
     if min(shape) < 1 or len(data) < start + math.prod(shape) * dtype.itemsize:
@@ -2017,20 +1922,53 @@ def as_array(path: Path, data: bytes | bytearray, start: int, dtype: np.dtype, s
     return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
 
 
+def read_mha(path: Path) -> RawScan:
+    """A MetaImage with its voxels inside; voxels (x, y, z)."""
+    with open_regular(path) as (file, _):
+        head = os.pread(file, 1 << 16, 0)
+    end = re.search(rb"(?m)^ElementDataFile *= *LOCAL *\r?\n", head)
+    fields = dict(re.findall(r"(?m)^ *(\w+) *= *(.*?) *\r?$", head[: end.end() if end else 0].decode("latin-1")))
+    if not end or fields.get("BinaryData", "True") != "True" or fields.get("HeaderSize", "0") != "0":
+        raise BadVolume(
+            f"{path}: is no MHA with its voxels inside, or has them in another file: save it with SimpleITK"
+        )
+    if not {"ElementSpacing", "TransformMatrix"} <= {*fields}:
+        raise BadVolume(
+            f"{path}: does not say how it lies (ElementSpacing, TransformMatrix): convert the original again"
+        )
+    shape, n = tuple(map(int, fields["DimSize"].split())), int(fields["NDims"])
+    turn, spacing = (np.array(fields[name].split(), float) for name in ("TransformMatrix", "ElementSpacing"))
+    steps = (turn.reshape(n, n) * spacing.reshape(n, 1))[:3, :3].T
+    packed, big = (fields.get(name) == "True" for name in ("CompressedData", "BinaryDataByteOrderMSB"))
+    dtype = np.dtype(MHA_TYPES[fields["ElementType"][4:]]).newbyteorder(">" if big else "<")
+    shape += (int(fields.get("ElementNumberOfChannels", 1)),)
+    slope, offset = (
+        float(fields.get(f"ElementToIntensityFunction{key}", key == "Slope")) for key in ("Slope", "Offset")
+    )
+
+    def load() -> np.ndarray:
+        with open_regular(path) as (file, size):
+            data = read_exactly(file, size - end.end(), end.end(), path)
+        data = zlib.decompress(data) if packed else data
+        if len(data) > math.prod(shape) * dtype.itemsize:
+            raise BadVolume(f"{path}: holds more voxels than it says: copy it again")
+        return to_hu(as_array(path, data, 0, dtype, shape[:3]), slope, offset)
+
+    return tuple(size for axis, size in enumerate(shape) if axis < 3 or size != 1), LPS_TO_RAS @ steps, load
+
+
 def read_nrrd(path: Path) -> RawScan:
     """An NRRD file with its voxels inside; voxels (x, y, z)."""
     nrrd = raw_library("nrrd")
     with open_regular(path), path.open("rb") as stream:
-        header = nrrd.read_header(stream)
-        start = stream.tell()
+        header, start = nrrd.read_header(stream), stream.tell()
     if "data file" in header or "datafile" in header:
         raise BadVolume(f"{path}: refers to another file for its voxels: write it as one file")
-    to_ras = NRRD_SPACES.get(str(header.get("space")).lower())
+    space = re.sub(r"(\w)\w+(-|$)", r"\1", space) if "-" in (space := str(header.get("space")).lower()) else space
     steps = np.array(header.get("space directions"), float)
-    if to_ras is None or steps.shape != (3, 3):
+    if space not in ("lps", "ras", "las") or steps.shape != (3, 3):
         raise BadVolume(
-            f"{path}: does not say how it lies in the patient (space LPS, RAS or LAS, and three space directions), or "
-            "holds several volumes: convert it again"
+            f"{path}: does not say how it lies (space LPS, RAS or LAS, three space directions): convert it again"
         )
 
     def load() -> np.ndarray:
@@ -2038,30 +1976,7 @@ def read_nrrd(path: Path) -> RawScan:
             stream.seek(start)
             return to_hu(nrrd.read_data(header, stream))
 
-    return RawScan(tuple(map(int, header["sizes"])), make_affine(np.diag(to_ras) @ steps.T), load)
-
-
-def patient_axes(path: Path, shape: Sequence[int], affine: np.ndarray) -> tuple[str, tuple[float, ...]]:
-    """(orientation code, spacing in mm) of the stored axes of a raw scan; BadVolume where they are not the body's."""
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
-    if len(shape) != 3 or min(shape) < 2:
-        raise BadVolume(f"{path}: has shape {tuple(shape)}: a scan has three axes and more than one slice")
-    if not (np.isfinite(affine).all() and ((spacing > 0.05) & (spacing < 50)).all()):
-        raise BadVolume(
-            f"{path}: says its voxels are {spacing.tolist()} mm apart: its header is wrong: convert it again"
-        )
-    u, _, v = np.linalg.svd(affine[:3, :3] / spacing)
-    turn = u @ v  # the nearest directions at right angles
-    moved = np.abs(turn.T @ affine[:3, :3] - np.diag(spacing)) @ (np.array(shape) - 1) / 2 / spacing
-    if moved.max() > 0.1:
-        raise BadVolume(
-            f"{path}: its axes are not at right angles (a tilted gantry?): {moved.max():.1f} voxels off at its ends: "
-            "resample it first"
-        )
-    if np.abs(np.abs(turn) - np.rint(np.abs(turn))).max() > 0.17:
-        raise BadVolume(f"{path}: is turned by more than 10 degrees against the patient's axes: resample it first")
-    code = "".join(raw_library("nibabel").aff2axcodes(make_affine(turn)))
-    return code, tuple(map(float, spacing))
+    return tuple(map(int, header["sizes"])), np.diag([1 if side in "ras" else -1 for side in space]) @ steps.T, load
 
 
 def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
@@ -2071,19 +1986,39 @@ def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
     """
     source, series = scan_source(path)
     with reading_raw(path):
-        name = source.name.lower()
-        if source.is_dir() or name.endswith(".dcm"):
-            scan = read_dicom(source, series)
-        else:
-            scan = {"mha": read_mha, "nrrd": read_nrrd}.get(name.rpartition(".")[2], read_nifti)(path)
-        code, spacing = patient_axes(path, scan.shape, scan.affine)
-        axes = spl_axes(code)[0]
-        stored = scan.load() if voxels else np.empty(0, np.int16)
-    if stored.dtype.kind == "f" and (infinite := int(np.isinf(stored).sum())):
-        raise BadVolume(f"{path}: holds {infinite} infinite voxels: convert it again, without dividing by zero")
-    shape = (1, *(int(scan.shape[axis]) for axis in axes))
-    header = Header(shape, stored.dtype, orientation="SPL", spacing=tuple(spacing[axis] for axis in axes), raw=True)
+        name, stored = source.name.lower(), np.empty(0, np.int16)
+        reader = {"mha": read_mha, "nrrd": read_nrrd}.get(name.rpartition(".")[2], read_nifti)
+        dicom = source.is_dir() or name.endswith(".dcm")
+        shape, steps, load = read_dicom(source, series) if dicom else reader(path)
+        code, spacing = patient_axes(path, shape, steps)
+        if voxels and np.isinf(stored := load()).any():
+            raise BadVolume(f"{path}: holds infinite voxels: convert it again, without dividing by zero")
+    axes = spl_axes(code)[0]
+    mm = tuple(float(spacing[axis]) for axis in axes)
+    header = Header((1, *(shape[axis] for axis in axes)), stored.dtype, orientation="SPL", spacing=mm, raw=True)
     return header, to_spl(stored[None], code) if voxels else None
+
+
+def patient_axes(path: Path, shape: Sequence[int], steps: np.ndarray) -> tuple[str, np.ndarray]:
+    """(orientation code, spacing in mm) of the stored axes of a raw scan; BadVolume where they are not the body's."""
+    if len(shape) != 3 or min(shape) < 2:
+        raise BadVolume(f"{path}: has shape {tuple(shape)}: save the one volume of three axes that is meant")
+    spacing = np.linalg.norm(steps, axis=0)
+    if not (np.isfinite(steps).all() and ((spacing > 0.05) & (spacing < 50)).all()):
+        raise BadVolume(
+            f"{path}: says its voxels are {spacing.tolist()} mm apart: its header is wrong: convert it again"
+        )
+    u, _, v = np.linalg.svd(steps / spacing)
+    turn = u @ v  # the nearest directions at right angles; then how far that moves the outermost voxels
+    moved = np.abs(turn.T @ steps - np.diag(spacing)) @ (np.array(shape) - 1) / 2 / spacing
+    if moved.max() > 0.1:
+        raise BadVolume(
+            f"{path}: its axes are not at right angles, by {moved.max():.1f} voxels (a tilted gantry?): {REMEDY}"
+        )
+    if np.abs(np.abs(turn) - np.rint(np.abs(turn))).max() > 0.17:
+        raise BadVolume(f"{path}: is turned by more than 10 degrees against the patient's axes: {REMEDY}")
+    sides = np.abs(turn).argmax(0)
+    return "".join(("LPI", "RAS")[int(turn[side, axis] > 0)][side] for axis, side in enumerate(sides)), spacing
 
 
 def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:

@@ -196,7 +196,7 @@ def test_monochrome1_changes_no_value(tmp_path: Path, volume: np.ndarray) -> Non
 
 def test_other_quantities_than_hu_are_refused(tmp_path: Path, volume: np.ndarray) -> None:
     write_dicom(tmp_path / "scan", volume, SPACING, RescaleType="Z_EFF")
-    with pytest.raises(BadVolume, match="RescaleType is Z_EFF, not HU"):
+    with pytest.raises(BadVolume, match="its values are Z_EFF, not HU"):
         load_volume(tmp_path / "scan")
     write_dicom(tmp_path / "scan", volume, SPACING, ModalityLUTSequence=[item(ModalityLUTType="HU")])
     with pytest.raises(BadVolume, match="look-up table"):
@@ -265,7 +265,7 @@ def test_nan_is_air_and_infinity_is_refused(tmp_path: Path, volume: np.ndarray, 
         image.SetSpacing(SPACING[::-1])
         sitk.WriteImage(image, str(path))
         if number:
-            with pytest.raises(BadVolume, match=f"{values[:, :, :8].size} infinite voxels"):
+            with pytest.raises(BadVolume, match="infinite voxels"):
                 load_volume(path)
         else:
             found = load_volume(path)[0]
@@ -404,8 +404,7 @@ def test_what_lies_beside_the_slices_is_passed_over_and_counted(
         load_volume(folder)
     lines = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(lines) == 1
-    assert "passed over 9 entries" in lines[0]
-    for count in ("6 no slice", "1 sub-folder", "1 localizer", "1 other image"):
+    for count in ("6 other files", "1 sub-folder", "1 localizer", "1 picture of a screen"):
         assert count in lines[0]
 
 
@@ -417,11 +416,11 @@ def test_two_series_are_refused_with_their_descriptions_and_one_can_be_named(
     write_dicom(folder, volume + 2, SPACING, SeriesDescription="Soft 5.0 B30f", SeriesInstanceUID="1.2.30")
     for path in (tmp_path / "sharp").iterdir():
         path.rename(folder / f"sharp_{path.name}")
-    with pytest.raises(BadVolume, match=r"2 series.*'Lung 1.0 B70f', 20 files.*#1\.2\.70") as caught:
+    with pytest.raises(BadVolume, match=r"2 series.*'Lung 1.0 B70f': .*#1\.2\.70") as caught:
         load_volume(folder)
     assert "Soft 5.0 B30f" in str(caught.value)
     np.testing.assert_array_equal(load_volume(f"{folder}#1.2.70")[0], volume)
-    with pytest.raises(BadVolume, match=r"no series 1\.2\.99, but: 'Soft"):
+    with pytest.raises(BadVolume, match=r"2 series: img_path names one"):
         load_volume(f"{folder}#1.2.99")
     table = csv_of(tmp_path, "a,,train,study#1.2.70,1,0", "b,,val,study#1.2.30,1,0")
     out = prepare_table(table, ("A", "B"), tmp_path / "out", (6.0, 3.0, 3.0), 0, skip=False)
@@ -434,7 +433,7 @@ def test_two_series_are_refused_with_their_descriptions_and_one_can_be_named(
 def test_a_folder_above_the_slices_is_refused_with_the_folder_that_is_meant(tmp_path: Path, volume: np.ndarray) -> None:
     (tmp_path / "study").mkdir()
     write_dicom(tmp_path / "study/series 1", volume, SPACING)
-    with pytest.raises(BadVolume, match=r"img_path names the folder of one series, such as .*study/series 1"):
+    with pytest.raises(BadVolume, match=r"img_path names a folder such as .*study/series 1"):
         load_volume(tmp_path / "study")
     assert find_scans(tmp_path) == [("study/series 1", str(tmp_path / "study/series 1"))]
 

@@ -167,7 +167,7 @@ def test_a_double_slice_is_refused(series: list[Path]) -> None:
     ("tags", "word"),
     [
         ({"ImageOrientationPatient": [0, 1, 0, 1, 0, 0]}, "orientation"),
-        ({"Modality": "MR"}, "modality"),
+        ({"PixelSpacing": [3, 3]}, "pixel spacing"),
     ],
 )
 def test_mixed_series_are_refused(tmp_path: Path, series: list[Path], tags: dict[str, object], word: str) -> None:
@@ -188,7 +188,7 @@ def test_slices_of_a_tilted_gantry_are_refused(series: list[Path]) -> None:
 
 def test_another_modality_is_refused(tmp_path: Path) -> None:
     write_dicom(tmp_path / "mr", body(5, 20, 24), (2.5, 1.5, 1.5), Modality="MR")
-    with pytest.raises(BadVolume, match="MR, not CT"):
+    with pytest.raises(BadVolume, match="5 MR images"):
         load_volume(tmp_path / "mr")
 
 
@@ -240,7 +240,7 @@ def test_capital_suffixes_are_read(tmp_path: Path) -> None:
 
 def test_series_over_time_are_refused(tmp_path: Path) -> None:
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4, 3), np.int16), np.eye(4)), tmp_path / "scan.nii")
-    with pytest.raises(BadVolume, match="holds 3 volumes"):
+    with pytest.raises(BadVolume, match=r"has shape \(4, 4, 4, 3\): save the one volume"):
         load_volume(tmp_path / "scan.nii")
 
 
@@ -344,7 +344,7 @@ def test_what_is_no_raw_scan_is_kept_if_it_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "one.dcm").write_bytes(b"DICM")
     write_image(tmp_path / "raw.mha", body(), (5.0, 5.0, 5.0))
     table = csv_of(tmp_path, "a,,train,ready.npz,1,0", "b,,val,one.dcm,1,0", "c,,val,raw.mha,1,0")
-    with pytest.raises(BadInput, match=r"'b' \(line 3\): .*one\.dcm: holds no DICOM slices"):
+    with pytest.raises(BadInput, match=r"'b' \(line 3\): .*one\.dcm: is no DICOM file"):
         prepare_table(table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=False)
     out = prepare_table(table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=True)
     assert [row.split(",")[3] for row in out.read_text().splitlines()[1:]] == [str(ready), "volumes/c.npz"]

@@ -2053,15 +2053,8 @@ def prepare_volume(
     lo, hi = hu_range
     scale, offset = (hi - lo, lo) if intensity == "unit" else (1.0, 0.0)
     floor = (AIR - offset) / scale
-    volume = (
-        np.maximum(volume, max(-32768, math.ceil(floor)))
-        if volume.dtype.kind == "i"
-        else np.fmax(volume, np.float32(floor))
-    )
-    size = [
-        max(1, round(n * old / new))
-        for n, old, new in zip(volume.shape[1:], header.spacing or (), spacing, strict=True)
-    ]
+    volume = np.fmax(volume, np.float32(floor) if volume.dtype.kind == "f" else np.int16(max(-32768, math.ceil(floor))))
+    size = [max(1, round(n * a / b)) for n, a, b in zip(header.shape[1:], header.spacing or (), spacing, strict=True)]
     resampled = np.empty(size, np.int16)
     low, high = resample_channel(volume[0], resampled, scale, offset)
     if not (low >= -32768 and high <= 32767):

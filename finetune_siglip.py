@@ -1634,7 +1634,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])  # DICOM and ITK count towards left and 
 SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # the SOP classes of Secondary Capture begin with it
 NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # terms of RescaleType for other quantities
 RESCALING = "PixelValueTransformation"
-REMEDY = "resample it first, e.g. with nibabel.processing.resample_to_output"
+REMEDY = "let dcm2niix straighten it (its file named Tilt), or nibabel.processing.resample_to_output(image, cval=-1024)"
 FRAME_TAGS = (  # where a frame says how it lies, and how many numbers there are up to then
     ("PlanePosition", "ImagePositionPatient", 3),
     ("PlaneOrientation", "ImageOrientationPatient", 9),
@@ -1642,6 +1642,8 @@ FRAME_TAGS = (  # where a frame says how it lies, and how many numbers there are
 )
 MHA_TYPES = {"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4", "FLOAT": "f4",
              "DOUBLE": "f8", "LONG_LONG": "i8", "ULONG_LONG": "u8"}  # fmt: skip
+MHA_ALIASES = {"Orientation": "TransformMatrix", "Rotation": "TransformMatrix",
+               "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}  # fmt: skip
 # (shape, steps in mm (3, 3): a column for each stored axis, towards right, front and head; what loads int16 or float32
 # HU, NaN where a voxel has no value)
 RawScan = tuple[tuple[int, ...], np.ndarray, Callable[[], np.ndarray]]
@@ -1715,8 +1717,9 @@ def slice_header(path: Path) -> tuple[str, Any]:
     with reading_raw(path):
         data = raw_library("pydicom").dcmread(path, stop_before_pixels=True, force=True)
         kind = "" if (modality := str(data.get("Modality") or "CT")) == "CT" else f"{modality} image"
-        if data.get("SamplesPerPixel", 1) != 1 or str(data.get("SOPClassUID")).startswith(SCREENSHOT):
-            kind = "picture of a screen"
+        screen = "ImagePositionPatient" not in data and str(data.get("SOPClassUID")).startswith(SCREENSHOT)
+        if screen or data.get("SamplesPerPixel", 1) != 1:
+            kind = "screen picture"
         elif "LOCALIZER" in (data.get("ImageType") or ()):
             kind = "localizer"
         return (kind if "Rows" in data else "other file"), data
@@ -1754,7 +1757,7 @@ def pick_series(folder: Path, wanted: str) -> list[tuple[Path, Any]]:
     """The slices of the only series in a folder, or of the one with the UID `wanted`; the rest is passed over."""
     series, others = look_into(folder)
     if not series:
-        inside = next((f": img_path names a folder such as {item.parent}" for item in folder.rglob("*.dcm")), "")
+        inside = next((f": img_path names a folder such as {item.parent}" for item in folder.glob("*/**/*.dcm")), "")
         raise BadVolume(f"{folder}: holds no CT slices ({others or 'it is empty'}){inside}")
     if (wanted or len(series) == 1) and (slices := series.get(wanted or next(iter(series)))):
         if others:
@@ -1765,7 +1768,7 @@ def pick_series(folder: Path, wanted: str) -> list[tuple[Path, Any]]:
                 f"{folder}: holds {len(slices)} of the {total} files of a concatenation: copy the others too"
             )
         return slices
-    names = [f"{data.get('SeriesDescription')!r}: {folder}#{uid}" for uid, ((_, data), *_) in series.items()]
+    names = [f"{data.get('SeriesDescription', '')!r}: {folder}#{uid}" for uid, ((_, data), *_) in series.items()]
     raise BadVolume(f"{folder}: holds {len(series)} series: img_path names one of them: {'; '.join(names)}")
 
 
@@ -1862,7 +1865,8 @@ def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
             raise BadEnvironment(f"{path}: its compression, {syntax.name}, needs a decoder: pip install python-gdcm")
         pixels = data.get_item("PixelData")  # before it is parsed: where its bytes lie
         stored = decoder.as_array(data, raw=True)[0].reshape(len(frames), data.Rows, data.Columns)
-        spare = os.path.getsize(path) - pixels.value_tell - pixels.length if max(data.keys()) == pixels.tag else 0
+        last = max(data.keys()) == pixels.tag and not syntax.is_deflated
+        spare = os.path.getsize(path) - pixels.value_tell - pixels.length if last else 0
         if not syntax.is_compressed and (spare or pixels.length - stored.nbytes not in (0, 1)):
             raise BadVolume(f"{path}: is damaged: it does not end with the pixels it promises: copy it again")
         empty = np.zeros(stored.shape, bool)
@@ -1927,7 +1931,8 @@ def read_mha(path: Path) -> RawScan:
     with open_regular(path) as (file, _):
         head = os.pread(file, 1 << 16, 0)
     end = re.search(rb"(?m)^ElementDataFile *= *LOCAL *\r?\n", head)
-    fields = dict(re.findall(r"(?m)^ *(\w+) *= *(.*?) *\r?$", head[: end.end() if end else 0].decode("latin-1")))
+    pairs = re.findall(r"(?m)^ *(\w+) *= *(.*?) *\r?$", head[: end.end() if end else 0].decode("latin-1"))
+    fields = {MHA_ALIASES.get(key, key): value for key, value in pairs}
     if not end or fields.get("BinaryData", "True") != "True" or fields.get("HeaderSize", "0") != "0":
         raise BadVolume(
             f"{path}: is no MHA with its voxels inside, or has them in another file: save it with SimpleITK"
@@ -1939,7 +1944,7 @@ def read_mha(path: Path) -> RawScan:
     shape, n = tuple(map(int, fields["DimSize"].split())), int(fields["NDims"])
     turn, spacing = (np.array(fields[name].split(), float) for name in ("TransformMatrix", "ElementSpacing"))
     steps = (turn.reshape(n, n) * spacing.reshape(n, 1))[:3, :3].T
-    packed, big = (fields.get(name) == "True" for name in ("CompressedData", "BinaryDataByteOrderMSB"))
+    packed, big = (fields.get(name, "")[:1] in ("T", "t", "1") for name in ("CompressedData", "BinaryDataByteOrderMSB"))
     dtype = np.dtype(MHA_TYPES[fields["ElementType"][4:]]).newbyteorder(">" if big else "<")
     shape += (int(fields.get("ElementNumberOfChannels", 1)),)
     slope, offset = (

@@ -404,7 +404,7 @@ def test_what_lies_beside_the_slices_is_passed_over_and_counted(
         load_volume(folder)
     lines = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(lines) == 1
-    for count in ("6 other files", "1 sub-folder", "1 localizer", "1 picture of a screen"):
+    for count in ("6 other files", "1 sub-folder", "1 localizer", "1 screen picture"):
         assert count in lines[0]
 
 

@@ -394,7 +394,9 @@ def test_what_lies_beside_the_slices_is_passed_over_and_counted(
     scout.rename(folder / "scout.dcm")
     picture = write_dicom(tmp_path / "picture", volume[:1], SPACING, SeriesInstanceUID="8",
                           SOPClassUID=pydicom.uid.SecondaryCaptureImageStorage)[0]  # fmt: skip
-    picture.rename(folder / "dose.dcm")
+    data = pydicom.dcmread(picture)
+    del data.ImagePositionPatient
+    data.save_as(folder / "dose.dcm")
     for name, content in ((".DS_Store", b"\0\1"), ("Thumbs.db", b"\xd0\xcf\0"), ("notes.txt", b"x"), ("a.pdf", b"%PDF"),
                           ("DICOMDIR", b"\0" * 128 + b"DICM"), ("README", b"see notes")):  # fmt: skip
         (folder / name).write_bytes(content)

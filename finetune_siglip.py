@@ -4,7 +4,7 @@
 # dependencies = [
 #   "torch>=2.10", "torchvision>=0.25", "monai>=1.5", "transformers>=5.0", "hi-ml-multimodal>=0.2.2",
 #   "scikit-learn>=1.5", "pandas>=2.2", "numpy>=1.26", "peft>=0.17", "wandb>=0.28", "tqdm>=4.66", "deflate>=0.8",
-#   "pydicom>=3.0", "python-gdcm>=3.0.24", "nibabel>=5.3", "pynrrd>=1.1", "matplotlib>=3.9",
+#   "pydicom>=3.0", "python-gdcm>=3.0.24", "nibabel>=5.3", "pynrrd>=1.1", "matplotlib>=3.9", "jinja2>=3.1",
 # ]
 # ///
 r"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.
@@ -42,7 +42,6 @@ import errno
 import fcntl
 import gzip
 import hashlib
-import html
 import importlib
 import importlib.metadata
 import io
@@ -71,7 +70,8 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
@@ -79,7 +79,6 @@ from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
-from urllib.parse import urlsplit
 
 __version__ = "1.0.0"
 
@@ -345,6 +344,7 @@ def build_parser() -> Parser:
     add("--log-interval", type=count, default=50, help="forward passes between updates of the running loss [50]")
     add("--wandb-project", default="siglip-ct-classification",
         help="Weights & Biases project [siglip-ct-classification]")
+    add("--wandb-log-model", action="store_true", help="upload best_model.pth there when training ends [it stays here]")
     add("--wandb-mode", choices=("auto", "online", "offline", "disabled"), default="auto",
         help="auto: online with a key and a network, else offline [auto]")
 
@@ -734,23 +734,19 @@ def optional(what: str) -> Iterator[None]:
 
 def within(seconds: float, action: Callable[[], Any]) -> Any:
     """What `action` returns. Raises TimeoutError where it takes longer: it goes on alone, and nobody waits for it."""
-    results: list[tuple[Any, Exception | None]] = []
+    future: Future[Any] = Future()
 
     def attempt() -> None:
         try:
-            results.append((action(), None))
+            future.set_result(action())
         except Exception as error:
-            results.append((None, error))
+            future.set_exception(error)
 
-    worker = threading.Thread(target=attempt, daemon=True)
-    worker.start()
-    worker.join(seconds)
-    if not results:
-        raise TimeoutError(f"no answer within {seconds:g} seconds")
-    value, error = results[0]
-    if error:
-        raise error
-    return value
+    threading.Thread(target=attempt, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except FutureTimeout:
+        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
 
 
 def flat_figures(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -772,7 +768,6 @@ class Tracker:
     """
 
     PATIENCE = 20.0  # seconds that anything but a checkpoint may take
-    SLOWEST = 2e6  # bytes a second: a slower line is not waited for
 
     def __init__(self, run: Any = None, package: Any = None):
         self.run, self.package, self.works, self.seen = run, package, run is not None, 0
@@ -783,40 +778,30 @@ class Tracker:
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         patience = self.PATIENCE if kind is None else self.PATIENCE / 5  # a run that is stopped may be killed soon
         if self.run is not None:
-            self._call(lambda: self.run.finish(exit_code=int(kind is not None)), patience, even_so=True)
-        if self.package:  # its service is a process of its own
-            self._call(self.package.teardown, patience, even_so=True)
+            self.attempt(lambda: self.run.finish(exit_code=int(kind is not None)), patience, even_so=True)
+        if self.package:  # its service is a process of its own, which would go on trying and keep the id
+            self.attempt(self.package.teardown, patience, even_so=True)
 
-    def _call(self, action: Callable[[], object], patience: float | None = None, even_so: bool = False) -> None:
-        if self.works or even_so:
-            try:
+    def attempt(self, action: Callable[[], object], patience: float | None = None, even_so: bool = False) -> None:
+        try:
+            if self.works or even_so:
                 within(patience or self.PATIENCE, action)
-            except Exception as error:  # whatever it is, training goes on without the tracker
-                log.log(
-                    logging.WARNING if self.works else logging.DEBUG, "Weights & Biases stopped: %s", first_line(error)
-                )
-                self.works = False
-
-    def begin(self) -> None:
-        """Plot all figures over epochs; of a run that is resumed, find out which epochs the server has."""
-
-        def ask() -> None:
-            self.run.define_metric("*", step_metric="epoch")
-            self.seen = int(self.run.summary.get("epoch") or 0)
-
-        self._call(ask)
+        except Exception as error:  # whatever it is, training goes on without the tracker
+            level = logging.WARNING if self.works else logging.DEBUG
+            log.log(level, "Weights & Biases stopped: %s", first_line(error))
+            self.works = False
 
     def record(self, lines: Sequence[str]) -> None:
         """Log the epochs that have not been logged yet, from the lines of all: line i belongs to epoch i + 1."""
         new, self.seen = lines[self.seen :], max(self.seen, len(lines))
-        self._call(lambda: [self.run.log(flat_figures(json.loads(line))) for line in new])
+        self.attempt(lambda: [self.run.log(flat_figures(json.loads(line))) for line in new])
 
     def show(self, media: Callable[[Any], dict[str, Any]], summary: dict[str, Any]) -> None:
         """Log tables and plots, as made with the package, and set figures of the whole run."""
-        self._call(lambda: (self.run.log(media(self.package)), self.run.summary.update(summary)))
+        self.attempt(lambda: (self.run.log(media(self.package)), self.run.summary.update(summary)))
 
     def keep_model(self, path: Path, facts: dict[str, Any]) -> None:
-        """Upload a checkpoint and wait for it. A run that is offline leaves it where it is."""
+        """Upload a checkpoint, waiting for it as long as 2 MB a second would take. An offline run leaves it here."""
 
         def send() -> None:
             artifact = self.package.Artifact(f"model-{self.run.id}", type="model", metadata=facts)
@@ -824,40 +809,40 @@ class Tracker:
             self.run.log_artifact(artifact, aliases=["best", f"epoch-{facts['epoch']}"]).wait()
 
         if self.works and not self.run.offline:
-            self._call(send, self.PATIENCE + path.stat().st_size / self.SLOWEST)
+            self.attempt(send, self.PATIENCE + path.stat().st_size / 2e6)
 
 
 def wandb_mode(asked: str) -> str:
-    """`auto` is WANDB_MODE where that is set, else online where the server answers; without a key it is offline."""
-    from requests import utils
+    """`auto` is WANDB_MODE where that is set, else online; without a key, which wandb would ask for, it is offline."""
+    from requests.utils import get_netrc_auth
 
-    mode = os.environ.get("WANDB_MODE", asked) if asked == "auto" else asked
-    if mode in ("offline", "dryrun", "disabled"):
-        return mode
-    url, keys = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")
-    if not (any(os.environ.get(key) for key in keys) or utils.get_netrc_auth(url)):
-        return "offline"  # it would ask for one, and wait for the answer
-    server = urlsplit(utils.select_proxy(url, utils.get_environ_proxies(url)) or url)
-    port = server.port or (80 if server.scheme == "http" else 443)
-    try:
-        if mode == "auto":  # looking up the name has no limit of its own
-            within(3, lambda: socket.create_connection((server.hostname, port), timeout=2).close())
-    except OSError:
+    mode = os.environ.get("WANDB_MODE", "online") if asked == "auto" else asked
+    keys = "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"
+    if mode == "online" and not (any(map(os.environ.get, keys)) or get_netrc_auth(wandb_url())):
         return "offline"
-    return "online"
+    return mode
+
+
+def wandb_url() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
 def open_wandb(wandb: Any, mode: str, **options: Any) -> Tracker:
-    """A tracker in this very mode. Raises whatever wandb raises."""
-    patience = Tracker.PATIENCE if mode == "online" else 90  # offline nothing but a busy machine takes time
-    wanted = {"silent": True, "console": "off", "init_timeout": patience, "finish_timeout": Tracker.PATIENCE / 4}
-    settings = wandb.Settings(**{name: x for name, x in wanted.items() if name in wandb.Settings.model_fields})
-    resume = "allow" if mode == "online" else None  # offline there is nothing to look up
+    """A tracker in this very mode, which knows the epochs that a resumed run's server has. Raises what wandb raises."""
+    import requests
+
+    online = mode == "online"
+    if online:  # a look at the server takes less time than wandb's own attempts
+        within(Tracker.PATIENCE / 4, lambda: requests.head(wandb_url(), timeout=Tracker.PATIENCE / 4))
+    patience = Tracker.PATIENCE if online else 90  # offline nothing but a busy machine takes time
+    settings = wandb.Settings(silent=True, console="off", init_timeout=patience, finish_timeout=Tracker.PATIENCE / 4)
+    resume = "allow" if online else None  # offline there is nothing to look up
     run = within(patience + 40, lambda: wandb.init(mode=mode, resume=resume, settings=settings, **options))
     if run.offline:
         log.info("Weights & Biases: offline, `wandb sync %s` uploads later", Path(run.dir).parent)
     tracker = Tracker(run, wandb)
-    tracker.begin()
+    tracker.attempt(lambda: run.define_metric("*", step_metric="epoch"))
+    tracker.seen = int(run.summary.get("epoch") or 0)
     return tracker
 
 
@@ -868,21 +853,18 @@ def start_wandb(
 
     With the `run_id` of a run that is resumed it goes on in that one.
     """
-    if mode == "disabled" or not is_main:
-        return Tracker()
-    try:
-        import wandb
-
-        modes = dict.fromkeys((wandb_mode(mode), "offline"))
-    except Exception as error:
-        log.warning("Weights & Biases is off: %s", first_line(error))
-        return Tracker()
-    for chosen in modes if "disabled" not in modes else ():
+    wanted = wandb_mode(mode) if is_main else "disabled"
+    for chosen in dict.fromkeys((wanted, "offline")) if wanted != "disabled" else ():
         try:
+            import wandb
+
             return open_wandb(wandb, chosen, project=project, config=config, dir=folder, id=run_id)
+        except ImportError as error:
+            log.warning("Weights & Biases is off: %s", first_line(error))
+            break
         except Exception as error:  # refused key, broken proxy, a server that hangs: never a reason to lose a run
             log.warning("Weights & Biases is not %s: %s", chosen, first_line(error))
-            Tracker(package=wandb).__exit__(None)  # else its service goes on trying, and keeps the id
+            Tracker(package=wandb).__exit__(None)
     return Tracker()
 
 
@@ -5197,11 +5179,11 @@ def find_evidence(model: SiglipClassifier, volume: Tensor, labels: Sequence[int]
             maps = slice_relevance(model, volume[0, :, best].transpose(0, 1), gradient[best])
         depth = volume.shape[2] / len(gains)  # slices of the grid in each of a 3D map's layers, else 1
         slices = [int((s + 0.5) * depth) for s in best.tolist()]
-        attention = (
-            shares[0, best, label if maxima else 0].tolist() if maxima or model.pool.mode == "attention" else None
+        weights = (
+            shares[0, best, label if maxima else 0].tolist() if model.pool.mode in ("attention", "label") else None
         )
         maps = fit_to_image(maps, volume.shape[-2:], model.backbone.config.get("patch_size", 1))
-        found.append(Evidence(slices, gains[best].tolist(), attention, maps.cpu().numpy()))
+        found.append(Evidence(slices, gains[best].tolist(), weights, maps.cpu().numpy()))
     return found
 
 
@@ -5218,9 +5200,9 @@ def slice_relevance(model: SiglipClassifier, slices: Tensor, gradients: Tensor) 
     keep = patches_in_body(slices[:, 0], backbone.config["patch_size"])
     tokens, real = backbone.encode(images, keep)
     relevance = token_relevance(tokens.float(), partial(backbone.summary, maxima=maxima, real=real), gradients)
-    places, _ = pack_kept(torch.arange(keep.shape[1], device=keep.device).expand_as(keep)[..., None], keep, None)
-    relevance = relevance if real is None else relevance * real
-    full = torch.zeros(keep.shape, device=keep.device).scatter(1, places[..., 0], relevance)
+    keep[:, 0] |= ~keep.any(1)  # as the backbone does: a slice of air keeps its first patch
+    full = torch.zeros(keep.shape, device=keep.device)
+    full[keep] = relevance.flatten() if real is None else relevance[real]
     return full.unflatten(1, (backbone.side, backbone.side))
 
 
@@ -6091,26 +6073,28 @@ REPORT_HEADLINES = {
 }  # fmt: skip
 
 
-def read_results(path: Path) -> list[dict]:
-    """The epochs in results.jsonl, in order; none where the file is not there. Raises BadInput."""
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} can't be read ({error}): one JSON object per line is needed") from error
-
-
 def write_predictions(
     path: Path, series_ids: Sequence[str], probabilities: np.ndarray, thresholds: float | np.ndarray,
     labels: Sequence[str],
 ) -> None:  # fmt: skip
     """CSV `id,{label}_prob,{label}_pred`, rows in the given order; a number read back is the very same number.
 
-    A path that ends in .json gets the VLM3D challenge's format, whose grader cuts at 0.5: thresholds are moved there.
+    A path that ends in .json gets the VLM3D challenge's format: one entry per scan, named without its file ending. Its
+    grader cuts at 0.5, so thresholds are moved there.
     """
     probabilities = np.asarray(probabilities, np.float64)
-    if path.suffix == ".json":
-        return write_challenge_json(path, series_ids, move_thresholds_to_half(probabilities, thresholds), labels)
-    write_rows(path, prediction_rows(series_ids, probabilities, thresholds, labels))
+    if path.suffix != ".json":
+        return write_rows(path, prediction_rows(series_ids, probabilities, thresholds, labels))
+    names = [re.sub(r"\.(nii\.gz|mha|npz)$", "", series_id) for series_id in series_ids]
+    moved = move_thresholds_to_half(probabilities, thresholds).tolist()
+    content = {
+        "name": "Generated probabilities", "type": "Abnormality Classification", "version": {"major": 1, "minor": 0},
+        "predictions": [
+            {"input_image_name": name, "probabilities": dict(zip(labels, row, strict=True))}
+            for name, row in zip(names, moved, strict=True)
+        ],
+    }  # fmt: skip
+    save_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def prediction_rows(
@@ -6122,24 +6106,6 @@ def prediction_rows(
     return [header, *([name, *row.ravel()] for name, row in zip(series_ids, cells, strict=True))]
 
 
-def write_challenge_json(
-    path: Path, series_ids: Sequence[str], probabilities: np.ndarray, labels: Sequence[str]
-) -> None:
-    """The VLM3D challenge's classification format: one entry per scan, named without its file ending."""
-    entries = [
-        {
-            "input_image_name": re.sub(r"\.(nii\.gz|mha|npz)$", "", series_id),
-            "probabilities": dict(zip(labels, row, strict=True)),
-        }
-        for series_id, row in zip(series_ids, probabilities.tolist(), strict=True)
-    ]
-    content = {
-        "name": "Generated probabilities", "type": "Abnormality Classification",
-        "version": {"major": 1, "minor": 0}, "predictions": entries,
-    }  # fmt: skip
-    save_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
-
-
 def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
     """(L,) thresholds from --threshold: a number for all labels, `auto` as given, or a JSON file. Raises BadInput.
 
@@ -6148,15 +6114,12 @@ def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: 
     if not isinstance(source, Path):
         return np.asarray(auto, np.float64) if source == "auto" else np.full(len(labels), source)
     content = read_json(source)
-    table = content.get("thresholds", content)
-    wrong = [
-        f"--threshold {source} holds {table.get(label, 'nothing')!r} for {label}: a number from 0 to 1 is needed"
-        for label in labels
-        if not (type(table.get(label)) in (int, float) and 0 <= table[label] <= 1)
-    ]
+    found = {label: content.get("thresholds", content).get(label) for label in labels}
+    wrong = {k: v for k, v in found.items() if not (type(v) in (int, float) and 0 <= v <= 1)}
     if wrong:
-        raise BadInput(*wrong)
-    return np.array([table[label] for label in labels], np.float64)
+        why = "a number from 0 to 1 is needed"
+        raise BadInput(*(f"--threshold {source} holds {v!r} for {label}: {why}" for label, v in wrong.items()))
+    return np.array([*found.values()], np.float64)
 
 
 PROGRESS_PANELS = {
@@ -6167,7 +6130,13 @@ PROGRESS_PANELS = {
 
 
 def plot_progress(folder: Path, results: list[dict], select: str = "macro_f1") -> None:
-    """progress.png: losses, macro F1 and AUROC with the best epoch marked, learning rate; redrawn after each epoch."""
+    """progress.png, redrawn after each epoch."""
+    figure = draw_progress(results, select)
+    save_atomic(folder / "progress.png", lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+def draw_progress(results: list[dict], select: str) -> Any:
+    """Losses, macro F1 and AUROC, learning rate by epoch, with the best epoch marked."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(12, 3.6), layout="constrained")
@@ -6183,30 +6152,24 @@ def plot_progress(folder: Path, results: list[dict], select: str = "macro_f1") -
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend()
-    save_atomic(folder / "progress.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    return figure
 
 
 def save_evaluation(
     folder: Path, split: str, table: Table, probabilities: np.ndarray, thresholds: np.ndarray, scored: dict
-) -> Path:
+) -> None:
     """evaluation_{split}.json: all that the report says of a split; `scored` is what `evaluate` returned.
 
     Its `thresholds` can be given to --threshold. Unknown targets are null.
     """
-    targets = [[None if t != t else int(t) for t in row] for row in table.targets.tolist()]
+    thresholds = np.broadcast_to(thresholds, len(table.labels)).tolist()
     content = {
-        "split": split,
-        "labels": list(table.labels),
-        "thresholds": dict(zip(table.labels, np.broadcast_to(thresholds, len(table.labels)).tolist(), strict=True)),
-        **scored,
-        "ids": table.series_ids,
-        "patients": table.patient_ids,
-        "targets": targets,
+        "split": split, "labels": list(table.labels), "thresholds": dict(zip(table.labels, thresholds, strict=True)),
+        **scored, "ids": table.series_ids, "patients": table.patient_ids,
+        "targets": [[None if t != t else int(t) for t in row] for row in table.targets.tolist()],
         "probabilities": np.asarray(probabilities, np.float64).tolist(),
-    }
-    path = folder / f"evaluation_{split}.json"
-    save_bytes(path, json.dumps(content, allow_nan=False).encode())
-    return path
+    }  # fmt: skip
+    save_bytes(folder / f"evaluation_{split}.json", json.dumps(content, allow_nan=False).encode())
 
 
 def most_wrong(
@@ -6235,25 +6198,30 @@ def save_pictures(
     for row in rows:
         with torch.no_grad():
             windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
-        image = draw_scan(windows)
-        save_bytes(picture_path(folder, dataset.table.series_ids[row]), image)
+        save_bytes(picture_path(folder, dataset.table.series_ids[row]), draw_scan(windows))
 
 
-def different_windows(windows: np.ndarray) -> list[int]:
-    """Of windows (K, …): the first of each that are equal (Merlin's checkpoints see one three times)."""
-    return [k for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
+def legible_windows(windows: np.ndarray) -> dict[int, np.ndarray]:
+    """Of windows (K, S, H, W) in [0, 1] the first of equal ones (Merlin's checkpoints see one three times), by number.
+
+    A window that is mostly dark, like that of bone, is shown as its square root. Models see it as it is.
+    """
+    different = {w.tobytes(): k for k, w in reversed([*enumerate(windows)])}
+    return {
+        k: np.sqrt(w) if w.sum() < 0.25 * np.count_nonzero(w) else w
+        for k, w in enumerate(windows)
+        if k in different.values()
+    }
 
 
 def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
     """PNG of axial slices, feet to head, one line per different window, from windows (K, S, H, W) in [0, 1]."""
     from PIL import Image  # matplotlib brings it
 
-    different = windows[different_windows(windows)]
-    depth, height, width = windows.shape[1:]
-    scale = size / max(height, width)
-    at = [(np.arange(max(1, round(n * scale))) / scale).astype(int).clip(0, n - 1) for n in (height, width)]
+    depth, *in_plane = windows.shape[1:]
+    at = [np.linspace(0, n - 1, max(1, round(n * size / max(in_plane)))).round().astype(int) for n in in_plane]
     slices = ((np.arange(columns) + 0.5) / columns * depth).astype(int)
-    lines = [np.hstack([np.pad(w[s][np.ix_(*at)], 1) for s in slices]) for w in different]
+    lines = [np.hstack([np.pad(w[s][np.ix_(*at)], 1) for s in slices]) for w in legible_windows(windows).values()]
     buffer = io.BytesIO()
     Image.fromarray((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -6292,11 +6260,12 @@ def draw_evidence(found: Evidence, windows: np.ndarray, names: Sequence[str], ti
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    kept, top = different_windows(windows), float(found.maps.max()) or 1.0
+    kept, top = legible_windows(windows), float(found.maps.max()) or 1.0
     figure = Figure((1.6 * (len(kept) + 1) + 1, 1.65 * len(found.slices) + 0.8), layout="constrained")
     axes = figure.subplots(len(found.slices), len(kept) + 1, squeeze=False)
     for row, (line, s) in enumerate(zip(axes, found.slices, strict=True)):
-        share, images = found.maps[row] / top, [*windows[kept, s], windows[kept, s].mean(0)]
+        share, images = found.maps[row] / top, [w[s] for w in kept.values()]
+        images.append(np.mean(images, axis=0))
         for axis, image, name in zip(line, images, [*(names[k] for k in kept), "relevance"], strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
             axis.set(xticks=[], yticks=[], title=f"{name}\nR   front   L" if row == 0 else "")
@@ -6354,133 +6323,202 @@ def summarise_table(table: Table) -> dict[str, dict]:
     return {"Scans": counts, "Positive of known labels": positives}
 
 
-# The report: one page from the files of a folder alone, its curves drawn as SVG, so that it needs no network.
+# The report: one page, made from the files of a folder alone, that needs no network. All that is text stands in the
+# template; matplotlib draws the curves as SVG, whose colours the page then calls its own, for the dark scheme too.
 
-REPORT_STYLE = """
-:root{color-scheme:light dark;--ink:#1b2330;--soft:#566070;--paper:#fff;--card:#f5f6f8;--line:#ccd2da;--c0:#1a63d8;
---c1:#b8430a;--c2:#12753a}
-@media screen and (prefers-color-scheme:dark){:root{--ink:#e7eaef;--soft:#a7b1be;--paper:#11151b;--card:#1a2028;
---line:#38424f;--c0:#71b2ff;--c1:#ffa267;--c2:#66d68e}}*{box-sizing:border-box}
-body{margin:0 auto;max-width:84rem;padding:1rem;font:1rem/1.5 system-ui,sans-serif;color:var(--ink);
-background:var(--paper)}h1{font-size:1.6rem;margin:.3rem 0}
-h2{font-size:1.3rem;margin:2.2rem 0 .4rem;border-bottom:2px solid var(--line)}
-h3{font-size:1.1rem;margin:1.6rem 0 .4rem}h4{margin:.2rem 0}p{max-width:75ch;margin:.4rem 0}a{color:var(--c0)}
-small,.soft{color:var(--soft);font-size:.8rem}nav a{display:inline-block;padding:.25rem .6rem .25rem 0}
-:focus-visible{outline:3px solid var(--c0);outline-offset:2px}
-dl{display:grid;grid-template-columns:minmax(7rem,max-content) 1fr;gap:.3rem 1rem}dt{font-weight:600}
-dd{margin:0;min-width:0;max-width:75ch;overflow-wrap:anywhere}@media(max-width:40rem){dl{display:block}}
-.grid{display:grid;gap:.7rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,var(--w,13rem)),1fr))}
-.card{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem;margin:0;
-min-width:0;overflow-wrap:anywhere}
-.card b{display:block;font-size:1.7rem;line-height:1.2;font-variant-numeric:tabular-nums}
-b small{display:block;font-weight:400}
-.wide{overflow-x:auto;margin-top:.5rem}.wide img{max-width:none;width:100%;min-width:36rem}
-table{border-collapse:separate;border-spacing:0;font-size:.8rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .3rem;text-align:right;border-top:1px solid var(--line);vertical-align:top;white-space:nowrap}
-th:first-child{text-align:left;position:sticky;left:0;background:var(--paper);white-space:normal;font-weight:inherit;
-min-width:min(7.5rem,33vw);max-width:40vw;overflow-wrap:break-word}
-td small{display:block;font-size:.87em;font-weight:400}tfoot{font-weight:600}
-thead th{vertical-align:bottom;white-space:normal}
-caption{text-align:left}.wide+figure{margin-top:.7rem}
-.heads{--n:4;grid-template-columns:repeat(var(--n),1fr)}@media(max-width:40rem){.heads{--n:2}}
-@media(min-width:60rem){.five{grid-template-columns:repeat(5,1fr)}}
-@media screen and (max-width:40rem){.five{grid:auto/auto-flow 80%;overflow-x:auto;scroll-snap-type:x proximity}
-.five>*{scroll-snap-align:center}}
-th button{all:unset;cursor:pointer;font-weight:600;text-decoration:underline dotted}
-th button:focus-visible{outline:3px solid var(--c0)}th[aria-sort=ascending] button::after{content:" ▲"}
-th[aria-sort=descending] button::after{content:" ▼"}figure{margin:0;min-width:0}
-figcaption{font-size:.8rem;color:var(--soft)}svg{display:block;width:100%;height:auto}
-img{max-width:100%;height:auto;display:block;background:#000}
-svg text{fill:var(--soft);font-size:11.5px}.wide text{font-size:10px}
-.axis{stroke:var(--soft);fill:none}.guide{stroke:var(--soft);opacity:.7;fill:none;stroke-dasharray:3 3}
-.mark{stroke:var(--soft);stroke-dasharray:2 3;fill:none}.line{fill:none;stroke-width:1.8}.c0{stroke:var(--c0)}
-.c1{stroke:var(--c1);stroke-dasharray:6 2}.c2{stroke:var(--c2);stroke-dasharray:2 2}.dot{stroke:none}
-.dot.c0{fill:var(--c0)}.dot.c1{fill:var(--c1)}.dot.c2{fill:var(--c2)}.heat{fill:var(--c0)}
-.heat+text{fill:var(--ink)}
-.card ul{margin:.3rem 0;padding-left:1.1rem;font-size:.85rem}ul.grid{list-style:none;padding:0}
-figcaption span{white-space:nowrap}.k0{color:var(--c0)}.k1{color:var(--c1)}.k2{color:var(--c2)}
-section.label{margin:1.2rem 0}@page{size:A4 landscape;margin:10mm}
-@media print{body{font-size:9pt;max-width:none;padding:0}nav,.skip,caption{display:none}.wide{overflow:visible}
-.wide img{min-width:0}table{font-size:6.5pt}tfoot{display:table-row-group}th button{display:contents}
-th:first-child{position:static}
-th,td{padding:1pt 2pt}figure,.card,tr,section.label{break-inside:avoid}h2,h3,h4,h3+p{break-after:avoid}
-h2{margin-top:1rem}section.label{margin:.5rem 0}.five{grid-template-columns:repeat(5,1fr)}
-ul.grid{grid-template-columns:repeat(4,1fr)}.card ul{font-size:7pt}svg,img{max-height:150mm}
-img{object-fit:contain;background:none}}
-"""
 REPORT_SCRIPT = """
-document.querySelectorAll('table.sort').forEach(table => table.querySelectorAll('th button').forEach((button, i) => {
-  button.addEventListener('click', () => {
-    const head = button.parentNode, text = i === 0, body = table.tBodies[0];
-    const up = head.getAttribute('aria-sort') ? head.getAttribute('aria-sort') === 'descending' : text;
-    table.querySelectorAll('th').forEach(th => th.removeAttribute('aria-sort'));
-    head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
-    const key = row => row.cells[i].dataset.v, sign = up ? 1 : -1;
-    [...body.rows].sort((a, b) => {
-      const [x, y] = [key(a), key(b)];
-      if (x === '' || y === '') return (x === '') - (y === '');
-      return sign * (text ? x.localeCompare(y) : x - y);
-    }).forEach(row => body.append(row));
-  });
+const mark = () => document.querySelectorAll('.wide').forEach(
+  box => box.classList.toggle('more', box.scrollWidth > box.clientWidth + 1));
+addEventListener('resize', mark);
+mark();
+document.querySelectorAll('th button').forEach(button => button.addEventListener('click', () => {
+  const head = button.parentNode, i = head.cellIndex, body = head.closest('table').tBodies[0];
+  const up = head.ariaSort ? head.ariaSort === 'descending' : i === 0;
+  head.parentNode.querySelectorAll('th').forEach(th => th.removeAttribute('aria-sort'));
+  head.ariaSort = up ? 'ascending' : 'descending';
+  [...body.rows].sort((a, b) => {
+    const [x, y] = [a, b].map(row => row.cells[i].dataset.v);
+    if (x === '' || y === '') return (x === '') - (y === '');
+    return (up ? 1 : -1) * (i === 0 ? x.localeCompare(y) : x - y);
+  }).forEach(row => body.append(row));
 }));
 """
-REPORT_METHODS = f"""
-<dl><dt>Scans and labels</dt><dd>A label that is unknown for a scan is left out of every figure. A figure that is
-undefined (0 / 0) shows as a dash and does not enter a macro average.</dd>
+REPORT_TEMPLATE = """
+{% macro figure(value, interval=none, tag='td') %}
+<{{ tag }} data-v="{{ '' if value is none else value }}">{{ shown(value) }}
+{%- if interval %}<small>{{ '%.3f–%.3f' % (interval[0], interval[1]) }}</small>{% endif %}</{{ tag }}>{% endmacro %}
+{% macro wide(name) %}<div class="wide" tabindex="0" role="region" aria-label="{{ name }}">{{ caller() }}</div>
+{% endmacro %}
+{% macro facts(value, title='') %}{% set rows = value.values() | list if value is mapping else [] %}
+{% if rows and not rows | reject('mapping') | list and rows[0].values() | first is not mapping %}
+{% call wide(title) %}<table><tr><th></th>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for name, row in value.items() %}<tr><th>{{ name }}</th>{% for x in row.values() %}<td>{{ x }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endcall %}
+{% elif rows %}<dl>{% for name, x in value.items() %}<dt>{{ name }}</dt><dd>{{ facts(x, name) }}</dd>{% endfor %}</dl>
+{% else %}{{ value | join(', ') if value is sequence and value is not string else value }}{% endif %}{% endmacro %}
+{% macro evaluation(e, at) %}{% set spread = e.intervals.get('per_label', {}) %}
+<p>{{ e.ids | length }} scans of {{ e.patients | unique(true) | list | length }} patients, {{ e.labels | length }}
+labels. {% if e.intervals %}In small print: 95 % intervals from {{ e.resamples }} resamples of the patients.{% endif %}
+{% for kind, value in e.get('f1', {}).items() %} Macro F1 at {{ kind }} thresholds: {{ shown(value) }}.{% endfor %}
+{% if e.tuned_here is not none %}The thresholds were tuned for {{ objectives[e.tuned_here] }} on this split. So that
+they do not flatter, the figures that depend on them are cross-fitted: each scan is decided by thresholds tuned on other
+patients. Taken at face value, macro F1 would seem to be {{ shown(e.apparent.macro_f1) }}.{% endif %}</p>
+<div class="grid" style="--w: max(10rem, 20%)">{% for key, title in headlines.items() %}
+<div class="card" data-figure="{{ key }}">{{ title }}{{ figure(e.metrics[key], e.intervals.get(key), 'b') }}</div>
+{% endfor %}</div><h3>Per label</h3>{% call wide('Figures per label') %}<table class="sort">
+<caption>A heading sorts the table; a label leads to its curves.</caption><thead><tr>
+{% for title in ['label', 'positive / known'] + columns.values() | list + ['threshold'] %}
+<th scope="col"><button type="button">{{ title }}</button></th>{% endfor %}</tr></thead><tbody>
+{% for label, row in e.metrics.per_label.items() %}
+<tr><th scope="row" data-v="{{ label }}"><a href="#{{ at }}-{{ loop.index0 }}">{{ label }}</a></th>
+<td data-v="{{ row.n_positive }}">{{ row.n_positive }} / {{ row.n_known }}</td>
+{% for key in columns %}{{ figure(row[key], spread.get(label, {}).get(key)) }}{% endfor %}
+{{ figure(e.thresholds[label]) }}</tr>{% endfor %}</tbody><tfoot>
+{% for kind in ('macro', 'micro') %}<tr><th scope="row">{{ kind }}</th><td></td>{% for key in columns %}
+{{ figure(e.metrics[kind ~ '_' ~ key], e.intervals.get(kind ~ '_' ~ key)) }}{% endfor %}<td></td></tr>{% endfor %}
+<tr><th scope="row">labels in the macro average</th><td></td>
+{% for key in columns %}<td>{{ e.metrics.labels_averaged[key] }}</td>{% endfor %}<td></td></tr></tfoot></table>
+{% endcall %}
+<h3>AUROC with 95 % interval</h3><div style="max-width: 30rem">
+{{ svg('AUROC of each label, ' ~ e.split ~ ' split, as in the table above', forest, e) }}</div>
+<h3>Curves</h3><p>Dots, dotted lines: the stored threshold. Calibration: bins of {{ fewest }} scans or more.</p>
+{% for label, row in e.metrics.per_label.items() %}
+<section id="{{ at }}-{{ loop.index0 }}"><h4>{{ label }}</h4>
+{% if 0 < row.n_positive < row.n_known %}{% call wide('Curves of ' ~ label) %}
+{{ svg('Curves of ' ~ label ~ ', ' ~ e.split ~ ' split', curves, e, loop.index0) }}{% endcall %}
+{% else %}<p>{{ row.n_positive }} positive of {{ row.n_known }} known: no curves without both.</p>{% endif %}
+</section>{% endfor %}<h3>Findings that come together</h3><p>Of the scans with a row's finding, the percentage that
+also has the column's, where both are known. Beside each name: how many scans have it.</p>
+{% for title, rows in together(e).items() %}<h4>{{ title }}</h4>{% call wide(title) %}<table class="pairs"><tr><th></th>
+{% for label in e.labels %}<th scope="col">{{ label }}</th>{% endfor %}</tr>
+{% for number, shares in rows %}<tr><th scope="row">{{ e.labels[loop.index0] }} ({{ number }})</th>
+{% for share in shares %}<td{% if share == share %} style="--share: {{ share | round(2) }}">
+{{- (100 * share) | round | int }}{% else %}>{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
+{% endcall %}{% endfor %}<h3>Most confidently wrong</h3><ul class="grid" style="--w: 22rem">
+{% for row, labels in wrong(e.targets, e.probabilities, e.cuts) %}<li class="card"><h4>{{ e.ids[row] }}</h4>
+{{ picture('Axial slices of scan ' ~ e.ids[row] ~ ', feet to head, one line per intensity window', e.ids[row]) }}
+<ul>{% for i in labels %}<li>{{ e.labels[i] }}: {{ 'missed' if e.targets[row, i] == 1 else 'called, not there' }},
+probability {{ '%.3f' % e.probabilities[row, i] }}</li>{% endfor %}</ul></li>
+{% else %}<li>No decision was wrong.</li>{% endfor %}</ul>{% endmacro %}
+{% macro explanations(e) %}<p><b>Not for diagnosis.</b> For each finding the slices that raised its logit most, the
+strongest first, in every window that the model sees, and the relevance map over their mean. Beside a slice: what it
+adds to the logit, to first order (gradient × feature, attention weight included). The map is gradient × activation of
+the last tokens where that is positive. It shows what this model's answer depended on, in the coarse grid of its tokens;
+it outlines no finding and proves none.</p>{% for label, found in e.findings | groupby('label', case_sensitive=true) %}
+<h3>{{ label }}</h3><div class="grid" style="--w: 34rem">
+{% for f in found | sort(attribute='probability', reverse=true) %}
+{% set truth = 'label unknown' if f.target is none else 'labelled as present' if f.target else 'labelled as absent' %}
+{% set note %}Scan {{ f.id }}: probability {{ '%.3f' % f.probability }}, {{ truth }}; slices
+{% for s in f.slices %}{{ s + 1 }}{{ ', ' if not loop.last }}{% endfor %} of {{ e.depth }}{% endset %}
+<figure class="card">{% call wide(f.id) %}
+{{ picture(label ~ '. ' ~ note ~ ', with the relevance in each', f.id, label) }}
+{% endcall %}<figcaption>{{ note }}</figcaption></figure>{% endfor %}</div>
+{% else %}<p>No finding was called.</p>{% endfor %}{% endmacro %}
+{% macro training(results, select) %}{% call wide('Training') %}
+{{ svg('Losses, figures and learning rate by epoch', progress, results, select) }}{% endcall %}{% endmacro %}
+{% macro page(name, runs, chapters, script, digest) %}<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{{ digest }}'">
+<title>{{ name }}: SigLIP on chest CT</title><style>
+:root { color-scheme: light dark; --ink: #1b2330; --soft: #566070; --paper: #fff; --card: #f5f6f8; --line: #ccd2da;
+  --c0: #1a63d8; --c1: #b8430a; --c2: #12753a }
+@media screen and (prefers-color-scheme: dark) { :root { --ink: #e7eaef; --soft: #a7b1be; --paper: #11151b;
+  --card: #1a2028; --line: #38424f; --c0: #71b2ff; --c1: #ffa267; --c2: #66d68e } }
+* { box-sizing: border-box } a { color: var(--c0) } nav a, p span { margin-right: 1rem } .card ul { padding-left: 1rem }
+body { margin: auto; max-width: 84rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); overflow-wrap: anywhere } h1 { font-size: 1.6rem } p, dd { max-width: 75ch; margin: 0 }
+h2 { margin: 2rem 0 1rem; border-bottom: 2px solid var(--line) } h4, figure { margin: .5rem 0; min-width: 0 }
+small, caption, figcaption { color: var(--soft); font-size: .8rem; font-weight: 400; text-align: left }
+.skip:not(:focus) { position: absolute; left: -99rem } dt, .card > b { font-weight: 600 }
+dl { display: grid; grid-template-columns: fit-content(30%) minmax(0, 1fr); gap: .3rem 1rem }
+.grid { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--w)), 1fr)) }
+ul.grid { list-style: none; padding: 0 } .card > b { display: block; font-size: 1.7rem; line-height: 1.2 }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
+.wide { overflow-x: auto } .wide svg { min-width: 62rem } .wide img { width: 100%; min-width: 36rem; max-width: none }
+.wide.more::before { content: "↔ scrolls sideways"; display: block; color: var(--c0); font-size: .8rem }
+table { border-spacing: 0; font-size: .8rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
+th, td { padding: .25rem .2rem; text-align: right; border-top: 1px solid var(--line); vertical-align: top }
+td { white-space: nowrap } td small { font-size: .87em } small, svg, img { display: block; max-width: 100% }
+th:first-child { position: sticky; left: 0; background: var(--paper); text-align: left; font-weight: inherit;
+  min-width: min(8.5rem, 36vw); max-width: 40vw; overflow-wrap: anywhere }
+.pairs td { background: color-mix(in srgb, var(--c0) calc(var(--share) * 50%), #0000) }
+.pairs th[scope=col] { writing-mode: vertical-rl; text-align: right; max-height: 12rem }
+th button { all: unset; cursor: pointer; font-weight: 600; text-decoration: underline dotted }
+:focus-visible, th button:focus-visible { outline: 3px solid var(--c0); outline-offset: 2px }
+[aria-sort=ascending] button::after { content: " ▲" } [aria-sort=descending] button::after { content: " ▼" }
+svg { width: 100%; height: auto; stroke-linejoin: round; fill: var(--ink) }
+@media print { @page { size: A4 landscape; margin: 10mm } body { font-size: 9pt } table { font-size: 6.5pt }
+  nav, caption, .wide.more::before { display: none } .wide { overflow: visible } th:first-child { position: static }
+  .wide svg, .wide img { min-width: 0; max-height: 150mm } th, td { padding: 1pt 2pt }
+  figure, .card, tr, section section { break-inside: avoid } h2, h3, h4 { break-after: avoid } }
+</style></head><body><a class="skip" href="#main">Skip to the results</a><h1>{{ name }}</h1>
+<p>SigLIP on chest CT: research, not for diagnosis.</p>{% for title, run in runs.items() %}<p><span>{{ title }}:</span>
+{% for key, value in run.items() %}{% set sum = run.get(key ~ ' digest') or run.get(key ~ ' SHA-256') %}
+{% if sum or key in ('date', 'version', 'device') %}<span>{{ key }} <b>{{ value }}</b>
+{{ '(' ~ sum[:12] ~ ')' if sum }}</span>{% endif %}{% endfor %}</p>
+<details><summary>All facts</summary>{{ facts(run) }}</details>{% endfor %}<nav aria-label="Sections">
+{% for title in chapters %}<a href="#part{{ loop.index0 }}">{{ title }}</a> {% endfor %}</nav><main id="main">
+{% for title, body in chapters.items() %}<section><h2 id="part{{ loop.index0 }}">{{ title }}</h2>{{ body }}</section>
+{% endfor %}<h2>How it was computed</h2><dl>
+<dt>Scans and labels</dt><dd>A label that is unknown for a scan is left out of every figure. A figure that is undefined
+(0 / 0) shows as a dash and does not enter a macro average.</dd>
 <dt>Intervals</dt><dd>95 % percentile bootstrap over patients, each drawn with all scans. They hold the model and its
 thresholds fixed: they tell how a figure would vary with other patients, not with another training run. Those of the
 calibration error are centred on the figure, since resampling adds to it.</dd>
-<dt>Macro, micro</dt><dd>Macro: the mean over labels. Micro: all known scan-label pairs pooled. Accuracy and CRG at
-the top are pooled.</dd>
+<dt>Macro, micro</dt><dd>Macro: the mean over labels. Micro, like accuracy and CRG at the top: all known pairs of scan
+and label pooled.</dd>
 <dt>Thresholds</dt><dd>A probability at or above the label's threshold counts as positive.</dd>
 <dt>AUROC, average precision</dt><dd>The chance that a positive scan scores above a negative one, ties counted half; the
 sum over distinct scores of the gain in recall times the precision there, without interpolation.</dd>
-<dt>Brier, calibration error</dt><dd>The mean squared difference of probability and label; the mean over
-{CALIBRATION_BINS} bins of equal width, weighted by their scans, of |mean probability − share of positives|.</dd>
+<dt>Brier, calibration error</dt><dd>The mean squared difference of probability and label; the mean over {{ bins }} bins
+of equal width, weighted by their scans, of |mean probability − share of positives|.</dd>
 <dt>CRG</dt><dd>With X pairs, A positive, r = (X − A) / 2A, U = (X − A) / 2, s = r·TP − r·FN − FP: U / (2U − s), as in
-the VLM3D challenge. 1/3 for a model that calls nothing.</dd></dl>
+the VLM3D challenge. 1/3 for a model that calls nothing.</dd></dl></main><script>{{ script }}</script></body></html>
+{% endmacro %}
 """
-
-
-REPORT_EXPLAINED = """
-<p><b>Not for diagnosis.</b> For each finding the slices that raised its logit most, the strongest first, in every
-window that the model sees, and the relevance map over the mean of the windows. Beside a slice: what it adds to the
-logit, to first order (gradient × feature, attention weight included). The map is gradient × activation of the last
-tokens where that is positive. It shows what this model's answer depended on, in the coarse grid of its tokens; it
-outlines no finding and proves none.</p>
-"""
+PAGE_COLOURS = {"#000000": "ink", "#808080": "soft", "#1f77b4": "c0", "#ff7f0e": "c1", "#2ca02c": "c2"}  # matplotlib's
+FEWEST_IN_BIN = 5  # scans that a point of the calibration curve stands for at least
 
 
 def write_report(folder: Path) -> Path:
     """report.html from the files in a run's folder alone: evaluation_*.json, explanations_*.json, run.json,
-    results.jsonl and the pictures."""
-    paths, explained = (
-        sorted(folder.glob(f"{kind}_*.json"), key=lambda path: (not path.stem.endswith("_test"), path.stem))
-        for kind in ("evaluation", "explanations")
-    )
-    if not paths and not explained:
+    results.jsonl and the pictures. Raises BadInput."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    known = {
+        "columns": REPORT_COLUMNS, "headlines": REPORT_HEADLINES, "objectives": OBJECTIVES, "bins": CALIBRATION_BINS,
+        "fewest": FEWEST_IN_BIN, "shown": shown, "svg": svg_of, "curves": draw_curves, "forest": draw_forest,
+        "progress": draw_progress, "together": found_together, "wrong": most_wrong,
+        "picture": partial(embed_picture, folder),
+    }  # fmt: skip
+    environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    parts: Any = environment.from_string(REPORT_TEMPLATE).make_module(known)
+    chapters: dict[str, str] = {}
+    for kind in ("evaluation", "explanations"):
+        for path in sorted(
+            folder.glob(f"{kind}_*.json"), key=lambda path: (not path.stem.endswith("_test"), path.stem)
+        ):
+            content = read_evaluation(path) if kind == "evaluation" else read_json(path)
+            with reading(path):
+                if kind == "evaluation":
+                    chapters[f"{content['split']} split"] = parts.evaluation(content, f"part{len(chapters)}")
+                else:
+                    chapters[f"Why the model said so, {content['split']} split"] = parts.explanations(content)
+    if not chapters:
         raise BadInput(f"{folder} holds no evaluation_*.json: train, or use --test-only on scans with labels, first")
-    chapters = [split_chapter(folder, read_evaluation(path)) for path in paths]
-    chapters += [explanation_chapter(folder, path) for path in explained]
-    if results := read_results(folder / "results.jsonl"):
-        chapters.append(("Training", training_curves(results)))
-    if (folder / "run.json").exists():
-        chapters += [(name, facts_html(value)) for name, value in read_json(folder / "run.json").items()]
-    chapters.append(("How it was computed", REPORT_METHODS))
-    links = "".join(f'<a href="#part{i}">{html.escape(name)}</a> ' for i, (name, _) in enumerate(chapters))
-    parts = "".join(
-        f'<section><h2 id="part{i}">{html.escape(name)}</h2>{body}</section>' for i, (name, body) in enumerate(chapters)
-    )
+    run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    runs = {title: run.pop(title) for title in list(run) if title.startswith("Run")}
+    if (history := folder / "results.jsonl").is_file():
+        with reading(history):
+            results = [json.loads(line) for line in history.read_text().splitlines()]
+            select = run.get("Settings, training", {}).get("select", "macro_f1")
+            chapters["Training"] = parts.training(results, select)
+    chapters |= {title: parts.facts(content) for title, content in run.items()}
+    name = " ".join([folder.resolve().name, *sorted(facts["date"] for facts in runs.values() if "date" in facts)[-1:]])
     digest = base64.b64encode(hashlib.sha256(REPORT_SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    page = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{policy}"><title>SigLIP chest CT: results</title>
-<style>{REPORT_STYLE}</style></head><body><a class="skip soft" href="#main">Skip to the results</a>
-<h1>SigLIP on chest CT: results</h1><p class="soft">Research results of a multilabel classifier. Not for diagnosis.</p>
-<nav aria-label="Sections">{links}</nav><main id="main">{parts}</main>
-<script>{REPORT_SCRIPT}</script></body></html>
-"""
+    page = parts.page(name, runs, chapters, Markup(REPORT_SCRIPT), digest)
     save_bytes(folder / "report.html", page.encode("utf-8", "replace"))
     return folder / "report.html"
 
@@ -6488,391 +6526,184 @@ def write_report(folder: Path) -> Path:
 def read_evaluation(path: Path) -> dict:
     """What `save_evaluation` wrote, with arrays: targets (n, L) NaN unknown, probabilities (n, L), cuts (L,)."""
     content = read_json(path)
-    try:
+    with reading(path):
         shape = (len(content["ids"]), len(content["labels"]))
         content |= {k: np.array(content[k], np.float64).reshape(shape) for k in ("targets", "probabilities")}
-        content["cuts"] = np.array([content["thresholds"][label] for label in content["labels"]], np.float64)
-        _ = (
-            [content[name] for name in ("split", "intervals", "patients", "tuned_here")],
-            content["metrics"]["per_label"],
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise BadInput(f"{path} is no evaluation of ours ({error!r}); delete it or run again what wrote it") from error
-    return content
+        return content | {"cuts": np.array([content["thresholds"][label] for label in content["labels"]], np.float64)}
 
 
-def anchor_of(e: dict, i: int) -> str:
-    """The page's name for the place of a label's curves."""
-    return f"{re.sub('[^a-z0-9]', '-', e['split'].lower())}-{i}"
+def known_pairs(e: dict, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Truth and probability (n,) of a label where it is known."""
+    known = np.isfinite(e["targets"][:, i])
+    return e["targets"][known, i] == 1, e["probabilities"][known, i]
 
 
-def figure_cell(value: float | None, interval: Sequence[float] | None, tag: str = "td") -> str:
-    """A figure with its interval; the attribute holds every digit, for sorting and for checking."""
-    note = f"<small>{interval[0]:.3f}–{interval[1]:.3f}</small>" if interval else ""
-    return f'<{tag} data-v="{"" if value is None else repr(value)}">{shown(value)}{note}</{tag}>'
+def embed_picture(folder: Path, text: str, *whose: str) -> str:
+    """The PNG of a scan, or of a finding in it, inside the page; `text` is for those who can't see it."""
+    from markupsafe import Markup
 
-
-def split_chapter(folder: Path, e: dict) -> tuple[str, str]:
-    """All that is said of one split: headline figures, table, pictures per label, co-occurrence, wrong scans."""
-    metrics, intervals = e["metrics"], e["intervals"]
-    cards = "".join(
-        f'<div class="card" data-figure="{key}">{title}{figure_cell(metrics[key], intervals.get(key), "b")}</div>'
-        for key, title in REPORT_HEADLINES.items()
-    )
-    note = f"<p>{len(e['ids'])} scans of {len(set(e['patients']))} patients, {len(e['labels'])} labels. "
-    note += f"In small print: 95 % intervals from {e['resamples']} resamples of the patients. " if intervals else ""
-    if e["tuned_here"] is not None:
-        note += (
-            f"The thresholds were tuned for {OBJECTIVES[e['tuned_here']]} on this split. So that they do not flatter, "
-        )
-        note += "the figures that depend on them are cross-fitted: each scan is decided by thresholds tuned on other "
-        note += f"patients. Taken at face value, macro F1 would seem to be {shown(e['apparent']['macro_f1'])}."
-    body = f'{note}</p><div class="grid heads">{cards}</div>'
-    body += f"<h3>Per label</h3>{label_table(e)}{forest(e)}"
-    body += "<h3>Curves</h3><p class='soft'>Dots on the curves: the stored threshold.</p>"
-    body += "".join(label_figures(e, i) for i in range(len(e["labels"])))
-    body += f"<h3>Findings that come together</h3>{co_occurrence(e)}"
-    body += f"<h3>Most confidently wrong</h3>{wrong_scans(folder, e)}"
-    return f"{e['split']} split", body
-
-
-def label_table(e: dict) -> str:
-    """One row per label, sortable by each column; macro and micro stay at the foot."""
-    labels, metrics, intervals = e["labels"], e["metrics"], e["intervals"]
-    titles = ["label", "positive / known", *REPORT_COLUMNS.values(), "threshold"]
-    head = "".join(f'<th scope="col"><button type="button">{title}</button></th>' for title in titles)
-    rows = ""
-    for i, label in enumerate(labels):
-        row, spread = metrics["per_label"][label], intervals.get("per_label", {}).get(label, {})
-        link = f'<a href="#{anchor_of(e, i)}">{html.escape(label)}</a>'
-        counts = f'<td data-v="{row["n_positive"]}">{row["n_positive"]} / {row["n_known"]}</td>'
-        cells = "".join(figure_cell(row[k], spread.get(k)) for k in REPORT_COLUMNS)
-        cells += figure_cell(float(e["cuts"][i]), None)
-        rows += f'<tr><th scope="row" data-v="{html.escape(label)}">{link}</th>{counts}{cells}</tr>'
-    foot = ""
-    for kind in ("macro", "micro"):
-        cells = "".join(figure_cell(metrics[f"{kind}_{k}"], intervals.get(f"{kind}_{k}")) for k in REPORT_COLUMNS)
-        foot += f'<tr><th scope="row">{kind}</th><td></td>{cells}<td></td></tr>'
-    averaged = {title: metrics["labels_averaged"][k] for k, title in REPORT_COLUMNS.items()}
-    fewer = [f"{title} {n}" for title, n in averaged.items() if n < len(labels)]
-    note = f"<p class='soft'>Labels in the macro average, where not all {len(labels)}: {', '.join(fewer)}.</p>"
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="Figures per label"><table class="sort"><caption '
-        f'class="soft">A heading sorts the table; a label leads to its curves.</caption><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody><tfoot>{foot}</tfoot></table></div>{note if fewer else ''}"
+    path = picture_path(folder, *whose)
+    if not path.is_file():
+        return ""
+    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(
+        base64.b64encode(path.read_bytes()).decode(), text
     )
 
 
-def path_data(xs: np.ndarray, ys: np.ndarray) -> str:
-    """Points of an SVG polyline, in tenths of a pixel; repeated ones left out."""
-    points = [f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True) if np.isfinite(x + y)]
-    return " ".join(p for i, p in enumerate(points) if i == 0 or p != points[i - 1])
+def svg_of(text: str, draw: Callable[..., Any], *data: Any) -> str:
+    """The figure that `draw` makes of the data, inside the page; `text` is for those who can't see it.
+
+    Text stays text, and the same figure gives the same bytes. Names inside an SVG are the page's as well: those that
+    nothing refers to go, the others are kept apart by `text`.
+    """
+    from markupsafe import Markup, escape
+    from matplotlib import rc_context
+
+    look: dict[Any, Any] = {
+        "font.size": 11,
+        "legend.frameon": False,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with rc_context(look | {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": text}):
+        buffer, unnamed = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts count, not those here
+            draw(*data).savefig(buffer, format="svg", transparent=True, metadata=unnamed)
+    svg = re.sub(r"<style.*?</style>|font-family: [^;]*; ", "", buffer.getvalue().partition("<svg")[2], flags=re.DOTALL)
+    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # known to a page, and they look like addresses
+    svg = re.sub(r"<(path|use) [^>]+>", lambda tag: re.sub(r"(\.\d)\d+", r"\1", tag[0]), svg)  # tenths of a pixel do
+    svg = re.sub(r"\s*\n\s*", " ", re.sub(r'<g id="[\w.]+"', "<g", svg))
+    for colour, name in PAGE_COLOURS.items():
+        svg = svg.replace(f": {colour}", f": var(--{name})")
+    return Markup(f'<svg role="img" aria-label="{escape(text)}"{svg}')
 
 
-def svg_figure(text: str, shapes: str, size: tuple[int, int], caption: str, kind: str = "") -> str:
-    """A figure with an inline SVG and its text for those who can't see it; kind "scroll": large, "fixed": no wider."""
-    text, limits, widest = html.escape(text), "", f' style="max-width:{1.2 * size[0] + 28:.0f}px"' if kind else ""
-    if kind == "scroll":
-        limits = f' style="min-width:{0.8 * size[0]:.0f}px"'
-    attributes = f'viewBox="0 0 {size[0]} {size[1]}"{limits} role="img" aria-label="{text}"'
-    scroll = ' class="card wide" tabindex="0"' if kind == "scroll" else ' class="card"'
-    return (
-        f"<figure{scroll}{widest}><svg {attributes}><title>{text}</title>"
-        f"{shapes}</svg><figcaption>{caption}</figcaption></figure>"
-    )
+def draw_curves(e: dict, i: int) -> Any:
+    """ROC, precision and recall, figures by threshold, calibration and spread of a label that has both classes."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    (y, p), cut, row = known_pairs(e, i), e["cuts"][i], e["metrics"]["per_label"][e["labels"][i]]
+    grid = np.append(np.linspace(0, 1, 101), cut)
+    called = p[:, None] >= grid  # (n, thresholds)
+    hit, false, f1 = called[y].mean(0), called[~y].mean(0), 2 * called[y].sum(0) / (called.sum(0) + y.sum())
+    figure = Figure((16.9, 3.2))
+    figure.subplots_adjust(0.035, 0.17, 0.995, 0.87, 0.22)
+    roc, pr, by_cut, calibration, spread = axes = figure.subplots(1, 5)
+    guide: dict[str, Any] = {"color": "gray", "linestyle": ":"}
+    roc.plot([0, 1], [0, 1], **guide)
+    roc.plot(*roc_curve(y, p)[:2], "C0-", false[-1], hit[-1], "C0o")
+    pr.axhline(y.mean(), **guide)
+    pr.plot(*precision_recall_curve(y, p)[1::-1], "C0-", drawstyle="steps-post")
+    pr.plot(hit[-1], called[y, -1].sum() / (called[:, -1].sum() or math.nan), "C0o")
+    for style, values, name in (("C0-", f1, "F1"), ("C1--", hit, "sensitivity"), ("C2-.", 1 - false, "specificity")):
+        by_cut.plot(grid[:-1], values[:-1], style, label=name)
+    bins = np.minimum((p * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    n, sums, found = (np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, p, y))
+    enough = n >= FEWEST_IN_BIN
+    calibration.plot([0, 1], [0, 1], **guide)
+    calibration.plot(sums[enough] / n[enough], found[enough] / n[enough], "C0o-")
+    for part, name, colour, style in ((p[~y], "negative", "C0", "-"), (p[y], "positive", "C1", "--")):
+        share, name = np.full(len(part), 100 / len(part)), f"{len(part)} {name}"
+        spread.hist(part, grid[:-1:5], weights=share, histtype="step", color=colour, linestyle=style, label=name)
+    titles = [
+        f"{name} {shown(row[k])}" for k, name in REPORT_COLUMNS.items() if k in ("auc", "average_precision", "ece")
+    ]
+    titles[2:2] = [""]
+    names = (
+        ("1 − specificity", "sensitivity"), ("recall", "precision"), (f"threshold (stored: {cut:.3f})", ""),
+        ("mean probability", "share positive"), ("probability", "% of scans"),
+    )  # fmt: skip
+    for axis, title, (x, y_name) in zip(axes, [*titles, ""], names, strict=True):
+        axis.set(title=title, xlabel=x, ylabel=y_name, xticks=[0, 0.5, 1])
+        if axis is not spread:
+            axis.set(xlim=(0, 1.02), ylim=(0, 1.02), yticks=[0, 0.5, 1])
+    for axis in (by_cut, spread):
+        axis.axvline(cut, **guide)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, handlelength=1.5, fontsize=9)
+    return figure
 
 
-def shorten(name: str, length: int) -> str:
-    """A name for a picture, escaped, with an ellipsis where it is too long."""
-    return html.escape(name if len(name) <= length else name[: length - 1] + "…")
+def draw_forest(e: dict) -> Any:
+    """AUROC of every label with its interval, the best on top."""
+    from matplotlib.figure import Figure
 
-
-def chart(
-    title: str, note: str, axes: tuple[str, str], marks: Sequence[tuple],
-    x_range: tuple[float, float] = (0.0, 1.0), y_range: tuple[float, float] = (0.0, 1.0),
-) -> str:  # fmt: skip
-    """A chart of marks: (kind "line" | "dot" | "guide" | "mark", colour "c0" to "c2", xs, ys, name or "")."""
-
-    def place(values: Sequence[float], limits: tuple[float, float], start: float, length: float) -> np.ndarray:
-        return start + (np.asarray(values, np.float64) - limits[0]) / ((limits[1] - limits[0]) or 1.0) * length
-
-    out, legend = '<rect class="axis" x="42" y="8" width="190" height="160"/>', ""
-    for k in (0.0, 0.5, 1.0):
-        x, y = (a + k * (b - a) for a, b in (x_range, y_range))
-        anchor_at = ("start", "middle", "end")[int(2 * k)]
-        out += f'<text x="{42 + 190 * k:g}" y="181" text-anchor="{anchor_at}">{tick(x)}</text>'
-        out += f'<text x="38" y="{172 - 157 * k:g}" text-anchor="end">{tick(y)}</text>'
-    out += f'<text x="137" y="195" text-anchor="middle">{axes[0]}</text>'
-    if axes[1]:
-        out += f'<text transform="translate(9 88) rotate(-90)" text-anchor="middle">{axes[1]}</text>'
-    for kind, colour, xs, ys, name in marks:
-        px, py = place(xs, x_range, 42, 190), place(ys, y_range, 168, -160)
-        if kind == "dot":
-            points = [(x, y) for x, y in zip(px, py, strict=True) if np.isfinite(x + y)]
-            out += "".join(f'<circle class="dot {colour}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in points)
-        else:
-            out += f'<polyline class="{kind} {colour}" points="{path_data(px, py)}"/>'
-        if name:
-            legend += f' <span class="k{colour[1:]}">{("━", "╍", "┅")[int(colour[1:])]} {html.escape(name)}</span>'
-    return svg_figure(f"{title}. {note}".strip(), out, (240, 200), html.escape(note) + legend)
-
-
-def tick(value: float) -> str:
-    """An axis number of at most six characters."""
-    if 0 < abs(value) < 0.001:
-        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
-
-
-def forest(e: dict) -> str:
-    """AUROC of every label with its interval, the best first."""
     spread = e["intervals"].get("per_label", {})
     rows = [(m["auc"], c, spread.get(c, {}).get("auc")) for c, m in e["metrics"]["per_label"].items()]
-    rows = sorted((row for row in rows if row[0] is not None), key=lambda row: -row[0])
-    lowest = min([0.5, *(x for value, _, interval in rows for x in (value, *(interval or ())))])
-    low = math.floor(10 * lowest) / 10
-    scale, bottom, out = 336 / (1 - low), 30 * len(rows), ""
-    for k in np.linspace(low, 1, 1 + round((1 - low) * 10)):
-        x = 12 + (k - low) * scale
-        marks = "".join(f"M{x:.1f} {30 * i + 17}v10" for i in range(len(rows)))
-        out += f'<path class="axis" opacity=".5" d="{marks}"/>'
-        out += f'<text x="{x:.1f}" y="{bottom + 13}" text-anchor="middle">{k:.1f}</text>'
+    rows = sorted((row for row in rows if row[0] is not None), key=lambda row: row[0])
+    height = 0.45 * len(rows) + 0.5
+    figure = Figure((5, height))
+    axis = figure.add_axes((0.03, 0.3 / height, 0.94, 1 - 0.3 / height))
     for i, (value, label, interval) in enumerate(rows):
-        x, a, b = (12 + (v - low) * scale for v in (value, *(interval or (value, value))))
-        y = 30 * i + 22
-        out += f'<text x="12" y="{y - 9}">{shorten(label, 50)}</text>'
-        out += f'<path class="line c0" d="M{a:.1f} {y}H{b:.1f}"/><circle class="dot c0" cx="{x:.1f}" cy="{y}" r="4"/>'
-    text = "AUROC of each label with its 95 % interval; the numbers are in the table above"
-    return svg_figure(text, out, (360, bottom + 18), "AUROC with 95 % interval", "fixed")
+        axis.plot(interval or [value, value], [i, i], "C0-", value, i, "C0o")
+        axis.annotate(" ".join(label.split())[:60], (0, i), (2, 6), ("axes fraction", "data"), "offset points")
+    axis.set(xlim=(min([0.5, *(axis.get_xlim()[:1] if rows else [])]), 1.01), ylim=(-0.6, len(rows)), yticks=[])
+    axis.grid(axis="x", alpha=0.3)
+    return figure
 
 
-def label_figures(e: dict, i: int) -> str:
-    """The five pictures of one label."""
-    label, cut = e["labels"][i], float(e["cuts"][i])
-    known = np.isfinite(e["targets"][:, i])
-    y, p = e["targets"][known, i] == 1, e["probabilities"][known, i]
-    head = f'<section class="label" id="{anchor_of(e, i)}"><h4>{html.escape(label)}</h4>'
-    if not 0 < y.sum() < len(y):
-        return f"{head}<p class='soft'>{y.sum()} positive of {len(y)} known: no curves without both.</p></section>"
-    row = e["metrics"]["per_label"][label]
-    figures = operating_curves(label, y, p, cut, shown(row["auc"]), shown(row["average_precision"]))
-    figures += threshold_curves(label, y, p, cut) + reliability(label, y, p, shown(row["ece"]))
-    return f'{head}<div class="grid five">{figures}{histogram(label, y, p, cut)}</div></section>'
-
-
-def operating_points(y: np.ndarray, p: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-    """The curves (1 - specificity, sensitivity) and (recall, precision) through every distinct probability."""
-    cuts = np.unique(p)[::-1]
-    tp, fp = (len(s) - np.searchsorted(np.sort(s), cuts) for s in (p[y], p[~y]))
-    recall, false, precision = tp / y.sum(), fp / (~y).sum(), tp / (tp + fp)
-    gain = np.diff(recall, prepend=0) > 0  # as in the average: the precision where recall rises, held back to the last
-    steps = np.append(0, recall[gain]).repeat(2)[1:-1], precision[gain].repeat(2)
-    return (np.append(0, false), np.append(0, recall)), steps
-
-
-def operating_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float, auc: str, ap: str) -> str:
-    """ROC and precision-recall, with a dot at the threshold."""
-    here = [[(p[s] >= cut).mean()] for s in (y, ~y)] + [[y[p >= cut].mean() if (p >= cut).any() else math.nan]]
-    curve, steps = operating_points(y, p)
-    roc = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", *curve, "")]
-    roc.append(("dot", "c0", here[1], here[0], ""))
-    pr = [("guide", "", [0, 1], [y.mean()] * 2, ""), ("line", "c0", *steps, ""), ("dot", "c0", here[0], here[2], "")]
-    return chart(f"ROC of {label}", f"AUROC {auc}", ("1 − specificity", "sensitivity"), roc) + chart(
-        f"Precision and recall of {label}", f"Average precision {ap}", ("recall", "precision"), pr
-    )
-
-
-def threshold_curves(label: str, y: np.ndarray, p: np.ndarray, cut: float) -> str:
-    """F1, sensitivity and specificity as the threshold moves."""
-    grid = np.linspace(0, 1, 101)
-    hit, false = (1 - np.searchsorted(np.sort(s), grid) / len(s) for s in (p[y], p[~y]))
-    f1 = 2 * hit * y.sum() / (hit * y.sum() + false * (~y).sum() + y.sum())
-    lines = (("F1", f1), ("sensitivity", hit), ("specificity", 1 - false))
-    marks: list[tuple] = [("mark", "", [cut, cut], [0, 1], "")]
-    marks += [("line", f"c{k}", grid, values, name) for k, (name, values) in enumerate(lines)]
-    return chart(f"{label} by threshold", f"Threshold {cut:.3f}", ("threshold", ""), marks)
-
-
-def reliability(label: str, y: np.ndarray, p: np.ndarray, error: str) -> str:
-    """Share of positives against mean probability, in the bins of the calibration error."""
-    bins = np.minimum((p * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    n, sums, found = (np.bincount(bins, w, CALIBRATION_BINS) for w in (None, p, y))
-    points = sums[n > 0] / n[n > 0], found[n > 0] / n[n > 0]
-    marks = [("guide", "", [0, 1], [0, 1], ""), ("line", "c0", *points, ""), ("dot", "c0", *points, "")]
-    return chart(f"Reliability of {label}", f"Calibration error {error}", ("mean probability", "share positive"), marks)
-
-
-def histogram(label: str, y: np.ndarray, p: np.ndarray, cut: float) -> str:
-    """How the probabilities of positive and negative scans spread, each as shares of its own."""
-    edges = np.linspace(0, 1, 21)
-    shares = [100 * np.histogram(s, edges)[0] / len(s) for s in (p[~y], p[y])]
-    top = max(s.max() for s in shares)
-    outlines = [(edges.repeat(2), np.concatenate([[0], s.repeat(2), [0]])) for s in shares]
-    marks = [("mark", "", [cut, cut], [0, top], ""), ("line", "c0", *outlines[0], f"{(~y).sum()} negative")]
-    marks.append(("line", "c1", *outlines[1], f"{y.sum()} positive"))
-    return chart(f"Probabilities of {label}", "", ("probability", "% of scans"), marks, y_range=(0, top))
-
-
-def co_occurrence(e: dict) -> str:
-    """Two heat maps over the same scans: of those with the row's finding, the share that also has the column's."""
-    known, truth = np.isfinite(e["targets"]), e["targets"] == 1
-    called = (e["probabilities"] >= e["cuts"]) & known
-    pictures = [heatmap(title, a, known, e["labels"]) for title, a in (("Truth", truth), ("Prediction", called))]
-    note = "Of the scans with a row's finding, the percentage that also has the column's, where both are known. "
-    note += "Beside each name: how many scans have it."
-    return f"<p class='soft'>{note}</p><div class='grid' style='--w:34rem'>{''.join(pictures)}</div>"
-
-
-def heatmap(title: str, has: np.ndarray, known: np.ndarray, labels: Sequence[str]) -> str:
-    """Of has (n, L): the share of column given row, as numbers on shades."""
-    both = has.T.astype(np.float64) @ has
-    base = has.T.astype(np.float64) @ known
-    size, left, top, out = 24, 225, 165, ""
-    for i, label in enumerate(labels):
-        name = shorten(label, 34)
-        out += f'<text x="{left - 4}" y="{top + size * i + 16}" text-anchor="end">{name} · {has[:, i].sum()}</text>'
-        out += f'<text transform="translate({left + size * i + 15} {top - 5}) rotate(-60)">{name}</text>'
-        for j, other in enumerate(labels):
-            if i == j or not base[i, j]:
-                continue
-            share, x, y = both[i, j] / base[i, j], left + size * j, top + size * i
-            counts = f"{html.escape(label)}, also {html.escape(other)}: {both[i, j]:.0f} of {base[i, j]:.0f}"
-            out += f'<g><title>{counts}</title><rect class="heat" x="{x}" y="{y}" width="{size}" height="{size}" '
-            out += f'fill-opacity="{0.5 * share:.2f}"/><text x="{x + 12}" y="{y + 16}" text-anchor="middle">'
-            out += f"{100 * share:.0f}</text></g>"
-    extent = left + size * len(labels) + 80, top + size * len(labels) + 2
-    return svg_figure(f"{title}: how often findings come together, in percent", out, extent, title, "scroll")
-
-
-def wrong_scans(folder: Path, e: dict) -> str:
-    """Cards of the most confidently wrong scans, with their pictures where those were drawn."""
-    cards = ""
-    for row, labels in most_wrong(e["targets"], e["probabilities"], e["cuts"]):
-        name, items, image, picture = html.escape(e["ids"][row]), "", "", picture_path(folder, e["ids"][row])
-        for i in labels:
-            kind = "missed" if e["targets"][row, i] == 1 else "called, not there"
-            items += f"<li>{html.escape(e['labels'][i])}: {kind}, probability {e['probabilities'][row, i]:.3f}</li>"
-        if picture.is_file():
-            alt = "feet to head from left to right, one line per intensity window"
-            image = embedded(picture, f"Axial slices of scan {e['ids'][row]}, {alt}")
-        cards += f'<li class="card"><h4>{name}</h4>{image}<ul>{items}</ul></li>'
-    return f'<ul class="grid" style="--w:18rem">{cards}</ul>' if cards else "<p>No decision was wrong.</p>"
-
-
-def embedded(path: Path, text: str) -> str:
-    """A PNG inside the page, and its text for those who can't see it."""
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(text)}">'
-
-
-def explanation_chapter(folder: Path, path: Path) -> tuple[str, str]:
-    """What `explain_split` drew of one split, label by label, the most probable scan first."""
-    content, body = read_json(path), ""
-    try:
-        depth = int(content["depth"])
-        for label in content["labels"]:
-            cards = ""
-            found = [f for f in content["findings"] if f["label"] == label]
-            for f in sorted(found, key=lambda f: -f["probability"]):
-                slices = ", ".join(str(s + 1) for s in f["slices"])
-                truth = {0: "labelled as absent", 1: "labelled as present", None: "label unknown"}[f["target"]]
-                note = f"Scan {f['id']}: probability {f['probability']:.3f}, {truth}; slices {slices} of {depth}"
-                picture = picture_path(folder, f["id"], label)
-                image = embedded(picture, f"{label}. {note}, with the relevance in each.") if picture.exists() else ""
-                note = f"<figcaption>{html.escape(note)}</figcaption>"
-                cards += f'<figure class="card wide" tabindex="0">{image}{note}</figure>'
-            body += f'<h3>{html.escape(label)}</h3><div class="grid" style="--w:34rem">{cards}</div>' if cards else ""
-        title = f"Why the model said so, {content['split']} split"
-    except (KeyError, ValueError, TypeError) as error:
-        why = f"{path} holds no explanations of ours ({error!r})"
-        raise BadInput(f"{why}; delete it or run again what wrote it") from error
-    return title, REPORT_EXPLAINED + (body or "<p>No finding was called.</p>")
-
-
-def training_curves(results: list[dict]) -> str:
-    """Losses, macro figures and learning rate by epoch."""
-    epochs, best, figures = [r["epoch"] for r in results], best_epoch(results), ""
-    for title, keys in PROGRESS_PANELS.items():
-        lines = [[math.nan if r.get(k) is None else r[k] for r in results] for k in keys]
-        finite = [v for line in lines for v in line if math.isfinite(v)]
-        limits = (0.0, 1.0) if title == "validation" else (min(0.0, *finite), max(1e-12, *finite))
-        marks: list[tuple] = [("line", f"c{i}", epochs, lines[i], name) for i, name in enumerate(keys.values())]
-        if best is not None:
-            marks.append(("mark", "", [best, best], limits, ""))
-            marks += [("dot", f"c{i}", [best], [line[epochs.index(best)]], "") for i, line in enumerate(lines)]
-        note = title.capitalize() + ("" if best is None else f", best epoch {best}")
-        figures += chart(f"{title} by epoch", note, ("epoch", ""), marks, (epochs[0], epochs[-1]), limits)
-    return f'<div class="grid" style="--w:16rem">{figures}</div>'
-
-
-def facts_html(value: object) -> str:
-    """Settings and summaries of any nesting: a table where the rows are alike, else a list of terms."""
-    if not isinstance(value, dict):
-        return html.escape(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
-    names, rows = [html.escape(str(name)) for name in value], list(value.values())
-    if not (rows and all(isinstance(row, dict) and list(row) == list(rows[0]) for row in rows)):
-        terms = (f"<dt>{n}</dt><dd>{facts_html(row)}</dd>" for n, row in zip(names, rows, strict=True))
-        return f"<dl>{''.join(terms)}</dl>"
-    head = "".join(f"<th scope='col'>{html.escape(str(column))}</th>" for column in ["", *rows[0]])
-    cells = ["".join(f"<td>{facts_html(x)}</td>" for x in row.values()) for row in rows]
-    body = "".join(f"<tr><th scope='row'>{n}</th>{c}</tr>" for n, c in zip(names, cells, strict=True))
-    return f"<div class='wide' tabindex='0'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+def found_together(e: dict) -> dict[str, list]:
+    """Truth and prediction, label by label: how many scans have it, and the share of these with each other label."""
+    known, out = np.isfinite(e["targets"]), {}
+    for title, has in (("Truth", e["targets"] == 1), ("Prediction", (e["probabilities"] >= e["cuts"]) & known)):
+        both, base = (has.T.astype(np.float64) @ other for other in (has, known))
+        np.fill_diagonal(both, math.nan)
+        shares = np.divide(both, base, out=np.full_like(both, math.nan), where=base > 0)
+        out[title] = list(zip(has.sum(0).tolist(), shares.tolist(), strict=True))
+    return out
 
 
 # The same figures for the tracker.
 
 
-def track_results(tracker: Tracker, folder: Path, splits: Iterable[str], best: dict[str, Any]) -> None:
+def track_results(
+    tracker: Tracker, folder: Path, splits: Iterable[str], best: dict[str, Any], with_model: bool
+) -> None:
     """Give the tracker what the report says, but neither ids nor pictures of scans: those stay here."""
-    facts = {"epoch": best["epoch"], "macro_f1": best["metrics"]["macro_f1"]}
+    facts, curves = {"epoch": best["epoch"], "macro_f1": best["metrics"]["macro_f1"]}, folder / "progress.png"
     summary = {f"best_{name}": value for name, value in facts.items()}
-    curves = folder / "progress.png"
     tracker.show(lambda wandb: {"progress": wandb.Image(str(curves))} if curves.exists() else {}, summary)
-    for evaluation in (folder / f"evaluation_{split}.json" for split in splits):
-        if evaluation.exists():
-            e = read_evaluation(evaluation)
-            tracker.show(partial(split_media, e), split_summary(e))
-    tracker.keep_model(folder / "best_model.pth", facts)
+    for path in (folder / f"evaluation_{split}.json" for split in splits):
+        if path.exists():
+            e = read_evaluation(path)
+            named = with_ends(e["metrics"], e["intervals"], REPORT_HEADLINES)
+            tracker.show(partial(split_media, e), flat_figures({e["split"]: named}))
+    if with_model:
+        tracker.keep_model(folder / "best_model.pth", facts)
 
 
-def split_summary(e: dict) -> dict[str, float]:
-    """Headline figures with the ends of their intervals: `test/macro_f1`, `test/macro_f1_low`, `test/macro_f1_high`."""
+def with_ends(figures: dict, intervals: dict, keys: Iterable[str], prefix: str = "") -> dict[str, float | None]:
+    """Figures with the ends of their intervals: `macro_f1`, `macro_f1_low`, `macro_f1_high`, …"""
     named: dict[str, float | None] = {}
-    for key in REPORT_HEADLINES:
-        named[key], named[f"{key}_low"], named[f"{key}_high"] = with_ends(e["metrics"], e["intervals"], key)
-    return flat_figures({e["split"]: named})
-
-
-def with_ends(figures: dict, intervals: dict, key: str) -> tuple[float | None, ...]:
-    """A figure and the two ends of its interval."""
-    return figures[key], *(intervals.get(key) or (None, None))
+    for key in keys:
+        low, high = intervals.get(prefix + key) or (None, None)
+        named |= {key: figures[prefix + key], f"{key}_low": low, f"{key}_high": high}
+    return named
 
 
 def split_media(e: dict, wandb: Any, points: int = 200) -> dict[str, Any]:
     """Table of all figures per label, ROC and precision-recall of all labels, each curve by so many points at most."""
-    metrics, intervals, ends = e["metrics"], e["intervals"], ("", "_low", "_high")
-    columns = ["label", "positive", "known", "threshold", *(k + end for k in REPORT_COLUMNS for end in ends)]
-    rows, curves = [], []
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    metrics, intervals, curves = e["metrics"], e["intervals"], {}
+    spread, rows = intervals.get("per_label", {}), []
     for i, (label, m) in enumerate(metrics["per_label"].items()):
-        low_high = intervals.get("per_label", {}).get(label, {})
-        cells = (x for k in REPORT_COLUMNS for x in with_ends(m, low_high, k))
+        cells = with_ends(m, spread.get(label, {}), REPORT_COLUMNS).values()
         rows.append([label, m["n_positive"], m["n_known"], float(e["cuts"][i]), *cells])
-        known = np.isfinite(e["targets"][:, i])
-        y, p = e["targets"][known, i] == 1, e["probabilities"][known, i]
+        y, p = known_pairs(e, i)
         if 0 < y.sum() < len(y):
-            curves.append((label, *operating_points(y, p)))
+            curves[label] = roc_curve(y, p)[:2], [axis[::-1] for axis in precision_recall_curve(y, p)[1::-1]]
     for kind in ("macro", "micro"):
-        cells = (x for k in REPORT_COLUMNS for x in with_ends(metrics, intervals, f"{kind}_{k}"))
-        rows.append([kind, None, None, None, *cells])
-
-    def plot(which: int, title: str, x: str) -> Any:
-        some = [np.linspace(0, len(c[which][0]) - 1, min(points, len(c[which][0]))).astype(int) for c in curves]
-        xs, ys = ([c[which][k][at].tolist() for c, at in zip(curves, some, strict=True)] for k in (0, 1))
-        return wandb.plot.line_series(xs, ys, keys=[c[0] for c in curves], title=f"{title}, {e['split']}", xname=x)
-
-    media = {"labels": wandb.Table(columns=columns, data=rows)}
-    if curves:
-        media |= {"roc": plot(1, "ROC", "1 - specificity"), "precision_recall": plot(2, "Precision", "recall")}
+        named = with_ends(metrics, intervals, REPORT_COLUMNS, f"{kind}_")
+        rows.append([kind, None, None, None, *named.values()])
+    media = {"labels": wandb.Table(columns=["label", "positive", "known", "threshold", *named], data=rows)}
+    plots = {"roc": ("ROC", "1 - specificity"), "precision_recall": ("Precision", "recall")} if curves else {}
+    for k, (name, (title, x)) in enumerate(plots.items()):
+        lines = [c[k] for c in curves.values()]
+        some = [np.linspace(0, len(line[0]) - 1, min(points, len(line[0]))).astype(int) for line in lines]
+        xs, ys = ([line[axis][at].tolist() for line, at in zip(lines, some, strict=True)] for axis in (0, 1))
+        media[name] = wandb.plot.line_series(xs, ys, keys=[*curves], title=f"{title}, {e['split']}", xname=x)
     return {f"{e['split']}/{name}": value for name, value in media.items()}
 
 
@@ -7261,7 +7092,7 @@ def finish_run(run: Run) -> None:
         run.facts |= {"checkpoint": str(folder / "best_model.pth"), "checkpoint digest": digest_of(best)}
         parts = {split: (getattr(run, split), values) for split, values in logits.items()}
         publish_all(args, "training", run.facts, run.table, model, parts, thresholds, {"val": objective})
-        track_results(run.tracker, folder, logits, best)
+        track_results(run.tracker, folder, logits, best, args.wandb_log_model)
         if args.export_hf:
             export_hf(best, args.export_hf)
             log.info("the tower for transformers: %s", args.export_hf)
@@ -7375,6 +7206,7 @@ RESUME_MAY_CHANGE = {
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
     "check_data", "prepare", "config", "command", "explain", "soup", "use_3channel", "images", "score",
+    "wandb_log_model",
     # compared by what they lead to, in the other entries of the identity
     "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
 }  # fmt: skip

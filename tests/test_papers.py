@@ -1,16 +1,19 @@
 """Room 12: the files a person reads, read back independently."""
 
+import ast
 import base64
 import csv
 import html.parser
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
 import types
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +22,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import finetune_siglip as fs
+from helpers import CHEST
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -115,7 +119,7 @@ COLUMNS = {
     "sensitivity": "recall", "specificity": "specificity", "balanced accuracy": "balanced_accuracy",
     "accuracy": "accuracy", "Brier": "brier", "calibration error": "ece", "CRG": "crg", "prevalence": "prevalence",
 }  # fmt: skip
-LABELS = ["Lung nodule", "Emphysema & co", "Hernia", f"Odd {HOSTILE}"]
+LABELS = ["Lung nodule", "Emphysema & $\\frac{ 肺\n", "Hernia", f"Odd {HOSTILE}"]
 
 
 def evaluated_folder(folder, n: int = 90, pictures: bool = True):
@@ -140,7 +144,8 @@ def evaluated_folder(folder, n: int = 90, pictures: bool = True):
     ]
     (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = {"Settings": {"csv": HOSTILE, "windows": [[-1, 1]]}, "Data": {"Scans": {HOSTILE: {"scans": 5}}}}
-    (folder / "run.json").write_text(json.dumps(run | {"Run": {"device": "CPU"}}))
+    facts = {"date": "2026-05-04 03:02:01 +0000", "checkpoint": HOSTILE, "checkpoint digest": "0123456789abcdef" * 4}
+    (folder / "run.json").write_text(json.dumps(run | {"Run, training": facts | {"threads": 16}}))
     if pictures:
         (folder / "pictures").mkdir()
         volume = rng.random((3, 12, 20, 24)).astype(np.float32)
@@ -251,11 +256,71 @@ def test_the_report_is_one_file_that_escapes_text_names_its_pictures_and_asks_no
     assert len(images) == 2
     assert all(a["src"].startswith("data:image/png;base64,") and HOSTILE in a["alt"] for a in images)
     assert all(a.get("role") == "img" and a["aria-label"] for tag, a in page.tags if tag == "svg")
-    assert names.count("svg") == 2 * (3 * 5 + 3) + 3
+    assert names.count("svg") == 2 * (3 + 1) + 1  # curves of labels with both classes, forest; training
     identities = [a["id"] for _, a in page.tags if "id" in a]
     assert len(set(identities)) == len(identities)
     assert {a["href"][1:] for tag, a in page.tags if tag == "a"} <= set(identities)
+    references = re.findall(r'(?:href|clip-path)="(?:url\()?#([mp]\w{10})\)?"', text)  # markers and clips in the SVGs
+    assert references
+    assert set(references) <= set(identities)
     assert fs.write_report(tmp_path).read_text(encoding="utf-8") == text
+
+
+def test_the_head_of_a_report_tells_it_from_another_at_a_glance(tmp_path) -> None:
+    evaluated_folder(tmp_path)
+    text = fs.write_report(tmp_path).read_text(encoding="utf-8")
+    name = f"{tmp_path.name} 2026-05-04 03:02:01 +0000"
+    assert f"<title>{name}: SigLIP on chest CT</title>" in text
+    assert f"<h1>{name}</h1>" in text
+    head, facts, _ = re.split("<details>|</details>", text, maxsplit=2)
+    assert "(0123456789ab)" in head
+    assert "0123456789abc" not in head
+    assert "threads" not in head
+    assert "0123456789abcdef" * 4 in facts
+
+
+def test_calibration_is_drawn_where_a_bin_holds_five_scans() -> None:
+    probabilities = np.repeat([0.05, 0.15, 0.35, 0.95, 1.0], [5, 4, 7, 4, 1])  # 0.95 and 1.0 share a bin
+    targets = np.arange(len(probabilities)) % 3 == 0
+    metrics = {"per_label": {"a": {"auc": 0.5, "average_precision": 0.5, "ece": 0.5}}}
+    e = {"labels": ["a"], "cuts": [0.5], "metrics": metrics}
+    figure = fs.draw_curves({**e, "targets": targets[:, None] * 1.0, "probabilities": probabilities[:, None]}, 0)
+    points = figure.axes[3].lines[1].get_xydata()
+    groups = [probabilities < 0.1, abs(probabilities - 0.35) < 0.01, probabilities > 0.9]
+    np.testing.assert_allclose(points, [[probabilities[g].mean(), targets[g].mean()] for g in groups])
+
+
+def test_curves_are_those_of_scikit_learn_with_a_dot_where_the_threshold_is(tmp_path) -> None:
+    from sklearn.metrics import f1_score, precision_score, recall_score, roc_curve
+
+    evaluated_folder(tmp_path, pictures=False)
+    e = fs.read_evaluation(tmp_path / "evaluation_test.json")
+    (y, p), cut = fs.known_pairs(e, 0), e["cuts"][0]
+    roc, pr, by_cut, *_ = fs.draw_curves(e, 0).axes
+    np.testing.assert_array_equal(roc.lines[1].get_xydata(), np.transpose(roc_curve(y, p)[:2]))
+    sensitivity = recall_score(y, p >= cut)
+    np.testing.assert_allclose(roc.lines[2].get_xydata()[0], [(p[~y] >= cut).mean(), sensitivity])
+    np.testing.assert_allclose(pr.lines[2].get_xydata()[0], [sensitivity, precision_score(y, p >= cut)])
+    f1, recall, specificity = (line.get_ydata()[30] for line in by_cut.lines[:3])
+    wanted = f1_score(y, p >= 0.3), recall_score(y, p >= 0.3), recall_score(~y, p < 0.3)
+    np.testing.assert_allclose((f1, recall, specificity), wanted)
+
+
+def test_findings_that_come_together_are_counted_where_both_are_known() -> None:
+    targets = np.array([[1, 1], [1, 0], [1, np.nan], [0, 1], [0, 0]])
+    e = {"targets": targets, "probabilities": np.full((5, 2), [0.9, 0.1]), "cuts": np.array([0.5, 0.5])}
+    shared = fs.found_together(e)
+    assert [n for n, _ in shared["Truth"]] == [3, 2]
+    assert [n for n, _ in shared["Prediction"]] == [5, 0]
+    np.testing.assert_equal([row for _, row in shared["Truth"]], [[math.nan, 1 / 2], [1 / 2, math.nan]])
+    np.testing.assert_equal([row for _, row in shared["Prediction"]], [[math.nan, 0], [math.nan, math.nan]])
+
+
+def test_nothing_that_draws_is_imported_before_something_is_drawn() -> None:
+    tree = ast.parse(Path(fs.__file__).read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {name.split(".")[0] for n in top for name in [getattr(n, "module", None) or n.names[0].name]}
+    assert not names & {"matplotlib", "PIL", "jinja2", "markupsafe", "sklearn", "wandb"}
 
 
 def test_a_report_needs_an_evaluation_and_little_else(tmp_path) -> None:
@@ -288,6 +353,19 @@ def test_a_drawn_scan_is_a_png_of_its_slices_feet_to_head_with_equal_windows_onc
     assert picture.shape == (2 * 58, 5 * 114)
     assert [picture[29, 114 * k + 57] for k in range(5)] == [round(255 * v) for v in (0.1, 0.3, 0.5, 0.7, 0.9)]
     assert (picture[58 + 5, 57], picture[58 + 50, 57]) == (255, 0)
+
+
+def test_a_window_of_bone_is_brightened_for_the_eye_and_the_others_are_left() -> None:
+    hu = np.random.default_rng(0).normal(40, 20, (4, 16, 16))  # muscle, a rib of 500 HU, air around
+    hu[:, :6], hu[:, 12:, 6:8] = -1000, 500
+    windows = np.stack([np.clip((hu - low) / (high - low), 0, 1) for low, high in CHEST])
+    shown = fs.legible_windows(windows)
+    assert list(shown) == [0, 1, 2]
+    assert np.array_equal(shown[0], windows[0])
+    assert np.array_equal(shown[1], windows[1])
+    np.testing.assert_allclose(shown[2], np.sqrt(windows[2]))
+    assert np.median(shown[2][hu > 0]) > 0.2 > 0.1 > np.median(windows[2][hu > 0])
+    assert list(fs.legible_windows(windows[[0, 0, 0]])) == [0]
 
 
 class Browser:
@@ -349,6 +427,9 @@ def browser(tmp_path_factory):
     started.close()
 
 
+SCROLLING = "[...document.querySelectorAll('.wide')].map(box => box.scrollWidth > box.clientWidth + 1)"
+HINTED = "[...document.querySelectorAll('.wide')].map(x => getComputedStyle(x, '::before').content.includes('scroll'))"
+SKIP = "document.querySelector('.skip').getBoundingClientRect().right"
 COLUMN = "[...document.querySelector('table.sort').tBodies[0].rows].map(row => row.cells[{}].dataset.v)"
 
 
@@ -369,13 +450,22 @@ def test_the_report_in_a_real_browser_at_two_widths(tmp_path, browser) -> None:
         assert browser.run("return [...document.images].every(image => image.complete && image.naturalWidth > 0)")
         small = "[...document.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height)"
         assert browser.run(f"return Math.min(...{small})") >= 8
+        scrolling, hinted = browser.run(f"return {SCROLLING}"), browser.run(f"return {HINTED}")
+        assert scrolling == hinted
+        assert any(scrolling) == (width == 390)
+        assert browser.run(f"return {SKIP}") < 0
+        browser.press("\ue004")
+        assert browser.run("return document.activeElement.className") == "skip"
+        assert browser.run(f"return {SKIP}") >= 0
+        browser.run("document.activeElement.blur()")
+        assert browser.run(f"return {SKIP}") < 0
         picture = base64.b64decode(browser.send("Page.captureScreenshot", captureBeyondViewport=True)["data"])
         (tmp_path / f"report_{width}.png").write_bytes(picture)
         sizes[width] = browser.run("return document.documentElement.scrollHeight")
     assert sizes[390] > sizes[1280]
     browser.run("document.querySelector('table.sort tbody tr:last-child a').focus()")
-    browser.press("\ue004")  # Tab: on a narrow screen the curves of a label are a strip
-    assert browser.run("return document.activeElement.classList.contains('five')")
+    browser.press("\ue004")  # Tab: whatever scrolls can be scrolled by keyboard
+    assert browser.run("return document.activeElement.classList.contains('wide')")
     sort_by_click_and_by_keyboard(browser)
     paper = {}
     for scheme in ("light", "dark"):
@@ -388,9 +478,8 @@ def test_the_report_in_a_real_browser_at_two_widths(tmp_path, browser) -> None:
     )
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     browser.send("Emulation.setDeviceMetricsOverride", width=1047, height=718, deviceScaleFactor=1, mobile=False)
-    tops = "[...document.querySelectorAll('.five')].map(five => new Set([...five.children].map(f => f.offsetTop)).size)"
-    assert set(browser.run(f"return {tops}")) == {1}  # a label's curves on one line of the A4 page
-    assert browser.run("return Math.max(...[...document.querySelectorAll('figure')].map(f => f.offsetHeight))") < 718
+    assert not any(browser.run(f"return {SCROLLING}"))  # paper doesn't
+    assert browser.run("return Math.max(...[...document.querySelectorAll('svg')].map(x => x.clientHeight))") < 718
     assert base64.b64decode(browser.ask("/print", {})).startswith(b"%PDF")
 
 

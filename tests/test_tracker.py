@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -162,10 +161,13 @@ def test_an_online_run_keeps_its_id_when_resumed_and_ends_with_its_best_model(
     more = ("--wandb-mode", "online", "--bootstrap", "20", "--wandb-project", "lungs")
     assert fs.main(arguments(scans, tower, tmp_path, "--epochs", "1", *more)) == 0
     (run_id,) = house.runs
+    assert {a["artifactTypeName"] for a in house.artifacts} == {"run_table"}  # the model only where it is asked for
     assert run_id == tracker_id(tmp_path) != tracker_id(offline_run)
     assert epochs(house.history(run_id)) == [1]
     house.runs[run_id].update({"wandb-history.jsonl": [], "wandb-summary.json": []})  # as if killed before it was sent
-    assert fs.main(arguments(scans, tower, tmp_path, "--epochs", "3", "--resume", "auto", *more)) == 0
+    assert (
+        fs.main(arguments(scans, tower, tmp_path, "--epochs", "3", "--resume", "auto", "--wandb-log-model", *more)) == 0
+    )
     assert list(house.runs) == [run_id]
     rows = house.history(run_id)
     assert epochs(rows) == [1, 2, 3]
@@ -224,24 +226,36 @@ def test_without_a_key_it_is_offline_and_nobody_is_asked(mode, tmp_path, capsys)
     assert "wandb sync" in capsys.readouterr().out
 
 
-def test_the_mode_follows_the_environment_the_key_and_the_network(monkeypatch, tmp_path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        there = f"http://127.0.0.1:{server.getsockname()[1]}"
-        monkeypatch.setenv("WANDB_BASE_URL", there)
-        assert fs.wandb_mode("auto") == "offline"
-        (tmp_path / "home").mkdir()
-        (tmp_path / "home" / ".netrc").write_text(f"machine 127.0.0.1 login user password {'a' * 40}\n")
-        assert fs.wandb_mode("auto") == "online"
-        monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")
-        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-        assert fs.wandb_mode("auto") == "offline"
-        monkeypatch.setenv("HTTPS_PROXY", there)
-        assert fs.wandb_mode("auto") == "online"
+def test_the_mode_follows_the_environment_and_the_key(monkeypatch, tmp_path) -> None:
+    assert fs.wandb_mode("auto") == fs.wandb_mode("online") == "offline"
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".netrc").write_text(f"machine 127.0.0.1 login user password {'a' * 40}\n")
+    assert fs.wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")
     assert fs.wandb_mode("auto") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    assert fs.wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert fs.wandb_mode("auto") == "disabled"
     assert fs.wandb_mode("online") == "online"
     assert start(tmp_path).run is None
+
+
+def test_a_key_without_a_network_leaves_the_run_offline_within_seconds(monkeypatch, tmp_path, capsys) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.invalid")
+    monkeypatch.setattr(fs.Tracker, "PATIENCE", 8.0)
+    opened, real = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **how: opened.append(how) or real(**how))
+    with start(tmp_path) as tracker:
+        assert tracker.run.offline
+        tracker.record(LINES)
+    assert [how["mode"] for how in opened] == ["offline"]
+    assert epochs(rows_of(offline_records(tmp_path))) == [1, 2, 3]
+    assert "Weights & Biases is not online" in capsys.readouterr().err
 
 
 def test_a_server_that_accepts_and_never_answers_leaves_the_run_offline(house, monkeypatch, tmp_path, capsys) -> None:

@@ -273,7 +273,9 @@ def build_parser() -> Parser:
     add("--cache-limit-gb", type=amount, default=0.0, metavar="GB", help="size of --cache-dir at most; 0: no limit [0]")
     add("--check-data", action="store_true", help="report on table and volumes, draw data_check.png and stop")
     add("--prepare", type=Path, metavar="DIR",
-        help="convert the raw scans of --csv to NPZ files and a CSV in this folder and stop; repeat to go on")
+        help="convert the raw scans of --csv to files and a CSV in this folder and stop; repeat to go on")
+    add("--format", choices=("npz", "b2nd"), default="npz",
+        help="of the files of --prepare: NumPy's, or blosc2's, which are read three times as fast [npz]")
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained", help="SigLIP checkpoint: a hub name, a folder, .bin, .pt, .pth or .safetensors")
@@ -1229,7 +1231,6 @@ def read_table(
 # From a file to the int16 tensor that travels to the device: stored files, resampling, raw scans, what the values mean,
 # the cache, the loader, augmentation, the check, preparation.
 
-ZIP_ENTRY = "<4xH2xHH4xIIIHHH4xII"  # maker, flags, method, crc, packed, size, three lengths, mode, offset
 AIR = -1024  # HU of what lies outside the scan
 HU_LIMIT = 8192  # no tissue, metal or padding in use lies beyond
 WINDOWED_SCALE = 32767  # int16 steps of a stored window value of 1
@@ -1277,49 +1278,11 @@ class Header:
     raw: bool = False  # knows its own geometry
     orientation: str | None = None  # named by the file itself
     spacing: tuple[float, ...] | None = None  # mm along the stored axes
+    source: str | None = None  # digest of what `--prepare` made it from
 
 
-@dataclass(frozen=True)
-class Member:
-    """One file inside a ZIP archive."""
-
-    deflated: bool
-    crc: int
-    packed: int  # bytes in the archive
-    size: int  # bytes after inflating
-    offset: int  # of the local header
-
-
-# An NPZ is read here rather than by numpy.load: that trusts what the archive says of itself (memory, pickles), and is
-# slower. Only what numpy writes is accepted: stored or deflated members, no ZIP64 archive.
-
-
-def zip_members(file: int, size: int, path: Path) -> dict[str, Member]:
-    """The directory of a ZIP archive of `size` bytes; BadVolume where it is not one that numpy would write."""
-    tail = os.pread(file, 42, max(0, size - 42))
-    end = tail[-22:]
-    if len(end) < 22 or end[:4] != b"PK\5\6" or end[-2:] != b"\0\0":
-        raise BadVolume(f"{path}: is no NPZ archive, or cut short: copy it again")
-    entries, length, start = struct.unpack("<10xHII2x", end)
-    zip64 = len(tail) == 42 and tail[:4] == b"PK\6\7"
-    if zip64 or entries > 64 or length > 65536 or start + length > size:
-        raise BadVolume(f"{path}: its archive directory is not one of an NPZ with one volume")
-    directory, members, at = os.pread(file, length, start), {}, 0
-    for _ in range(entries):
-        if len(directory) < at + 46 or directory[at : at + 4] != b"PK\1\2":
-            raise BadVolume(f"{path}: its archive directory is damaged")
-        made, flags, method, crc, packed, full, n, extra, comment, mode, offset = struct.unpack_from(
-            ZIP_ENTRY, directory, at
-        )
-        name = directory[at + 46 : at + 46 + n].decode("utf-8", "replace")
-        link = made >> 8 == 3 and stat.S_ISLNK(mode >> 16)
-        if name in members or link or flags & 1 or method not in (0, 8) or offset + packed > start:
-            raise BadVolume(f"{path}: member {name!r} is double, encrypted, a link or not stored the way numpy does")
-        if full > 1 << 25 and full > 200 * packed:  # noise alone keeps a CT below 20 : 1
-            raise BadVolume(f"{path}: would inflate to {full / max(1, packed):.0f} times its size: no CT does")
-        members[name] = Member(method == 8, crc, packed, full, offset)
-        at += 46 + n + extra + comment
-    return members
+# Stored volumes: NPZ, NPY, and blosc2's B2ND as nnU-Net has it. An NPZ is not given to numpy.load, which believes what
+# the archive says of itself (sizes, pickles) and inflates it at half the speed of libdeflate.
 
 
 def read_exactly(file: int, length: int, offset: int, path: Path) -> bytes:
@@ -1333,79 +1296,107 @@ def read_exactly(file: int, length: int, offset: int, path: Path) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def read_member(file: int, member: Member, path: Path, limit: int | None = None) -> bytes | bytearray:
-    """The bytes of a member, held against length and checksum; or only its first ones, up to `limit`."""
-    names = struct.unpack("<HH", read_exactly(file, 30, member.offset, path)[26:])
-    packed = read_exactly(file, min(member.packed, limit or member.packed), member.offset + 30 + sum(names), path)
-    if limit:
-        return inflate_with_zlib(packed, limit, path) if member.deflated else packed
-    data, crc = inflate(packed, member.size, path) if member.deflated else (packed, zlib.crc32(packed))
-    if len(data) != member.size or crc != member.crc:
-        raise BadVolume(f"{path}: is damaged: its bytes do not match their checksum: copy it again")
-    return data
-
-
-def inflate_with_zlib(packed: bytes, limit: int, path: Path) -> bytes:
+def crc32(data: Any, start: int = 0) -> int:
+    """The checksum of ZIP, by libdeflate where it is installed: six times as fast as zlib."""
     try:
-        return zlib.decompressobj(-15).decompress(packed, limit)
-    except zlib.error as error:
-        raise BadVolume(f"{path}: is damaged ({error}): copy it again") from None
+        import deflate as library
+    except ImportError:
+        return zlib.crc32(data, start)
+    return library.crc32(data, start)
 
 
-def inflate(packed: bytes, size: int, path: Path) -> tuple[bytes | bytearray, int]:
-    """(At most `size` + 1 bytes, whatever the archive holds; their checksum); libdeflate takes half of zlib's time."""
+def inflate(packed: bytes | bytearray, size: int) -> bytes | bytearray:
+    """What is packed, or an error or `size` + 1 bytes where it is more than `size`."""
     try:
         import deflate
     except ImportError:
-        plain = inflate_with_zlib(packed, size + 1, path)
-        return plain, zlib.crc32(plain)
-    try:
-        data = deflate.deflate_decompress(packed, size)
-    except deflate.DeflateError:  # also where there is more than `size`
-        raise BadVolume(f"{path}: is damaged: its bytes can't be inflated: copy it again") from None
-    return data, deflate.crc32(data)
+        return zlib.decompressobj(-15).decompress(packed, size + 1)
+    return deflate.deflate_decompress(packed, size)
 
 
-def parse_npy(head: bytes | bytearray, size: int, path: Path) -> Header:
-    """The header of an array file of `size` bytes in NumPy's format."""
-    stream = io.BytesIO(head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = parse(stream)
-    except Exception as error:  # a hostile header can end in any error of Python's parser
-        raise BadVolume(f"{path}: has no readable array header ({type(error).__name__})") from None
-    nbytes = math.prod(shape) * dtype.itemsize
-    if dtype.hasobject or stream.tell() + nbytes != size or min(shape, default=1) < 1:
-        raise BadVolume(f"{path}: its header does not match its data: {dtype} {shape} in {size} bytes")
+def parse_npy(stream: Any, size: int) -> Header:
+    """The header of an array file of `size` bytes in NumPy's format; ValueError where these do not fit."""
+    version = np.lib.format.read_magic(stream)
+    parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = parse(stream)
+    if dtype.hasobject or stream.tell() + math.prod(shape) * dtype.itemsize != size or min(shape, default=1) < 1:
+        raise ValueError(f"its header does not match its data: {dtype} {shape} in {size} bytes")
     return Header(tuple(shape), dtype, fortran, stream.tell())
 
 
-def small_array(file: int, member: Member | None, path: Path) -> np.ndarray | None:
-    """A member of a few values, such as `spacing`, or None where it is absent."""
-    if member is None:
-        return None
-    data = read_member(file, member, path) if member.size <= 4096 else b""
-    header = parse_npy(data, len(data), path)
-    if header.dtype.kind not in "iufUS":
-        raise BadVolume(f"{path}: its members 'orientation' and 'spacing' must be plain arrays")
-    return np.frombuffer(data, header.dtype, offset=header.start)
+def refuse_bomb(size: int, packed: int) -> None:
+    """ValueError for what would fill the memory: noise alone keeps a CT below 20 : 1."""
+    if size > 1 << 25 and size > 200 * packed:
+        raise ValueError(f"would inflate to {size / max(1, packed):.0f} times its size: no CT does")
 
 
-def describe_members(header: Header, file: int, members: dict[str, Member], path: Path) -> Header:
-    """The header with what the members `orientation` and `spacing` add to it."""
-    code = small_array(file, members.get("orientation.npy"), path)
-    spacing = small_array(file, members.get("spacing.npy"), path)
-    if code is not None:
-        text = code[0].decode("ascii", "replace") if code.dtype.kind == "S" else str(code[0])
-        if len(code) != 1 or sorted(PATIENT_AXIS.get(letter, 9) for letter in text) != [0, 1, 2]:
+def open_npz(file: int, path: Path) -> tuple[Header, Callable[[], Any]]:
+    """Header of the member `image`, and what reads its bytes."""
+    with open(file, "rb", buffering=0, closefd=False) as stream, zipfile.ZipFile(stream) as archive:
+        members = {info.filename: info for info in archive.infolist()}
+        if (image := members.get("image.npy")) is None:
+            raise BadVolume(
+                f"{path}: has no member 'image' (but {', '.join(sorted(members)[:9])}): savez_compressed(image=…)"
+            )
+        count, usual = len(archive.infolist()), image.compress_type in (0, 8) and not image.flag_bits & 1
+        if not len(members) == count <= 64 or not usual:
+            raise ValueError("its members are too many, double, encrypted or packed otherwise than numpy does")
+        refuse_bomb(image.file_size, image.compress_size)
+        with archive.open(image) as member:
+            header = dataclasses.replace(parse_npy(member, image.file_size), crc=image.CRC)
+        told: dict[str, Any] = {}
+        for name in ("orientation", "spacing", "source"):
+            if (info := members.get(f"{name}.npy")) and info.file_size <= 4096:
+                data = archive.read(info)
+                small = parse_npy(io.BytesIO(data), len(data))
+                told[name] = np.frombuffer(data, small.dtype, offset=small.start).tolist()
+    start = image.header_offset + 30 + sum(struct.unpack("<26xHH", read_exactly(file, 30, image.header_offset, path)))
+
+    def load() -> bytes | bytearray:
+        data: bytes | bytearray = read_exactly(file, image.compress_size, start, path)
+        data = inflate(data, image.file_size) if image.compress_type else data
+        if len(data) != image.file_size or crc32(data) != image.CRC:
+            raise ValueError("its bytes do not match their checksum")
+        return data
+
+    return with_facts(header, told, path), load
+
+
+def open_b2nd(path: Path) -> tuple[Header, Callable[[], Any]]:
+    """Header and reader of a blosc2 array. Files of others have no checksum; those of `--prepare` have."""
+    array = raw_library("blosc2").open(str(path), mode="r", dparams={"nthreads": 1})
+    refuse_bomb(array.nbytes, array.cbytes)
+    told = array.schunk.vlmeta.getall().get("scan", {})
+    if told.pop("check", None) != (facts_check(array, told) if told else None):
+        raise ValueError("its facts do not match their checksum")
+
+    def load() -> np.ndarray:
+        voxels = array[...]
+        if told and told["crc32"] != crc32(voxels.data):
+            raise ValueError("its voxels do not match their checksum")
+        return voxels
+
+    return with_facts(Header(tuple(array.shape), array.dtype, crc=told.get("crc32")), told, path), load
+
+
+def facts_check(array: Any, facts: dict[str, Any]) -> int:
+    """A checksum of all that a B2ND file says of its voxels."""
+    return zlib.crc32(json.dumps([list(array.shape), str(array.dtype), facts], sort_keys=True).encode())
+
+
+def with_facts(header: Header, told: dict[str, Any], path: Path) -> Header:
+    """The header with what a file says beside its voxels: orientation, spacing, source."""
+    if "orientation" in told:
+        text = "".join(letter.decode() if isinstance(letter, bytes) else str(letter) for letter in told["orientation"])
+        if sorted(PATIENT_AXIS.get(letter, 9) for letter in text) != [0, 1, 2]:
             raise BadVolume(f"{path}: its member 'orientation' is {text!r}, not a code such as SPL")
         header = dataclasses.replace(header, orientation=text)
-    if spacing is not None:
-        if spacing.shape != (3,) or spacing.dtype.kind not in "iuf" or not ((spacing > 0.05) & (spacing < 50)).all():
-            raise BadVolume(f"{path}: its member 'spacing' is {spacing.tolist()}, not mm along the three stored axes")
+    if "spacing" in told:
+        spacing = told["spacing"]
+        if len(spacing) != 3 or not all(isinstance(mm, int | float) and 0.05 < mm < 50 for mm in spacing):
+            raise BadVolume(f"{path}: its member 'spacing' is {spacing}, not mm along the three stored axes")
         header = dataclasses.replace(header, spacing=tuple(map(float, spacing)))
-    return header
+    return dataclasses.replace(header, source=bytes(told["source"]).hex()) if "source" in told else header
 
 
 @contextmanager
@@ -1425,35 +1416,43 @@ def open_regular(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def read_stored(path: Path, voxels: bool = True) -> tuple[Header, Any]:
-    """Header and, if asked for, voxels (C, three stored axes) of an NPZ or NPY file, in the stored dtype."""
+    """Header and, if asked for, voxels (C, three stored axes) of an NPZ, NPY or B2ND file, in the stored dtype."""
     with open_regular(path) as (file, size):
-        magic, image = os.pread(file, 6, 0), None
-        if magic[:4] == b"PK\3\4":
-            members = zip_members(file, size, path)
-            if (image := members.get("image.npy")) is None:
-                names = ", ".join(sorted(members))
-                raise BadVolume(f"{path}: has no member 'image' (but {names}): save it with savez_compressed(image=…)")
-            header = parse_npy(read_member(file, image, path, 4096), image.size, path)
-            header = dataclasses.replace(describe_members(header, file, members, path), crc=image.crc)
-        elif magic == b"\x93NUMPY":
-            header = parse_npy(os.pread(file, 4096, 0), size, path)
-        else:
-            raise BadVolume(
-                f"{path}: is no NPZ, NPY, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices"
-            )
-        if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
-            raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
-        if len(header.shape) not in (3, 4):
-            raise BadVolume(f"{path}: has shape {header.shape}, not (C, D, H, W)")
-        if len(header.shape) == 3:
-            header = dataclasses.replace(header, shape=(1, *header.shape))
-        if header.shape[-1] <= 4 < header.shape[0]:
-            raise BadVolume(f"{path}: has shape {header.shape}, channels last: store np.moveaxis(image, -1, 0)")
-        if not voxels:
-            return header, None
-        data = read_member(file, image, path) if image else read_exactly(file, size, 0, path)
-    flat = np.frombuffer(data, header.dtype, offset=header.start)
+        magic = os.pread(file, 9, 0)
+        try:
+            if magic[:4] == b"PK\3\4":
+                header, load = open_npz(file, path)
+            elif magic[2:] == b"b2frame":
+                header, load = open_b2nd(path)
+            elif magic[:6] == b"\x93NUMPY":
+                header = parse_npy(io.BytesIO(os.pread(file, 4096, 0)), size)
+                load = partial(read_exactly, file, size, 0, path)
+            else:
+                raise BadVolume(
+                    f"{path}: is no NPZ, NPY, B2ND, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices"
+                )
+            if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
+                raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
+            header = dataclasses.replace(header, shape=channels_first(header.shape, path))
+            data = load() if voxels else None
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:  # a damaged or hostile file can end in any error of its parser
+            raise BadVolume(f"{path}: is damaged, or not as NumPy or blosc2 write it ({error})") from None
+    if data is None:
+        return header, None
+    flat = data if isinstance(data, np.ndarray) else np.frombuffer(data, header.dtype, offset=header.start)
     return header, flat.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+def channels_first(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
+    """(C, three axes), C = 1 where it is left out; BadVolume for anything else."""
+    shape = (1, *shape) if len(shape) == 3 else shape
+    if len(shape) != 4:
+        raise BadVolume(f"{path}: has shape {shape}, not (C, D, H, W): drop axes of length 1 with np.squeeze(image)")
+    if shape[-1] <= 4 < shape[0]:
+        raise BadVolume(f"{path}: has shape {shape}, channels last: store np.moveaxis(image, -1, 0)")
+    return shape
 
 
 def spl_axes(orientation: str) -> tuple[list[int], list[bool]]:
@@ -1647,7 +1646,7 @@ def raw_library(name: str) -> Any:
         library = importlib.import_module(name)
     except ImportError:
         package = {"nrrd": "pynrrd"}.get(name, name)
-        raise BadEnvironment(f"raw scans of this format are read with {package}: pip install {package}") from None
+        raise BadEnvironment(f"files of this format are read with {package}: pip install {package}") from None
     warnings.filterwarnings("ignore", module=name)
     logging.getLogger("nibabel.global" if name == "nibabel" else name).setLevel(logging.CRITICAL)
     if name == "pydicom":
@@ -2294,11 +2293,11 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     return prep
 
 
-# From the second read on, a volume comes from `--cache-dir`: one file each, which the system keeps in memory if it can.
-# A worker hands it to the training process by name: 16 MB take several times as long through new shared memory.
+# From the second read on, a volume comes from `--cache-dir`: one file each, of its voxels and their checksum, which the
+# system keeps in memory if it can. A worker only names it to the training process, which reads it into the batch: 16 MB
+# take several times as long through new shared memory. Blosc2 at its fastest makes entries of 60 % of this size, but is
+# three times as long at unpacking one as this is at reading it.
 
-CACHE_HEADER = struct.Struct("<8sQ16s32s")  # magic, bytes of voxels, their checksum, key
-CACHE_MAGIC = b"CTCACHE1"
 CACHE_SPARE = 2 << 30  # bytes left free on the disk: checkpoints need room too
 
 
@@ -2320,92 +2319,19 @@ def file_identity(path: Path) -> list:
         raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
 
 
-@dataclass(frozen=True)
-class CacheFiles:
-    """Names and content of the entries of one folder for one preprocessing."""
+def sealed(entry: Path, voxels: np.ndarray) -> bytes:
+    """The checksum at the end of an entry: of its voxels and its name, so that no other scan's is taken for it."""
+    return crc32(voxels.data, zlib.crc32(entry.name.encode())).to_bytes(4, "little")
 
-    folder: Path
-    prep: Preprocessing
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.prep.channels, *self.prep.grid
-
-    @property
-    def nbytes(self) -> int:
-        """Of an entry: its header and int16 voxels, filled up to a multiple of 512 bytes."""
-        return CACHE_HEADER.size - (-2 * math.prod(self.shape) // 512) * 512
-
-    def entry(self, source: Path) -> Path:
-        """Where the volume of this source, as the file is now, belongs."""
-        settings = {name: value for name, value in self.prep.to_dict().items() if name != "windows"}  # made later
-        text = json.dumps([settings, file_identity(source)], sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.ct"
-
-    def header(self, entry: Path, sums: np.ndarray) -> bytes:
-        """Of an entry whose 64 stretches, padded, as uint64, have these sums: checked as fast as memory is read."""
-        length = self.nbytes - CACHE_HEADER.size
-        return CACHE_HEADER.pack(CACHE_MAGIC, length, checksum_of(sums), bytes.fromhex(entry.stem))
-
-    def map(self, entry: Path) -> Tensor | None:
-        """The volume, mapped and not copied, or None where there is no entry that is whole."""
-        try:
-            with open(entry, "rb") as stream:
-                if os.fstat(stream.fileno()).st_size != self.nbytes:
-                    return None
-                mapped = np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY), np.uint8)
-        except (OSError, ValueError):
-            return None
-        voxels = mapped[CACHE_HEADER.size :]
-        sums = voxels.view(np.uint64).reshape(64, -1).sum(1)
-        if mapped[: CACHE_HEADER.size].tobytes() != self.header(entry, sums):
-            return None
-        return torch.from_numpy(voxels.view(np.int16)[: math.prod(self.shape)].reshape(self.shape))
-
-    def expect(self, entry: Path) -> bool:
-        """Whether there is an entry of the right length; the system is asked to read it, so that `fill` won't wait."""
-        try:
-            with open(entry, "rb", buffering=0) as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-                return os.fstat(stream.fileno()).st_size == self.nbytes
-        except OSError:
-            return False
-
-    def fill(self, entry: Path, out: Tensor) -> bool:
-        """Copy an entry to `out` (C, S, H, W); False where there is none that is whole.
-
-        Each stretch is summed while the processor still has it, which makes this faster than a map.
-        """
-        voxels, size = out.numpy().reshape(-1).view(np.uint8), (self.nbytes - CACHE_HEADER.size) // 64
-        sums, padded = np.empty(64, np.uint64), np.empty(size, np.uint8)
-        try:
-            with open(entry, "rb", buffering=0) as stream:
-                header = stream.read(CACHE_HEADER.size)
-                for i in range(64):
-                    part = voxels[i * size : (i + 1) * size]
-                    stretch = part if len(part) == size else padded
-                    if stream.readinto(stretch) != size:
-                        return False
-                    sums[i] = stretch.view(np.uint64).sum()
-                    if stretch is padded:
-                        part[:] = padded[: len(part)]
-                return header == self.header(entry, sums) and not stream.read(1)
-        except OSError:
-            return False
-
-    def write(self, entry: Path, volume: Tensor) -> None:
-        """Make an entry, visible when whole. Not flushed: what a crash of the machine tears, the checksum finds."""
-        voxels = np.zeros(self.nbytes - CACHE_HEADER.size, np.uint8)
-        voxels[: volume.nbytes] = volume.contiguous().numpy().reshape(-1).view(np.uint8)
-        part = entry.with_name(f"{entry.stem}.{os.getpid()}.{os.urandom(4).hex()}.part")  # containers share process ids
-        try:
-            with open(part, "wb") as stream:
-                stream.write(self.header(entry, voxels.view(np.uint64).reshape(64, -1).sum(1)))
-                stream.write(voxels)
-            os.replace(part, entry)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
+def fill_from(entry: Path, out: Tensor) -> bool:
+    """Copy an entry of the cache to `out` (C, S, H, W) int16; False where there is none that is whole."""
+    voxels = out.numpy().reshape(-1).view(np.uint8)
+    try:
+        with open(entry, "rb", buffering=0) as stream:
+            return stream.readinto(voxels) == len(voxels) and stream.read(5) == sealed(entry, voxels)
+    except OSError:
+        return False
 
 
 class VolumeCache:
@@ -2417,62 +2343,82 @@ class VolumeCache:
     """
 
     def __init__(self, folder: Path, prep: Preprocessing, sources: Sequence[Path], limit: float = math.inf):
-        self.files = CacheFiles(folder, prep)
+        self.folder, self.prep = folder, prep
+        self.shape = (prep.channels, *prep.grid)
+        self.nbytes = 2 * math.prod(self.shape) + 4  # of an entry
         self.full = torch.zeros(1, dtype=torch.uint8).share_memory_()  # set by the first worker to meet a full disk
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.last = self.make_room([self.files.entry(source).name for source in sources], limit)
+            self.last = self.make_room({self.entry(source).name for source in sources}, limit)
         except OSError as error:
             raise BadEnvironment(f"--cache-dir {folder}: {error.strerror}") from None
 
-    def make_room(self, names: list[str], limit: float) -> str:
+    def entry(self, source: Path) -> Path:
+        """Where the volume of this source, as the file is now, belongs."""
+        settings = {name: value for name, value in self.prep.to_dict().items() if name != "windows"}  # made later
+        text = json.dumps([settings, file_identity(source)], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.ct"
+
+    def make_room(self, own: set[str], limit: float) -> str:
         """Remove what has to give way; returns the last name, in alphabetical order, that there is room for."""
-        folder, size, own = self.files.folder, self.files.nbytes, set(names)
         found = []
-        for item in os.scandir(folder):
+        for item in os.scandir(self.folder):
             with suppress(FileNotFoundError):  # another process may be at work here
                 found.append((item.stat().st_mtime, item.name, item.stat().st_size))
         others = sum(length for _, name, length in found if name not in own)
         there = sum(length for _, name, length in found if name in own)
         for changed, name, length in sorted(found):
-            crowded = name.endswith(".ct") and others + min(limit, len(own) * size) > limit
+            crowded = name.endswith(".ct") and others + min(limit, len(own) * self.nbytes) > limit
             if name not in own and (crowded or (name.endswith(".part") and changed < time.time() - 86400)):
-                (folder / name).unlink(missing_ok=True)
+                (self.folder / name).unlink(missing_ok=True)
                 others -= length
-        free = shutil.disk_usage(folder).free + there - CACHE_SPARE
-        kept = max(0, min(len(own), int(min(limit - others, free) // size)))
+        free = shutil.disk_usage(self.folder).free + there - CACHE_SPARE
+        kept = max(0, min(len(own), int(min(limit - others, free) // self.nbytes)))
         last = sorted(own)[kept - 1] if kept else ""
         for _, name, _ in found:
             if name in own and name > last:  # of a run with more room
-                (folder / name).unlink(missing_ok=True)
+                (self.folder / name).unlink(missing_ok=True)
         log.info(
-            "cache %s: %.1f GB for %d volumes of %.1f MB, of which %.1f GB are there%s", folder, len(own) * size / 1e9,
-            len(own), size / 1e6, there / 1e9, f"; there is room for {kept} of them" if kept < len(own) else "",
+            "cache %s: %.1f GB for %d volumes of %.1f MB, of which %.1f GB are there%s", self.folder,
+            len(own) * self.nbytes / 1e9, len(own), self.nbytes / 1e6, there / 1e9,
+            f"; there is room for {kept} of them" if kept < len(own) else "",
         )  # fmt: skip
         return last
 
-    def holds(self, source: Path) -> bool:
-        """Whether there seems to be an entry of this source as it is now."""
-        with suppress(BadVolume):
-            return self.files.expect(self.files.entry(source))
-        return False
+    def find(self, source: Path) -> Path | None:
+        """The entry of this source as it is now, if one seems to be there; the system is asked to read it ahead."""
+        with suppress(BadVolume, OSError), open(entry := self.entry(source), "rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+            return entry if os.fstat(stream.fileno()).st_size == self.nbytes else None
+        return None
 
-    def load(self, source: Path) -> tuple[Tensor, bool]:
-        """The volume, and whether there is an entry of it. Raises BadVolume."""
-        entry = self.files.entry(source)
-        if (volume := self.files.map(entry)) is not None:
-            return volume, True
-        volume = load_sample(source, self.files.prep)
-        if entry.name > self.last or self.full.item() or self.files.entry(source) != entry:
-            return volume, False
+    def load(self, source: Path) -> Tensor:
+        """The volume, from its entry or else from its source, then with an entry from now on. Raises BadVolume."""
+        entry, volume = self.entry(source), torch.from_numpy(np.empty(self.shape, np.int16))
+        if fill_from(entry, volume):
+            return volume
+        volume = load_sample(source, self.prep)
+        if entry.name <= self.last and not self.full.item() and self.entry(source) == entry:
+            try:
+                self.write(entry, volume.numpy())
+            except OSError as error:
+                if not self.full.item():
+                    self.full.fill_(1)
+                    log.warning("--cache-dir %s: %s; training goes on, with what is there", self.folder, error.strerror)
+        return volume
+
+    def write(self, entry: Path, volume: np.ndarray) -> None:
+        """Make an entry, visible when whole. Not flushed: what a crash of the machine tears, the checksum finds."""
+        part = entry.with_name(f"{entry.stem}.{os.getpid()}.{os.urandom(4).hex()}.part")  # containers share process ids
+        voxels = volume.reshape(-1).view(np.uint8)
         try:
-            self.files.write(entry, volume)
-        except OSError as error:
-            if not self.full.item():
-                self.full.fill_(1)
-                log.warning("--cache-dir %s: %s; training goes on, with what is there", entry.parent, error.strerror)
-            return volume, False
-        return volume, True
+            with open(part, "wb") as stream:
+                stream.write(voxels)
+                stream.write(sealed(entry, voxels))
+            os.replace(part, entry)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
 
 # The loader: items are read in workers and come as batches in shared memory, or by name where the cache has them.
@@ -2493,24 +2439,24 @@ def stack_shared(volumes: Sequence[Tensor]) -> Tensor:
 
 @dataclass
 class CachedBatch:
-    """The volumes of a batch on their way to the training process: in shared memory, or named if the cache has them."""
+    """A batch on its way to the training process: volumes in shared memory, or (entry of the cache, source)."""
 
-    files: CacheFiles
-    parts: list[Tensor | Path]
+    prep: Preprocessing
+    parts: list[Tensor | tuple[Path, Path]]
 
     def assemble(self, pin: bool = False) -> Tensor:
         """(N, C, S, H, W) int16."""
-        shape = (len(self.parts), *self.files.shape)  # NumPy's memory has large pages, which are filled twice as fast
-        batch = (
+        shape = (len(self.parts), self.prep.channels, *self.prep.grid)
+        batch = (  # NumPy's memory has large pages, which are filled twice as fast
             torch.empty(shape, dtype=torch.int16, pin_memory=True) if pin else torch.from_numpy(np.empty(shape, "i2"))
         )
         for part, out in zip(self.parts, batch, strict=True):
             if isinstance(part, Tensor):
                 out.copy_(part)
-            elif not self.files.fill(entry := self.files.entry(part), out):
+            elif not fill_from(part[0], out):
                 with suppress(OSError):
-                    entry.unlink(missing_ok=True)  # torn: the next epoch makes it again
-                out.copy_(load_sample(part, self.files.prep))
+                    part[0].unlink(missing_ok=True)  # torn: the next epoch makes it again
+                out.copy_(load_sample(part[1], self.prep))
         return batch
 
     def pin_memory(self) -> Tensor:
@@ -2519,7 +2465,7 @@ class CachedBatch:
 
 
 class CTVolumeDataset(torch.utils.data.Dataset):
-    """Item i: `volume` int16 (C, S, H, W), `targets` float32 (L,), `row` i, `bad`, `error`, `cached`.
+    """Item i: `volume` int16 (C, S, H, W), `targets` float32 (L,), `row` i, `bad`, `error`.
 
     Item ~i is the same scan with unknown targets: a row that fills up a distributed epoch without counting.
     A scan that three tries cannot read is `bad`: its targets are NaN, its volume is air, `error` says what happened.
@@ -2537,49 +2483,50 @@ class CTVolumeDataset(torch.utils.data.Dataset):
     def __getitem__(self, item: int) -> dict[str, Any]:
         row, error = max(item, ~item), ""
         try:
-            volume, cached = self.read(self.table.paths[row])
+            volume = self.read(self.table.paths[row])
         except BadVolume as problem:
             error = f"series {self.table.series_ids[row]!r} (line {self.table.line_numbers[row]}): {problem}"
-            volume, cached = self.blank(), False
-        return self.describe(item, volume, cached, error)
+            volume = self.blank()
+        return self.describe(item, volume, error)
 
     def __getitems__(self, items: list[int]) -> list[dict[str, Any]]:
         """The items of a batch, for the loader; the voxels of what the cache holds are not touched, only named."""
-        found = [bool(self.cache and self.cache.holds(self.table.paths[max(item, ~item)])) for item in items]
-        return [self.describe(i, None, True, "") if there else self[i] for i, there in zip(items, found, strict=True)]
+        paths = [self.table.paths[max(item, ~item)] for item in items]
+        found = [self.cache.find(path) if self.cache else None for path in paths]
+        return [
+            self.describe(item, (entry, path), "") if entry else self[item]
+            for item, entry, path in zip(items, found, paths, strict=True)
+        ]
 
-    def describe(self, item: int, volume: Tensor | None, cached: bool, error: str) -> dict[str, Any]:
+    def describe(self, item: int, volume: Tensor | tuple[Path, Path], error: str) -> dict[str, Any]:
         row = max(item, ~item)
         targets = torch.from_numpy(self.table.targets[row].copy())
         if error or item < 0:
             targets.fill_(math.nan)
-        return {
-            "volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error, "cached": cached,
-        }  # fmt: skip
+        return {"volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error}
 
     def blank(self) -> Tensor:
         """What fills the place of a scan that cannot be read; its targets are unknown, so it counts for nothing."""
         empty = 0 if self.prep.intensity == "windowed" else AIR
         return torch.full((self.prep.channels, *self.prep.grid), empty, dtype=torch.int16)
 
-    def read(self, path: Path) -> tuple[Tensor, bool]:
-        """The volume and whether it is cached; the third failure raises BadVolume."""
+    def read(self, path: Path) -> Tensor:
+        """The volume; the third failure raises BadVolume."""
         for delay in READ_DELAYS:
             with suppress(BadVolume):
                 return self.load(path)
             time.sleep(delay)
         return self.load(path)
 
-    def load(self, path: Path) -> tuple[Tensor, bool]:
-        return self.cache.load(path) if self.cache else (load_sample(path, self.prep), False)
+    def load(self, path: Path) -> Tensor:
+        return self.cache.load(path) if self.cache else load_sample(path, self.prep)
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """A batch of items, in a worker in shared memory; volumes that the cache has are only named."""
-        cached, volumes = ([item.pop(name) for item in items] for name in ("cached", "volume"))
+        volumes = [item.pop("volume") for item in items]
         batch = torch.utils.data.default_collate(items)
-        if self.cache and any(cached):
-            parts = [self.table.paths[i["row"]] if c else v for i, c, v in zip(items, cached, volumes, strict=True)]
-            return batch | {"volume": CachedBatch(self.cache.files, parts)}
+        if any(isinstance(volume, tuple) for volume in volumes):
+            return batch | {"volume": CachedBatch(self.prep, volumes)}
         return batch | {"volume": (stack_shared if torch.utils.data.get_worker_info() else torch.stack)(volumes)}
 
     @property
@@ -2915,6 +2862,7 @@ class PrepareScans(torch.utils.data.Dataset):
     spacing: tuple[float, ...]  # mm (D, H, W)
     intensity: str = "auto"
     hu_range: tuple[float, ...] = DEFAULT_HU_RANGE
+    format: str = "npz"
 
     def __len__(self) -> int:
         return len(self.table)
@@ -2924,21 +2872,20 @@ class PrepareScans(torch.utils.data.Dataset):
         series = self.table.series_ids[row]
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", series).lstrip(".")[:100]
         unique = "" if plain == series else "-" + hashlib.sha256(series.encode()).hexdigest()[:12]
-        return self.folder / "volumes" / f"{plain}{unique}.npz"
+        return self.folder / "volumes" / f"{plain}{unique}.{self.format}"
 
     def __getitem__(self, row: int) -> UserError | None:
         path, target = self.table.paths[row], self.target(row)
         try:
             how = (self.spacing, self.intensity, self.hu_range)
             settings = json.dumps([file_identity(path), how, FIELD_OF_VIEW]).encode()
-            source = np.frombuffer(hashlib.sha256(settings).digest(), np.uint8)
-            with suppress(BadVolume), open_regular(target) as (file, size):
-                made_from = small_array(file, zip_members(file, size, target).get("source.npy"), target)
-                if made_from is not None and np.array_equal(made_from, source):
+            source = hashlib.sha256(settings).digest()
+            with suppress(BadVolume):
+                if read_stored(target, voxels=False)[0].source == source.hex():
                     return None
-            members = {"image": prepare_volume(path, *how), "source": source}
-            members |= {"spacing": np.array(self.spacing, np.float32), "orientation": np.array("SPL")}
-            save_atomic(target, partial(write_npz, members=members))
+            write = {"npz": write_npz, "b2nd": write_b2nd}[self.format]
+            facts = {"orientation": "SPL", "spacing": list(self.spacing), "source": list(source)}
+            save_atomic(target, partial(write, image=prepare_volume(path, *how), facts=facts))
         except BadVolume as problem:
             series, line = self.table.series_ids[row], self.table.line_numbers[row]
             return BadVolume(f"series {series!r} (line {line}): {problem}")
@@ -2947,12 +2894,24 @@ class PrepareScans(torch.utils.data.Dataset):
         return None
 
 
-def write_npz(file: BinaryIO, members: dict[str, np.ndarray]) -> None:
+def write_npz(file: BinaryIO, image: np.ndarray, facts: dict[str, Any]) -> None:
     """As savez_compressed does, at the level that is 2.7 times as fast and makes files 1.5 % larger."""
+    types = {"spacing": np.float32, "source": np.uint8}
+    members = {"image": image} | {name: np.array(value, types.get(name)) for name, value in facts.items()}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in members.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def write_b2nd(file: BinaryIO, image: np.ndarray, facts: dict[str, Any]) -> None:
+    """A blosc2 array, as nnU-Net reads it: LZ4 over shuffled bits, with a checksum, of which blosc2 keeps none."""
+    blosc2 = raw_library("blosc2")
+    cparams = {"codec": blosc2.Codec.LZ4, "filters": [blosc2.Filter.BITSHUFFLE], "clevel": 5, "nthreads": 1}
+    array = blosc2.asarray(np.ascontiguousarray(image), cparams=cparams)
+    facts = facts | {"crc32": crc32(np.ascontiguousarray(image).data)}
+    array.schunk.vlmeta["scan"] = facts | {"check": facts_check(array, facts)}
+    file.write(array.to_cframe())
 
 
 def prepare_table(
@@ -2964,9 +2923,10 @@ def prepare_table(
     skip: bool,
     intensity: str = "auto",
     hu_range: Sequence[float] = DEFAULT_HU_RANGE,
+    format: str = "npz",
 ) -> Path:
-    """Convert the raw scans of a CSV to NPZ files in `folder` and return the CSV that names these, its other cells as
-    they were. What an earlier run converted is kept.
+    """Convert the raw scans of a CSV to NPZ or B2ND files in `folder` and return the CSV that names these, its other
+    cells as they were. What an earlier run converted is kept.
 
     Scans that can't be converted raise BadInput at the end, or with `skip` are left out and listed in skipped.csv.
     """
@@ -2978,7 +2938,7 @@ def prepare_table(
         raise BadInput(f"--prepare {folder}: would overwrite {csv_path}: name another folder")
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
     raw = [row for row, path in enumerate(table.paths) if is_raw(path)]
-    scans = PrepareScans(table.subset(raw), folder, tuple(spacing), intensity, tuple(hu_range))
+    scans = PrepareScans(table.subset(raw), folder, tuple(spacing), intensity, tuple(hu_range), format)
     loader = torch.utils.data.DataLoader(
         scans, batch_size=None, num_workers=num_workers, worker_init_fn=one_thread_per_worker
     )
@@ -5982,14 +5942,14 @@ class FeatureDataset(CTVolumeDataset):
     def blank(self) -> Tensor:
         return torch.zeros(self.shape, dtype=torch.float16)
 
-    def read(self, path: Path) -> tuple[Tensor, bool]:
+    def read(self, path: Path) -> Tensor:
         return self.load(path) if path in self.without else super().read(path)  # waiting brings no features
 
-    def load(self, path: Path) -> tuple[Tensor, bool]:
+    def load(self, path: Path) -> Tensor:
         features = read_features(self.files[path], self.shape)
         if features is None:
             raise BadVolume(f"{path}: its features, {self.files[path]}, are gone or damaged; a new start computes them")
-        return torch.from_numpy(features), False
+        return torch.from_numpy(features)
 
 
 def write_features(file: BinaryIO, features: np.ndarray) -> None:
@@ -7539,7 +7499,7 @@ def run_check(args: argparse.Namespace) -> int:
 def run_prepare(args: argparse.Namespace) -> int:
     """Convert raw scans to NPZ files and a CSV that names them."""
     skip = args.on_bad_volume == "skip"
-    how = (args.spacing[::-1], args.num_workers, skip, args.intensity, args.hu_range)
+    how = (args.spacing[::-1], args.num_workers, skip, args.intensity, args.hu_range, args.format)
     made = prepare_table(args.csv, args.label_columns or (), args.prepare, *how)
     log.info("prepared; train with --csv %s", made)
     return 0

@@ -22,6 +22,7 @@ from finetune_siglip import (
     Table,
     VolumeCache,
     build_loader,
+    fill_from,
     load_sample,
 )
 from helpers import CHEST
@@ -42,14 +43,10 @@ def cache_of(scans: Table, folder: Path, settings: Preprocessing | None = None, 
 def test_the_second_read_is_the_first_one_mapped(scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = cache_of(scans, tmp_path)
     expected = load_sample(scans.paths[0], prep(GRID))
-    first, cached = cache.load(scans.paths[0])
-    assert cached
-    assert torch.equal(first, expected)
+    assert torch.equal(cache.load(scans.paths[0]), expected)
     monkeypatch.setattr(finetune_siglip, "load_sample", None)  # any use of it would fail
     for again in (cache, cache_of(scans, tmp_path)):
-        volume, cached = again.load(scans.paths[0])
-        assert cached
-        assert torch.equal(volume, expected)
+        assert torch.equal(again.load(scans.paths[0]), expected)
 
 
 @pytest.mark.parametrize(
@@ -60,48 +57,48 @@ def test_a_setting_that_changes_voxels_never_meets_an_old_entry(scans: Table, tm
     settings = prep(GRID, intensity="unit", trusted=True)
     changed = prep(**({"grid": GRID, "intensity": "unit", "trusted": True} | change))
     old, new = cache_of(scans, tmp_path, settings), cache_of(scans, tmp_path, changed)
-    assert old.files.entry(scans.paths[0]) != new.files.entry(scans.paths[0])
+    assert old.entry(scans.paths[0]) != new.entry(scans.paths[0])
     windows = prep(
         GRID, intensity="unit", trusted=True, windows=CHEST[::-1]
     )  # made on the device, from the same voxels
-    assert cache_of(scans, tmp_path, windows).files.entry(scans.paths[0]) == old.files.entry(scans.paths[0])
+    assert cache_of(scans, tmp_path, windows).entry(scans.paths[0]) == old.entry(scans.paths[0])
 
 
 def test_a_changed_file_never_meets_its_old_entry(scans: Table, tmp_path: Path) -> None:
     cache, path = cache_of(scans, tmp_path), scans.paths[0]
-    before, _ = cache.load(path)
+    before = cache.load(path)
     time.sleep(0.01)
     save(path, image=chest(6, 8, 8, seed=99))
-    after, _ = cache.load(path)
+    after = cache.load(path)
     assert not torch.equal(before, after)
     assert torch.equal(after, load_sample(path, prep(GRID)))
     os.utime(path, ns=(0, 0))
-    assert cache.files.map(cache.files.entry(path)) is None
+    assert cache.find(path) is None
 
 
 def test_no_torn_entry_is_ever_read(scans: Table, tmp_path: Path) -> None:
     cache, path = cache_of(scans, tmp_path), scans.paths[0]
-    expected = cache.load(path)[0].clone()
-    entry = cache.files.entry(path)
+    expected, read = cache.load(path), torch.empty((1, *GRID), dtype=torch.int16)
+    entry = cache.entry(path)
     whole = entry.read_bytes()
-    other = cache.files.entry(scans.paths[1])
+    other = cache.entry(scans.paths[1])
     torn = [whole[:n] for n in (0, 10, 64, len(whole) - 1)] + [whole + b"\0", bytes(len(whole))]
-    torn += [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(0, 64 + 336, 7)]
+    torn += [whole[:n] + bytes([whole[n] ^ 1]) + whole[n + 1 :] for n in range(len(whole))]
     torn.append(whole[:128] + whole[192:256] + whole[128:192] + whole[256:])  # two stretches exchanged
     for content in torn:
         entry.write_bytes(content)
-        assert cache.files.map(entry) is None, content[:80]
-        assert torch.equal(cache.load(path)[0], expected)
+        assert not fill_from(entry, read), content[:80]
+        assert torch.equal(cache.load(path), expected)
         assert entry.read_bytes() == whole
     other.write_bytes(whole)  # a copy under another scan's name
-    assert cache.files.map(other) is None
+    assert not fill_from(other, read)
 
 
 def test_a_torn_entry_is_not_trained_on_and_is_made_again(scans: Table, tmp_path: Path) -> None:
     """A crash of the machine may leave the right length with wrong voxels: only reading them all tells."""
     dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
     expected = torch.stack([dataset[row]["volume"] for row in range(5)])
-    entry = dataset.cache.files.entry(scans.paths[3])
+    entry = dataset.cache.entry(scans.paths[3])
     whole = entry.read_bytes()
     for torn in (whole[:200] + bytes(len(whole) - 200), bytes(len(whole)), whole[:-8] + b"\1" * 8, whole[:-1], b""):
         entry.write_bytes(torn)
@@ -114,10 +111,11 @@ def test_a_torn_entry_is_not_trained_on_and_is_made_again(scans: Table, tmp_path
 def test_cached_scans_cost_a_worker_no_voxel(scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
     plain = [dataset[row]["volume"] for row in range(5)]
-    for name in ("map", "write"):
-        monkeypatch.setattr(finetune_siglip.CacheFiles, name, None)  # any use of it would fail
-    items = dataset.__getitems__([4, ~2])
-    assert [item["volume"] for item in items] == [None, None]
+    with monkeypatch.context() as patched:
+        for name in ("fill_from", "load_sample"):
+            patched.setattr(finetune_siglip, name, None)  # any use of it would fail
+        items = dataset.__getitems__([4, ~2])
+    assert [item["volume"][1] for item in items] == [scans.paths[4], scans.paths[2]]
     assert items[1]["targets"].isnan().all()
     batch = dataset.collate(items)
     assert batch["row"].tolist() == [4, 2]
@@ -163,9 +161,9 @@ def fill(folder: Path, scans: Table, times: int) -> None:
     for _ in range(times):
         cache = cache_of(scans, folder)
         for path in scans.paths:
-            if not torch.equal(cache.load(path)[0], load_sample(path, prep(GRID))):
+            if not torch.equal(cache.load(path), load_sample(path, prep(GRID))):
                 os._exit(1)
-            cache.files.entry(path).unlink(missing_ok=True)
+            cache.entry(path).unlink(missing_ok=True)
             cache.load(path)
     os._exit(0)
 
@@ -187,7 +185,7 @@ def write_for_ever(folder: Path, scans: Table) -> None:
     cache = cache_of(scans, folder, prep((64, 64, 64)))
     volume = load_sample(scans.paths[0], prep((64, 64, 64)))
     while True:
-        cache.files.write(cache.files.entry(scans.paths[0]), volume)
+        cache.write(cache.entry(scans.paths[0]), volume.numpy())
 
 
 def test_a_kill_at_any_moment_leaves_no_entry_that_is_not_whole(scans: Table, tmp_path: Path) -> None:
@@ -199,7 +197,7 @@ def test_a_kill_at_any_moment_leaves_no_entry_that_is_not_whole(scans: Table, tm
         time.sleep(0.05 + np.random.default_rng().uniform(0, 0.02))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        found = cache_of(scans, tmp_path, settings).load(scans.paths[0])[0]
+        found = cache_of(scans, tmp_path, settings).load(scans.paths[0])
         assert torch.equal(found, expected)
     left = list((tmp_path / "cache").glob("*.part"))
     for part in left:
@@ -209,10 +207,10 @@ def test_a_kill_at_any_moment_leaves_no_entry_that_is_not_whole(scans: Table, tm
 
 
 def test_the_limit_is_kept_by_the_same_volumes_in_every_process(scans: Table, tmp_path: Path) -> None:
-    size = cache_of(scans, tmp_path).files.nbytes
+    size = cache_of(scans, tmp_path).nbytes
     for _ in range(2):
         cache = cache_of(scans, tmp_path, limit=3.5 * size)
-        kept = [cache.load(path)[1] for path in scans.paths]
+        kept = [cache.load(path) is not None and bool(cache.find(path)) for path in scans.paths]
         assert sum(kept) == 3
         assert len(list((tmp_path / "cache").iterdir())) == 3
     assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 3.5 * size
@@ -224,7 +222,7 @@ def test_entries_of_other_settings_give_way_to_the_limit(scans: Table, tmp_path:
     old = cache_of(scans, tmp_path, prep((4, 6, 8)))
     for path in scans.paths:
         old.load(path)
-    size = old.files.nbytes
+    size = old.nbytes
     (tmp_path / "cache" / "notes.txt").write_text("not ours")
     kept = cache_of(scans, tmp_path, limit=5 * size + 100)
     assert len(list((tmp_path / "cache").glob("*.ct"))) == 0
@@ -233,14 +231,16 @@ def test_entries_of_other_settings_give_way_to_the_limit(scans: Table, tmp_path:
     total = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
     assert total <= 5 * size + 100
     assert (tmp_path / "cache" / "notes.txt").exists()
-    assert cache_of(scans, tmp_path, limit=0).load(scans.paths[0])  # reads on, keeps nothing new
+    none = cache_of(scans, tmp_path, limit=0)  # reads on, keeps nothing new
+    assert torch.equal(none.load(scans.paths[0]), load_sample(scans.paths[0], prep(GRID)))
+    assert not list((tmp_path / "cache").glob("*.ct"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_with_and_without_a_cache(scans: Table, tmp_path: Path, workers: int) -> None:
     plan = [[4, 0], [2, ~1], [3]]
     plain = list(build_loader(CTVolumeDataset(scans, prep(GRID)), plan, workers, CPU))
-    size = cache_of(scans, tmp_path).files.nbytes
+    size = cache_of(scans, tmp_path).nbytes
     for limit in (3 * size, 1e9):  # some volumes of a batch cached, others not; all of them
         cached = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path, limit=limit))
         for _ in range(2):
@@ -259,7 +259,7 @@ def test_batches_are_the_same_with_and_without_a_cache(scans: Table, tmp_path: P
 def test_an_entry_that_vanishes_on_the_way_is_read_again(scans: Table, tmp_path: Path) -> None:
     dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
     dataset[0]
-    batch = dataset.collate([dataset[0], dataset[1]])["volume"]
+    batch = dataset.collate(dataset.__getitems__([0, 1]))["volume"]
     for entry in (tmp_path / "cache").iterdir():
         entry.unlink()
     assert torch.equal(batch.assemble()[0], load_sample(scans.paths[0], prep(GRID)))

@@ -288,6 +288,19 @@ def raw_table(tmp_path: Path) -> Path:
     return csv_of(tmp_path, '007,"x, ""y""",train,one.nii.gz,1,0', "../e t/c,,val,two,,-1")
 
 
+def test_preparing_as_b2nd_gives_the_same_voxels_and_keeps_what_is_there(raw_table: Path, tmp_path: Path) -> None:
+    made = {}
+    for kind in ("npz", "b2nd", "b2nd"):
+        how = ((12.0, 6.0, 6.0), 0, False, "auto", (-1000.0, 1500.0), kind)
+        paths = read_table(prepare_table(raw_table, ("A", "B"), tmp_path / kind, *how), ("A", "B")).paths
+        times = [path.stat().st_mtime_ns for path in paths]
+        assert made.get(kind, (paths, times))[1] == times
+        made[kind] = paths, times
+    for one, other in zip(made["npz"][0], made["b2nd"][0], strict=True):
+        assert (one.suffix, other.suffix) == (".npz", ".b2nd")
+        np.testing.assert_array_equal(load_volume(one), load_volume(other))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_preparing_gives_files_and_a_table_that_train_like_the_raw_ones(
     raw_table: Path, tmp_path: Path, workers: int

@@ -4,11 +4,8 @@
 # dependencies = [
 #   "torch>=2.10", "torchvision>=0.25", "monai>=1.5", "transformers>=5.0", "hi-ml-multimodal>=0.2.2",
 #   "scikit-learn>=1.5", "pandas>=2.2", "numpy>=1.26", "peft>=0.17", "wandb>=0.28", "tqdm>=4.66", "deflate>=0.8",
-<<<<<<< HEAD
-#   "pydicom>=3.0", "python-gdcm>=3.0.24", "nibabel>=5.3", "pynrrd>=1.1", "matplotlib>=3.9", "jinja2>=3.1",
-=======
-#   "pydicom>=3.0", "python-gdcm>=3.0.24", "nibabel>=5.3", "pynrrd>=1.1", "blosc2>=3.0", "matplotlib>=3.9",
->>>>>>> 8663248 (blosc2 among the requirements)
+#   "blosc2>=3.0", "pydicom>=3.0", "python-gdcm>=3.0.24", "nibabel>=5.3", "pynrrd>=1.1", "matplotlib>=3.9",
+#   "jinja2>=3.1",
 # ]
 # ///
 r"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.

@@ -284,7 +284,7 @@ MODE=${1:-help}
 (($#)) && shift
 
 # A new head learns fast, a pretrained tower slowly. On 140 phantoms (15 % each, 15 epochs, three seeds) these two rates
-# reached more than one rate of 1e-4 for both, with which no probability came near 0.5 (tests/benchmarks/README.md).
+# reached more than one rate of 1e-4 for both, with which no probability reached 0.5 (tests/benchmarks/bench_rates.py).
 RATES=(--lr 1e-3 --backbone-lr-scale 0.03)
 
 case $MODE in

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_rates.py [--seeds 0 1 2] [--epochs 15]
 
-140 phantoms with each finding in 15 %, 8 slices, batch 16, all else default; the best epoch's model on 100 others. About
-3 minutes a run on one free core. The last line has the mean over seeds of each pair of rates.
+140 phantoms with each finding in 15 %, 8 slices, batch 16, all else default; the best epoch's model on 100 others.
+About 3 minutes a run on one free core. The last line has the mean over seeds of each pair of rates.
 """
 
 import argparse

@@ -3017,10 +3017,7 @@ NOT_PLAIN = (  # pattern of a tensor's name, what the weights then are instead o
 )
 LOOKS = (  # pattern of a tensor's name, what the file then seems to be
     (r"^visual_transformer\.|enc_(spatial|temporal)_transformer\.", "CT-CLIP (a CTViT), which no library here builds"),
-    (
-        r"(^|\.)(rpn|roi_heads|bbox_embed|(box|class|classification|regression)_head|box_predictor|dfl)\.",
-        "a detection model",
-    ),
+    (r"(^|\.)(rpn|roi_heads|bbox_embed|(box|classification|regression)_head|box_predictor|dfl)\.", "a detection model"),
     (r"class_embedding$|\.resblocks\.", "a CLIP model, not SigLIP"),
     (r"(^|\.)(cls|class)_token$|embeddings\.patch_embeddings\.", "a ViT without the config.json that describes it"),
     (r"word_embeddings|token_embedding|embed_tokens|(^|\.)wte\.|text_model", "a text model without an image tower"),
@@ -3284,6 +3281,7 @@ def read_siglip(found: Found) -> None:
         found.notes.append("SigLIP 2 NaFlex: its tower is used at a fixed square size")
     width, channels, size, _ = patch.shape
     grid, head = math.isqrt(len(positions)), any(name.startswith("head.") for name in kept)
+    stated = found.pixels() if (found.pixels() or 0) // size == grid else None
     # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
     later = not timm or naflex or size == 32 or width == 1536 or (width, size) == (1152, 16)
     act = "gelu_pytorch_tanh" if later or (width, len(positions)) == (1024, 1024) else "gelu"
@@ -3291,17 +3289,17 @@ def read_siglip(found: Found) -> None:
         "family": "siglip", "hidden_size": width, "num_hidden_layers": found.blocks(r"encoder\.layers\.(\d+)\."),
         "num_attention_heads": {1152: 16, 1536: 16}.get(width, width // 64),
         "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]), "num_channels": channels,
-        "patch_size": size, "image_size": found.pixels() or grid * size,
+        "patch_size": size, "image_size": stated or grid * size,
         "hidden_act": act, "layer_norm_eps": 1e-6, "vision_use_head": head, "naflex": naflex,
     }  # fmt: skip
     if not head:
         found.notes.append("no pooling head in the file: its feature is the mean of its tokens")
-    if (size, grid) == (14, 27) and not found.pixels():
+    if (size, grid) == (14, 27) and not stated:
         found.notes.append("assumed to be for images of 384 pixels; one of timm's ..._378 wants --image-size 378")
         found.config["image_size"] = 384  # as published, though 384 = 27 * 14 + 6
     if library := found.library_config():
         vision = getattr(library, "vision_config", library).to_dict()
-        settings = {k: vision[k] for k in ("num_hidden_layers", "num_attention_heads", *SIGLIP_KEYS) if k in vision}
+        settings = {k: vision[k] for k in SIGLIP_KEYS if k in vision}
         if vision.get("hidden_size") != width:
             found.notes.append(f"config.json ignored: its tower is {vision.get('hidden_size')} wide, this one {width}")
             settings = {}
@@ -3330,31 +3328,24 @@ def read_timm(found: Found) -> None:
     """A ViT that timm builds: by the name its configuration states, else by what its tensors show."""
     tensors, stated = found.tensors, found.sidecars.get("config", {})
     name = stated.get("architecture") or found.clip_settings().get("timm_model_name") or ""
-    registers = next((tensors[k].shape[1] for k in REGISTERS if k in tensors), 0)
+    registers = sum(tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors)
     if "siglip" in name or not (name or "cls_token" in tensors or registers):
         return read_siglip(found)
     width, channels, patch, _ = tensors[TIMM_VIT].shape
     settings: dict[str, Any] = stated.get("model_args") or {}
-    if "storage_tokens" in tensors:  # DINOv3 as Meta publishes it
-        size = {384: "small", 768: "base", 1024: "large", 1280: "huge_plus"}[width]
-        name = f"vit_{size}_patch16_dinov3_qkvb"
-    elif not name:  # DINOv2 and a plain ViT differ by arguments alone
-        positions, hidden = (
-            tensors["pos_embed"].shape[1],
-            len(tensors["blocks.0.mlp.fc1.weight"])
-            if "blocks.0.mlp.fc1.weight" in tensors
-            else len(tensors["blocks.0.mlp.w12.weight"]),
-        )
-        gated = "blocks.0.mlp.w12.weight" in tensors or hidden == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
-        name = "vit_giant_patch14_dinov2" if gated else "vit_large_patch14_dinov2"
+    if not name:  # DINOv2, of Meta's names or timm's, and plain ViTs differ by these alone
+        gated, positions = "blocks.0.mlp.w12.weight" in tensors, tensors["pos_embed"].shape[1]
+        hidden = len(tensors["blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight"])
+        gated |= hidden == 2 * tensors.get("blocks.0.mlp.fc2.weight", tensors[TIMM_VIT]).shape[1]
+        name = "vit_base_patch16_224" if "blocks.0.ls1.gamma" not in tensors else "vit_large_patch14_dinov2"
         settings = {
             "patch_size": patch, "img_size": math.isqrt(positions) * patch, "embed_dim": width,
             "depth": found.blocks(r"blocks\.(\d+)\."), "mlp_ratio": hidden / width, "reg_tokens": registers,
             "no_embed_class": bool(registers) or math.isqrt(positions) ** 2 == positions,
-            "init_values": 1e-5 if "blocks.0.ls1.gamma" in tensors else None, "pre_norm": "norm_pre.weight" in tensors,
-            "qkv_bias": "blocks.0.attn.qkv.bias" in tensors, "qk_norm": "blocks.0.attn.q_norm.weight" in tensors,
+            "pre_norm": "norm_pre.weight" in tensors, "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+            "num_heads": check_heads(found, width, "the exact GELU"),
         }  # fmt: skip
-        settings["num_heads"] = check_heads(found, width, "the exact GELU")
+        name = "vit_giant_patch14_dinov2" if gated else name
     found.config = {"family": "timm", "architecture": name, "arguments": settings}
     found.config["image_size"] = settings.get("img_size") or found.pixels()
     found.config |= {"num_channels": channels, "patch_size": patch, **normalisation(found, channels)}
@@ -3443,10 +3434,9 @@ READERS: dict[str, Callable[[Found], None]] = {  # by the name that ends any pre
     **{HF_SIGLIP: read_siglip, TIMM_NAFLEX: read_siglip, TIMM_VIT: read_timm, HF_VIT: read_transformers},
     **{DINOV3: read_transformers, COLIPRI: read_colipri, RESNET3D: read_resnet3d, BIOVIL: read_biovil},
 }
-REGISTERS = ("reg_token", "register_tokens", "storage_tokens")  # timm's name, DINOv2's, DINOv3's
 TRANSFORMERS_VITS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "ijepa")
 NEEDS_CONFIG = f"that config.json beside it should describe as one of {', '.join(TRANSFORMERS_VITS)}"
-SIGLIP_KEYS = ("image_size", "hidden_act", "layer_norm_eps")
+SIGLIP_KEYS = ("num_hidden_layers", "num_attention_heads", "image_size", "hidden_act", "layer_norm_eps")
 
 
 def is_encoder(anchor: str, prefix: str, tensors: dict[str, Tensor]) -> bool:
@@ -3465,6 +3455,8 @@ def find_encoder(tensors: dict[str, Tensor], found: Found) -> str:
     ends = [(a, prefix) for a, prefix in ends if is_encoder(a, prefix, tensors)]
     if not ends:
         looks = (what for pattern, what in (*NOT_PLAIN, *LOOKS) if any(re.search(pattern, name) for name in tensors))
+        if any(name.endswith("conv1.weight") and t.ndim == 5 and t.shape[2] == 7 for name, t in tensors.items()):
+            looks = iter(["a 3D ResNet of MedicalNet's kind: a stem of 7 x 7 x 7, and other strides than Merlin's"])
         seems = next(looks, f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
         raise BadInput(f"{found.source}: seems to be {seems}. {SUPPORTED}")
     size = {prefix: sum(name.startswith(prefix) for name in tensors) for _, prefix in ends}
@@ -3667,25 +3659,19 @@ class SiglipBackbone(Backbone):
     def tokens(self, images: Tensor) -> Tensor:
         return self.encode(images)[0].unflatten(1, (self.side, self.side))
 
-    def forward(
-        self,
-        images: Tensor,
-        keep: Tensor | None = None,
-        counts: Sequence[int] | None = None,
-        *,
-        maxima: bool = False,
-    ) -> Tensor:
-        """(n, 3, H, W) in [0, 1] to (n, E), from the patches that `keep` (n, P) names, in row order, or from all.
-
-        An image that keeps none keeps its first. `counts` says how many each keeps, where the host knows.
-        """
-        x, real = self.encode(images, keep, counts)
+    def forward(self, images: Tensor, *kept: Any, maxima: bool = False) -> Tensor:
+        """(n, 3, H, W) in [0, 1] to (n, E), from the patches that `kept` names as in `encode`, or from all."""
+        x, real = self.encode(images, *kept)
         return self.summary(x, maxima, real)
 
     def encode(
         self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Tokens after the last norm (n, M, E), and which of them are no padding (n, M); None means all."""
+        """Tokens after the last norm (n, M, E), and which of them are no padding (n, M); None means all.
+
+        Only the patches that `keep` (n, P) names are seen, in row order; an image that keeps none keeps its first.
+        `counts` says how many each keeps, where the host knows.
+        """
         embeddings = self.net.embeddings
         x = embeddings.patch_embedding(images * 2 - 1).flatten(2).transpose(1, 2)  # (n, P, E); SigLIP sees [-1, 1]
         if x.shape[1] != self.side**2:
@@ -3881,7 +3867,7 @@ class ColipriBackbone(VolumeBackbone):
         net.backbone.up_projection = nn.Identity()
         net.projector, net.pooler = nn.Conv3d(config["embed_dim"], width, 1), nn.Module()
         net.pooler.attn = nn.MultiheadAttention(width, 12, batch_first=True)
-        super().__init__(config | {"windows": WINDOW_PRESETS["merlin"]}, net, width, config["image_size"])
+        super().__init__(config | {"windows": WINDOW_PRESETS["merlin"]}, net, width, 192)
 
     def blocks(self) -> list[nn.Module]:
         return list(self.net.backbone.eva.blocks)
@@ -4125,24 +4111,6 @@ def merged_state(backbone: Backbone) -> dict[str, Tensor]:
     return state
 
 
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-feature-extraction
-tags: [siglip, chest-ct, multilabel-classification]
----
-# SigLIP vision tower fine-tuned on chest CT
-
-Findings: {labels}. Validation: {scores}.
-
-`SiglipVisionModel.from_pretrained(FOLDER)` gives the features of one axial slice, a three-channel image of HU windows
-in [0, 1], mapped to [-1, 1] (`preprocessor_config.json`). `classifier.json` holds the labels in order, the thresholds
-and the preprocessing (windows in HU, orientation, grid); `classifier.safetensors` the pooling over slices (`pool.*`)
-and the head (`head.*`) that turn slice features into one logit per finding.
-
-For research. Not a medical device, not for diagnosis. The licence of the pretrained weights applies.
-"""
-
-
 def export_hf(checkpoint: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint's SigLIP tower for `SiglipVisionModel.from_pretrained`, its head and settings beside it.
 
@@ -4151,28 +4119,25 @@ def export_hf(checkpoint: dict[str, Any], folder: Path) -> None:
     from safetensors.torch import save_file
 
     config, state = checkpoint["backbone"], checkpoint["model"]
-    size = config["image_size"]
+    size, half = config["image_size"], [0.5] * config["num_channels"]
     if config["family"] != "siglip":
         raise BadInput(f"--export-hf writes SigLIP towers; this checkpoint's backbone is {config['family']}")
     if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder}: exists and is not an empty folder; name a new one for --export-hf")
-    with torch.device("meta"):
-        backbone = build_backbone(config)
-    tower = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-    backbone.load_state_dict(tower, assign=True)
+    backbone = build_backbone(config)
+    backbone.load_state_dict({k.removeprefix("backbone."): t for k, t in state.items() if k.startswith("backbone.")})
+    head = {name: value.contiguous() for name, value in state.items() if not name.startswith("backbone.")}
+    settings = {name: value for name, value in checkpoint.items() if name not in ("model", "digest")}
+    processor = {"image_processor_type": "SiglipImageProcessor", "do_rescale": False}
+    processor |= {"size": {"height": size, "width": size}, "image_mean": half, "image_std": half}
+    macro = {k: v for k, v in checkpoint["metrics"].items() if k.startswith("macro") and isinstance(v, float)}
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in macro.items()) or "not recorded"
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         backbone.net.save_pretrained(unfinished)
-        head = {name: value.contiguous() for name, value in state.items() if not name.startswith("backbone.")}
         save_file(head, unfinished / "classifier.safetensors")
-        settings = {name: value for name, value in checkpoint.items() if name not in ("model", "digest")}
-        half = [0.5] * config["num_channels"]
-        processor = {"image_processor_type": "SiglipImageProcessor", "do_rescale": False}
-        processor |= {"size": {"height": size, "width": size}, "image_mean": half, "image_std": half}
         for name, content in (("classifier", settings), ("preprocessor_config", processor)):
             (unfinished / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        macro = {k: v for k, v in checkpoint["metrics"].items() if k.startswith("macro") and isinstance(v, float)}
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in macro.items()) or "not recorded"
         card = MODEL_CARD.format(labels=", ".join(checkpoint["labels"]), scores=scores)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
         if folder.exists():
@@ -4182,6 +4147,18 @@ def export_hf(checkpoint: dict[str, Any], folder: Path) -> None:
         raise BadEnvironment(f"{folder}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+---
+# SigLIP vision tower fine-tuned on chest CT
+
+Findings: {labels}. Validation: {scores}. One axial slice is a three-channel image of HU windows in [0, 1], mapped to
+[-1, 1]. `classifier.json` holds labels, thresholds and preprocessing; `classifier.safetensors` the pooling over slices
+(`pool.*`) and the head (`head.*`). For research, not for diagnosis. The licence of the pretrained weights applies.
+"""
 
 
 # ── 6 Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────

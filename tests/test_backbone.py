@@ -142,18 +142,66 @@ def test_averaged_weights_are_preferred_and_the_choice_is_logged(tower, tmp_path
     assert "also there: 'model.'" in caplog.text
 
 
-def test_siglip2_naflex_equals_transformers_at_its_own_square_grid(tmp_path):
+def vlm_tower(kind):
+    """The vision tower of a vision language model, as its whole file holds it, and its features."""
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        PaliGemmaConfig,
+        PaliGemmaForConditionalGeneration,
+    )
+
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "vocab_size": 40,
+    }
+    text |= {"num_key_value_heads": 1, "head_dim": 16, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = TINY | {"vision_use_head": False}
+    if kind == "gemma3":
+        config: object = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+        model = Gemma3ForConditionalGeneration(config).eval()
+        return model, model.model.vision_tower
+    if kind == "paligemma":
+        config = PaliGemmaConfig(text_config=text | {"model_type": "gemma"}, vision_config=vision, projection_dim=32)
+        model = PaliGemmaForConditionalGeneration(config).eval()
+        return model, model.model.vision_tower
+    config = Idefics3Config(text_config=text | {"model_type": "llama"}, vision_config=TINY, scale_factor=2)
+    model = Idefics3ForConditionalGeneration(config).eval()
+    return model, model.model.vision_model
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "idefics3"])
+def test_the_headless_tower_inside_a_vision_language_model_gives_the_mean_of_its_tokens(tmp_path, kind, caplog):
+    model, tower = vlm_tower(kind)
+    model.save_pretrained(tmp_path)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        reference = tower(images * 2 - 1).last_hidden_state.mean(1)
+    with caplog.at_level(logging.INFO):
+        assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-5
+    assert "no pooling head" in caplog.text
+
+
+@pytest.mark.parametrize("size", [32, 48, 24])
+def test_siglip2_naflex_equals_transformers_at_any_square_size(tmp_path, size):
     from transformers import Siglip2VisionConfig, Siglip2VisionModel
 
     settings = {k: v for k, v in TINY.items() if k != "image_size"}
     model = Siglip2VisionModel(Siglip2VisionConfig(**settings, num_patches=16)).eval()
     model.save_pretrained(tmp_path)
-    images = torch.rand(2, 3, 32, 32)
-    patches = (images * 2 - 1).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(2, 16, -1)
-    shapes, mask = torch.tensor([[4, 4], [4, 4]]), torch.ones(2, 16, dtype=torch.long)
+    nn.init.normal_(model.embeddings.position_embedding.weight, std=0.5)
+    model.save_pretrained(tmp_path)
+    images, side = torch.rand(2, 3, size, size), size // 8
+    patches = (images * 2 - 1).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(2, side**2, -1)
+    shapes, mask = torch.tensor([[side, side]] * 2), torch.ones(2, side**2, dtype=torch.long)
     with torch.no_grad():
         reference = model(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes).pooler_output
-    assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-5
+    assert difference(fs.load_backbone(tmp_path, size), images, reference) <= 1e-5
 
 
 def timm_tower(**settings):
@@ -176,6 +224,169 @@ def test_timm_tower_gives_timms_features(tmp_path, prefix):
     with torch.no_grad():
         reference = model(images * 2 - 1)
     assert difference(fs.load_backbone(path), images, reference) <= 1e-4
+
+
+def timm_folder(folder, name, **settings):
+    """A model of timm with random weights in a folder as it uploads them to the hub."""
+    import timm
+    from timm.models._hub import save_config_for_hf
+
+    model = timm.create_model(name, num_classes=0, **settings).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    save_file(model.state_dict(), folder / "model.safetensors")
+    save_config_for_hf(model, folder / "config.json", model_args=settings)
+    return model
+
+
+SMALL_VIT = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+TIMM_SIGLIP = ["vit_base_patch16_siglip_gap_224", "vit_so400m_patch14_siglip_378", "naflexvit_base_patch16_siglip"]
+
+
+@pytest.mark.parametrize("name", TIMM_SIGLIP)
+def test_every_siglip_of_timm_gives_timms_features(tmp_path, name):
+    model = timm_folder(tmp_path, name, **SMALL_VIT)
+    backbone = fs.load_backbone(tmp_path, heads=2)
+    size = backbone.config["image_size"]
+    images = torch.rand(1, 3, size, size)
+    with torch.no_grad():
+        reference = model(images * 2 - 1)
+    assert (backbone.family, size) == ("siglip", {"224": 224, "378": 378}.get(name[-3:], 256))
+    assert difference(backbone, images, reference) <= 1e-4
+
+
+VITS = {
+    "vit_base_patch14_reg4_dinov2": {"img_size": 28},
+    "vit_giant_patch14_dinov2": {"img_size": 28, "mlp_ratio": 4.0},
+    "vit_base_patch16_224": {"img_size": 32},
+    "vit_large_patch14_dinov2": {"img_size": 32, "patch_size": 16, "in_chans": 1},  # DALE-CT's
+    "vit_base_patch16_dinov3": {"img_size": 32},
+    "eva02_base_patch14_224": {"img_size": 28},
+}
+
+
+@pytest.mark.parametrize("described", [True, False])
+@pytest.mark.parametrize("name", VITS)
+def test_a_vit_gives_timms_features_with_its_description_and_without(tmp_path, name, described, caplog):
+    model = timm_folder(tmp_path, name, **SMALL_VIT | VITS[name])
+    grey, size = "in_chans" in VITS[name], VITS[name]["img_size"]
+    stated = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    mean, std = (torch.tensor(stated[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    if not described:
+        (tmp_path / "config.json").unlink()
+        if "dinov3" in name or "eva" in name:  # shapes alone don't tell these
+            with pytest.raises(fs.BadInput, match="incomplete"):
+                fs.load_backbone(tmp_path, heads=2)
+            return
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = torch.rand(2, 1 if grey else 3, size, size)
+    normal = (images - mean) / std
+    if grey and described:
+        normal = (images - mean.mean()) / std.mean()
+    elif grey:  # (HU + 142.39) / 360.97 of HU in -997..888
+        normal = (images * 1885 - 997 + 142.39) / 360.97
+    with torch.no_grad():
+        reference = model(normal)
+    with caplog.at_level(logging.INFO):
+        backbone = fs.load_backbone(tmp_path, heads=2)
+    images = images.expand(-1, 3, -1, -1)
+    assert difference(backbone, images, reference) <= 1e-5
+    assert ("DALE-CT" in caplog.text) == (grey and not described)
+    tokens, finish = backbone.evidence(images)
+    assert difference(backbone, images, finish(tokens)) <= 1e-5
+    assert backbone.windows == (
+        ((-997.0, 888.0),) * 3 if grey and not described else fs.WINDOW_PRESETS["merlin" if grey else "chest"]
+    )
+    again = fs.build_backbone(json.loads(json.dumps(backbone.config)))
+    again.load_state_dict(backbone.state_dict())
+    assert difference(again, images, reference) <= 1e-5
+    larger = fs.load_backbone(tmp_path, 2 * size, heads=2)
+    assert larger(torch.rand(1, 3, 2 * size, 2 * size)).shape == (1, 64)
+
+
+def test_dinov2_as_meta_publishes_it_gives_timms_features(tmp_path):
+    model, images = (
+        timm_folder(tmp_path, "vit_large_patch14_dinov2", **SMALL_VIT, img_size=28),
+        torch.rand(2, 3, 28, 28),
+    )
+    state = model.state_dict() | {"mask_token": torch.zeros(1, 64)}
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        reference = model((images - mean) / std)
+    (tmp_path / "dinov2").mkdir()
+    backbone = fs.load_backbone(saved(tmp_path / "dinov2" / "dinov2_vitl14_pretrain.pth", state), heads=2)
+    assert difference(backbone, images, reference) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "kind", ["Dinov2Config", "Dinov2WithRegistersConfig", "DINOv3ViTConfig", "ViTConfig", "RAD-DINO", "Curia"]
+)
+def test_dinov2_and_its_kind_give_the_class_token_of_transformers(tmp_path, kind):
+    import transformers
+
+    config = getattr(transformers, kind if kind.endswith("Config") else "Dinov2Config")(
+        **TINY | {"num_channels": 1 if kind == "Curia" else 3}
+    )
+    model = transformers.AutoModel.from_config(config).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if kind != "RAD-DINO" else ([0.5307] * 3, [0.2583] * 3)
+    if kind == "RAD-DINO":
+        transformers.BitImageProcessor(image_mean=mean, image_std=std).save_pretrained(tmp_path)
+    if kind == "Curia":
+        (tmp_path / "preprocessor_config.json").write_text(
+            '{"image_processor_type": "CuriaImageProcessor", "crop_size": 512}'
+        )
+    images = torch.rand(2, 1 if kind == "Curia" else 3, 32, 32)
+    normal = (images - torch.tensor(mean).view(1, 3, 1, 1)) / torch.tensor(std).view(1, 3, 1, 1)
+    if kind == "Curia":  # each slice by its own mean and deviation
+        normal = torch.stack([(image - image.mean()) / image.std() for image in images])
+    with torch.no_grad():
+        reference = model(normal).last_hidden_state[:, 0]
+    backbone, images = fs.load_backbone(tmp_path), images.expand(-1, 3, -1, -1)
+    assert difference(backbone, images, reference) <= 1e-5
+    tokens, finish = backbone.evidence(images)
+    assert tokens.shape == (2, 4, 4, 64)
+    assert difference(backbone, images, finish(tokens)) <= 1e-5
+    assert backbone(images, maxima=True).shape == (2, 128)
+    own = {
+        "format": 1,
+        "kind": "finetune_siglip",
+        "model": prefixed(backbone.state_dict(), "backbone."),
+        "backbone": backbone.config,
+    }
+    assert difference(fs.load_backbone(saved(tmp_path / "best_model.pth", own), 32), images, reference) <= 1e-5
+    backbone.train()(images).sum().backward()
+    assert all(p.grad is not None for p in backbone.parameters())  # an unused parameter would stall DDP
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(fs.BadInput, match=r"config\.json"):
+        fs.load_backbone(tmp_path / "model.safetensors")
+
+
+def test_colipris_tower_is_read_from_its_own_names(tmp_path):
+    from dynamic_network_architectures.architectures.primus import Primus
+
+    shape = {"use_abs_pos_embed": False, "init_values": 0.1, "scale_attn_inner": True}
+    primus = Primus(1, 144, (8, 8, 8), 1, 2, 12, (16, 16, 16), **shape).eval()
+    primus.up_projection = nn.Identity()
+    projector, pooler = nn.Conv3d(144, 48, 1), nn.MultiheadAttention(48, 12, batch_first=True)
+    state = prefixed(primus.state_dict(), "backbone.") | prefixed(projector.state_dict(), "projector.")
+    state = prefixed(state | prefixed(pooler.state_dict(), "pooler.attn."), "image_encoder.")
+    save_file(state | {"text_encoder.x": torch.ones(1)}, tmp_path / "model.safetensors")
+    volume = torch.rand(2, 1, 16, 16, 16)
+    with torch.no_grad():
+        x = projector(primus(volume * 2 - 1)).flatten(2).transpose(1, 2)
+        reference = pooler(x.mean(1, keepdim=True), x, x)[0][:, 0]
+    backbone = fs.load_backbone(tmp_path, 16)
+    assert difference(backbone, volume.expand(-1, 3, -1, -1, -1), reference) <= 1e-5
+    assert (backbone.windows, backbone.default_grid) == (fs.WINDOW_PRESETS["merlin"], (192, 16, 16))
+    spl = torch.arange(24.0).view(1, 1, 2, 3, 4)  # S, P, L to R, A, S and back
+    assert torch.equal(backbone.turn(spl), spl.permute(0, 1, 4, 3, 2).flip(2, 3))
+    assert torch.equal(backbone.turn_back(backbone.turn(spl).movedim(1, -1)).movedim(-1, 1), spl)
+    backbone.recompute = True
+    backbone.train()(torch.rand(1, 3, 24, 16, 16)).sum().backward()  # volumes of another shape, computed again
+    assert all(p.grad is not None for p in backbone.parameters())
 
 
 def test_timms_later_towers_have_the_tanh_gelu(tmp_path):
@@ -472,9 +683,8 @@ def test_a_tower_without_pooling_head_takes_the_mean_where_its_config_says_so(tm
     with torch.no_grad():
         reference = model(pixel_values=images * 2 - 1).last_hidden_state.mean(1)
     assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-5
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(fs.BadInput, match=r"missing: head\.probe"):
-        fs.load_backbone(tmp_path, heads=2)
+    (tmp_path / "config.json").unlink()  # without one, no tensor of a head says so as well
+    assert difference(fs.load_backbone(tmp_path, heads=2), images, reference) <= 1e-5
 
 
 # Freezing
@@ -554,10 +764,14 @@ WRONG_TENSORS = {
     "text model": tensors("text_model.embeddings.token_embedding.weight", "text_model.head.weight"),
     "detection": tensors("backbone.body.conv1.weight", "rpn.head.conv.weight", "roi_heads.box_head.fc6.weight"),
     "detection model": tensors("backbone.features.0.weight", "head.classification_head.module_list.0.weight"),
-    "plain ViT \\(": tensors("class_token", "conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"),
+    "a ViT without the config": tensors(
+        "class_token", "conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"
+    ),
+    "CT-CLIP": tensors(
+        "visual_transformer.enc_spatial_transformer.layers.0.0.dsconv.weight", "to_visual_latent.weight"
+    ),
+    "MedicalNet": {"module.conv1.weight": torch.ones(4, 1, 7, 7, 7), "module.layer3.35.conv3.weight": torch.ones(2, 2)},
     "CLIP": tensors("vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.class_embedding"),
-    "plain ViT": tensors("cls_token", "patch_embed.proj.weight", "blocks.0.norm1.weight"),
-    "without SigLIP's attention pooling": tensors("patch_embed.proj.weight", "blocks.0.norm1.weight"),
     "LoRA": tensors("base.layers.0.q_proj.lora_A.weight"),
     "segmentation": tensors("encoder.0.weight", "decoder1.conv.weight"),
     "ResNet other than": tensors("conv1.weight", "layer1.0.conv1.weight", "layer4.2.conv3.weight"),
@@ -573,7 +787,7 @@ def test_weights_of_something_else_are_refused_saying_what_they_seem_to_be(tmp_p
         fs.load_backbone(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert "such as google/siglip-base-patch16-224, the 3D ResNet-152" in str(caught.value)
+    assert "such as google/siglip-base-patch16-224" in str(caught.value)
 
 
 def write_bytes(content):
@@ -599,6 +813,12 @@ def write_truncated_safetensors(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+def write_adapted(path):
+    from peft import LoraConfig, get_peft_model
+
+    torch.save(get_peft_model(tiny_tower(), LoraConfig(r=2, target_modules=["q_proj"])).state_dict(), path)
+
+
 WRONG_FILES = {
     "Git LFS pointer": write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
     "web page": write_bytes(b"\n<!DOCTYPE html><html><title>Sign in</title>"),
@@ -608,7 +828,12 @@ WRONG_FILES = {
     "gzip": write_bytes(b"\x1f\x8b" + bytes(100)),
     "NumPy archive": write_npz,
     "TorchScript": write_script,
-    "argparse.Namespace": lambda path: torch.save({"args": argparse.Namespace(x=1), "w": torch.ones(1)}, path),
+    "a quantised model": lambda path: torch.save(
+        torch.ao.quantization.quantize_dynamic(tiny_tower(), {nn.Linear}, dtype=torch.qint8).state_dict(), path
+    ),
+    "DeepSpeed ZeRO-3": lambda path: torch.save({k: torch.empty(0) for k in tiny_tower().state_dict()}, path),
+    "merge it into its base model": write_adapted,
+    "ONNX": write_bytes(b"\x08\x07\x12\x07pytorch"),
     "run code": lambda path: torch.save(nn.Linear(2, 2), path),
     "holds a list": lambda path: torch.save([torch.ones(1)], path),
     "is empty": write_bytes(b""),
@@ -628,6 +853,40 @@ def test_files_that_are_not_weights_are_refused_by_name(tmp_path, reason):
         fs.load_backbone(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_what_trainers_keep_beside_the_weights_is_read_without_running_it(tower, tmp_path):
+    import collections
+    import datetime
+    import pathlib
+
+    model, images, reference = tower
+    beside = {
+        "args": argparse.Namespace(lr=np.float64(0.1), out=pathlib.Path("a/b"), log=pathlib.PurePosixPath("c")),
+        "best": np.float32(0.5), "seen": np.arange(3), "names": np.array(["a", "b"]), "flags": np.array([True]),
+        "when": datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone.utc), "took": datetime.timedelta(hours=1),
+        "day": datetime.date(2026, 1, 2), "order": collections.OrderedDict(a=1), "kind": np.dtype("float32"),
+    }  # fmt: skip
+    before = torch.serialization.get_safe_globals()
+    path = saved(tmp_path / "x.pth", beside | {"model": collections.OrderedDict(model.state_dict())})
+    assert difference(fs.load_backbone(path, heads=2), images, reference) <= 1e-5
+    assert set(torch.serialization.get_safe_globals()) == set(before)  # and only while this file is read
+
+
+def test_a_sharded_checkpoint_of_torch_is_named_with_the_command_that_converts_it(tower, tmp_path, monkeypatch):
+    import subprocess
+    import sys
+
+    import torch.distributed.checkpoint as dcp
+
+    model, images, reference = tower
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "dcp")
+    for source in (tmp_path / "dcp", next((tmp_path / "dcp").glob("*.distcp"))):
+        with pytest.raises(fs.BadInput, match="dcp_to_torch") as caught:
+            fs.load_backbone(source)
+    command = re.search(r"`python (.*?)`", str(caught.value))[1]
+    subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    assert difference(fs.load_backbone(tmp_path / "model.pt", heads=2), images, reference) <= 1e-5
 
 
 def test_nothing_in_a_file_is_ever_run(tmp_path):
@@ -723,7 +982,16 @@ def test_hub_models_come_from_the_cache_without_network(tower, hub):
     with pytest.raises(fs.BadEnvironment, match="out of reach"):
         fs.load_backbone("someone/tower")
     model.save_pretrained(hub, max_shard_size="50KB")
-    assert difference(fs.load_backbone("someone/tower"), images, reference) <= 1e-5
+    address = "https://huggingface.co/someone/tower"
+    names = ("someone/tower", "hf-hub:someone/tower", address, f"{address}/tree/main", hub.parents[1], hub)
+    for source in names:
+        assert difference(fs.load_backbone(source), images, reference) <= 1e-5, source
+    shard = sorted(hub.glob("model-*.safetensors"))[1]
+    assert difference(fs.load_backbone(shard), images, reference) <= 1e-5  # a lone shard whose others lie beside it
+    shard.unlink()
+    for source in (hub, hub.parents[1], sorted(hub.glob("model-*.safetensors"))[0]):
+        with pytest.raises(fs.BadInput, match=f"{shard.name} is not beside it"):
+            fs.load_backbone(source)
 
 
 # Memory
@@ -752,7 +1020,7 @@ def test_lora_starts_at_no_change_trains_little_and_merges(tower, tmp_path):
     fs.add_lora(backbone, 2)
     assert difference(backbone, images, reference) <= 1e-5
     trained = [name for name, p in backbone.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 4 * 2
+    assert len(trained) == 2 * (2 * 4 + 1)  # two layers' projections, and the patches
     assert all("lora_" in name for name in trained)
     assert fs.merged_state(backbone).keys() == plain.keys()
     assert all(torch.equal(value, plain[name]) for name, value in fs.merged_state(backbone).items())
@@ -771,7 +1039,7 @@ def test_lora_starts_at_no_change_trains_little_and_merges(tower, tmp_path):
 
 def test_lora_is_refused_for_other_families(narrow_resnet, tmp_path):
     backbone = fs.load_backbone(saved(tmp_path / "x.bin", narrow_resnet[0].state_dict()))
-    with pytest.raises(fs.BadInput, match="SigLIP towers"):
+    with pytest.raises(fs.BadInput, match="for ViTs"):
         fs.add_lora(backbone, 2)
 
 

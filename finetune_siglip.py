@@ -2,10 +2,10 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "torch>=2.10", "torchvision>=0.25", "monai>=1.5", "transformers>=5.0", "hi-ml-multimodal>=0.2.2",
-#   "scikit-learn>=1.5", "pandas>=2.2", "numpy>=1.26", "peft>=0.17", "wandb>=0.28", "tqdm>=4.66", "deflate>=0.8",
-#   "blosc2>=3.0", "pydicom>=3.0", "python-gdcm>=3.0.24", "nibabel>=5.3", "pynrrd>=1.1", "matplotlib>=3.9",
-#   "jinja2>=3.1",
+#   "torch>=2.10", "torchvision>=0.25", "monai>=1.5", "transformers>=5.0", "timm>=1.0.20",
+#   "dynamic-network-architectures>=0.4.3", "accelerate>=1.0", "hi-ml-multimodal>=0.2.2", "scikit-learn>=1.5",
+#   "pandas>=2.2", "numpy>=1.26", "peft>=0.17", "wandb>=0.28", "tqdm>=4.66", "deflate>=0.8", "blosc2>=3.0",
+#   "pydicom>=3.0", "python-gdcm>=3.0.24", "nibabel>=5.3", "pynrrd>=1.1", "matplotlib>=3.9", "jinja2>=3.1",
 # ]
 # ///
 r"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.
@@ -3454,10 +3454,10 @@ def find_encoder(tensors: dict[str, Tensor], found: Found) -> str:
     ends = [(a, name[: -len(a)]) for name in tensors for a in READERS if f".{name}".endswith(f".{a}")]
     ends = [(a, prefix) for a, prefix in ends if is_encoder(a, prefix, tensors)]
     if not ends:
-        looks = (what for pattern, what in (*NOT_PLAIN, *LOOKS) if any(re.search(pattern, name) for name in tensors))
+        looks = [what for pattern, what in (*NOT_PLAIN, *LOOKS) if any(re.search(pattern, name) for name in tensors)]
         if any(name.endswith("conv1.weight") and t.ndim == 5 and t.shape[2] == 7 for name, t in tensors.items()):
-            looks = iter(["a 3D ResNet of MedicalNet's kind: a stem of 7 x 7 x 7, and other strides than Merlin's"])
-        seems = next(looks, f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
+            looks = ["a 3D ResNet of MedicalNet's kind: a stem of 7 x 7 x 7, and other strides than Merlin's"]
+        seems = next(iter(looks), f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
         raise BadInput(f"{found.source}: seems to be {seems}. {SUPPORTED}")
     size = {prefix: sum(name.startswith(prefix) for name in tensors) for _, prefix in ends}
     anchor, found.prefix = max(ends, key=lambda end: (size[end[1]], "ema" in re.split(r"[._]", end[1].lower())))

@@ -904,20 +904,16 @@ def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple
     return rows[order], values[order]
 
 
-def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk and only then give it its name.
+@contextmanager
+def put_in_place(temporary: Path, path: Path, size: int = 0) -> Iterator[None]:
+    """Give what the body writes to `temporary`, in the same folder, the name `path`: `path` is the old or the new file.
 
-    Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, `path` is the old file or
-    the whole new one and nothing else is left.
+    Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, nothing else is left.
     """
-    temporary = temporary_name(path)
     try:
         with suppress(FileNotFoundError):
-            temporary.unlink()
-        with open(temporary, "xb") as file:  # a leftover may be a second name of a good file: never write into it
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            temporary.unlink()  # a leftover may be a second name of a good file: never write into it
+        yield
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
@@ -927,7 +923,22 @@ def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) 
         raise BadEnvironment(f"{path} can't be written ({why}); {needed}{free:,} bytes are free there") from error
     finally:
         with suppress(OSError):
-            temporary.unlink()
+            temporary.unlink()  # renaming one name of a file to another of its names leaves both
+
+
+def write_synced(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let `write` fill a new file, and bring it to the disk."""
+    with open(path, "xb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
+    """Let `write` fill a file beside `path`, bring it to the disk, then give it its name as `put_in_place` does."""
+    temporary = temporary_name(path)
+    with put_in_place(temporary, path, size):
+        write_synced(temporary, write)
 
 
 def save_bytes(path: Path, data: bytes) -> None:
@@ -5452,21 +5463,12 @@ MODEL_KIND, RUN_KIND, FORMAT = "finetune_siglip", "finetune_siglip.run", 1
 def link_atomic(source: Path, path: Path) -> None:
     """Make `path` the same file as `source`: a second name, or a copy where the file system has no links."""
     temporary = temporary_name(path)
-    try:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
-        os.link(source, temporary)
-    except OSError:
-        with source.open("rb") as original:
-            return save_atomic(path, lambda file: shutil.copyfileobj(original, file, 2**22))
-    try:
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        raise BadEnvironment(f"{path} can't be written ({error.strerror})") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()  # renaming one name of a file to another of its names leaves both
+    with put_in_place(temporary, path):
+        try:
+            os.link(source, temporary)
+        except OSError:
+            with source.open("rb") as original:
+                write_synced(temporary, lambda file: shutil.copyfileobj(original, file, 2**22))
 
 
 def digest_of(content: Any) -> str:
@@ -5477,14 +5479,9 @@ def digest_of(content: Any) -> str:
         if isinstance(value, Tensor):
             sha.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
             sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        elif isinstance(value, dict):
-            sha.update(f"dict {len(value)}".encode())
-            for key in value:
-                add(key)
-                add(value[key])
-        elif isinstance(value, (list, tuple)):
-            sha.update(f"list {len(value)}".encode())
-            for item in value:
+        elif isinstance(value, (dict, list, tuple)):
+            sha.update(f"{'dict' if isinstance(value, dict) else 'list'} {len(value)}".encode())
+            for item in itertools.chain(*value.items()) if isinstance(value, dict) else value:
                 add(item)
         else:
             sha.update(f"{type(value).__name__} {value!r};".encode())
@@ -5493,15 +5490,26 @@ def digest_of(content: Any) -> str:
     return sha.hexdigest()
 
 
-def require_finite(content: Any, where: str) -> None:
-    """Raises Diverged, naming the tensor, if any number in nested containers is NaN or infinite."""
+def tensors_in(content: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested containers, each with its place."""
     if isinstance(content, Tensor):
-        numbers = content.is_floating_point() and content.numel()
-        if numbers and not torch.stack(content.aminmax()).isfinite().all():  # NaN comes through; one pass, no copy
-            raise Diverged(f"{where} is not finite and is not saved; the last save stands: lower --lr or add --warmup")
+        yield where, content
     elif isinstance(content, (dict, list, tuple)):
         for name, value in content.items() if isinstance(content, dict) else enumerate(content):
-            require_finite(value, f"{where}/{name}")
+            yield from tensors_in(value, f"{where}/{name}")
+
+
+def tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested containers."""
+    return sum(tensor.nbytes for _, tensor in tensors_in(content))
+
+
+def require_finite(content: Any, where: str) -> None:
+    """Raises Diverged, naming the tensor, if any number in nested containers is NaN or infinite."""
+    for name, tensor in tensors_in(content, where):
+        numbers = tensor.is_floating_point() and tensor.numel()
+        if numbers and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN comes through; one pass, no copy
+            raise Diverged(f"{name} is not finite and is not saved; the last save stands: lower --lr or add --warmup")
 
 
 def save_checked(path: Path, content: dict[str, Any]) -> str:
@@ -5526,7 +5534,6 @@ def load_checked(path: Path, kind: str, digest: str | None = None) -> dict[str, 
     With `digest` the file must also be the very one that had it when it was saved.
     """
     what = "a checkpoint of this script" if kind == MODEL_KIND else "the state of a run of this script"
-    damaged = BadInput(f"{path}: damaged, its content doesn't match its digest; use another copy")
     if not os.path.isfile(path):
         raise BadInput(f"{path}: there is no such file; name {what}")
     try:
@@ -5537,16 +5544,13 @@ def load_checked(path: Path, kind: str, digest: str | None = None) -> dict[str, 
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise BadInput(f"{path}: not {what}; --pretrained takes other people's weights")
     if content.get("format") != FORMAT:
-        raise BadInput(
-            f"{path}: format {content.get('format')}, this script reads {FORMAT}; use the script that wrote it"
-        )
-    try:  # a crafted tensor can claim any shape over few bytes: its size is looked at before its values
-        stored = content.pop("digest", None)
+        theirs = content.get("format")
+        raise BadInput(f"{path}: format {theirs}, this script reads {FORMAT}; use the script that wrote it")
+    stored, whole = content.pop("digest", None), False
+    with suppress(Exception):  # a crafted tensor can claim any shape over few bytes: its size is looked at first
         whole = tensor_bytes(content) <= path.stat().st_size and stored == digest_of(content)
-    except Exception as error:
-        raise damaged from error
     if not whole or digest not in (None, stored):
-        raise damaged
+        raise BadInput(f"{path}: damaged, its content doesn't match its digest; use another copy")
     lacking = [name for name, form in FIELDS[kind].items() if not isinstance(content.get(name), form)]
     if lacking:
         raise BadInput(f"{path}: lacks {', '.join(lacking)}; use the script that wrote it")
@@ -5563,14 +5567,6 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:  # libraries check a configuration with errors of their own
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BadInput(f"{path}: can't be used ({why}); use the script that wrote it") from error
-
-
-def tensor_bytes(content: Any) -> int:
-    """Bytes of all tensors in nested containers."""
-    if isinstance(content, Tensor):
-        return content.nbytes
-    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return sum(map(tensor_bytes, parts))
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -5665,10 +5661,6 @@ class TopKCheckpoints:
 
     def is_best(self, epoch: int) -> bool:
         return bool(self.entries) and self.entries[0][1] == epoch
-
-    def forget(self, epoch: int) -> None:
-        """Drop an epoch whose file is lost."""
-        self.entries = [entry for entry in self.entries if entry[1] != epoch]
 
 
 @dataclass
@@ -5795,19 +5787,18 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = open(self.path / ".lock", "a+")  # noqa: SIM115, closed below
         except OSError as error:
-            why = f"{self.path} can't be written ({error.strerror})"
-            raise BadEnvironment(f"{why}; choose another --output-dir") from error
+            raise BadEnvironment(
+                f"{self.path} can't be written ({error.strerror}); choose another --output-dir"
+            ) from error
         with handle:
             try:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):
-                    log.warning("%s: this disk has no locks (%s); start no second run there", self.path, error.strerror)
-                else:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
                     handle.seek(0)
-                    holder = handle.read().strip() or "another run"
-                    why = f"{self.path} is in use by {holder}"
-                    raise BadEnvironment(f"{why}; wait for it, stop it or choose another --output-dir") from None
+                    used = f"{self.path} is in use by {handle.read().strip() or 'another run'}"
+                    raise BadEnvironment(f"{used}; wait for it, stop it or choose another --output-dir") from None
+                log.warning("%s: this disk has no locks (%s); start no second run there", self.path, error.strerror)
             handle.truncate(0)
             handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
             handle.flush()
@@ -5830,22 +5821,16 @@ class RunFolder:
 
     def commit(self, content: dict[str, Any]) -> None:
         """Make `content` the state of the run. The one before it gives way once the new one has been read back."""
-        try:
+        with put_in_place(self.fresh, self.last):
             digest = save_checked(self.fresh, content)
             forget_cached(self.fresh)
-            load_checked(self.fresh, RUN_KIND, digest)
+            try:
+                load_checked(self.fresh, RUN_KIND, digest)
+            except BadInput as error:
+                why = f"what was written reads back damaged; check this disk ({error})"
+                raise BadEnvironment(f"{self.path}: {why}") from error
             if self.last.exists():
                 link_atomic(self.last, self.previous)
-            os.replace(self.fresh, self.last)
-            sync_folder(self.path)
-        except BadInput as error:
-            why = f"what was written reads back damaged; check this disk ({error})"
-            raise BadEnvironment(f"{self.path}: {why}") from error
-        except OSError as error:
-            raise BadEnvironment(f"{self.last} can't be written ({error.strerror})") from error
-        finally:
-            with suppress(OSError):
-                self.fresh.unlink()
 
     def derive(self, history: History) -> None:
         """Bring every other file in line with what was committed; what no longer counts goes last."""
@@ -5869,11 +5854,9 @@ class RunFolder:
         except BadInput as error:
             if not self.previous.exists():
                 raise
-            log.warning("%s", error)
-            content = load_checked(self.previous, RUN_KIND)
-        log.warning("going back to the state before it, %s", self.previous)
+            log.warning("%s; going back to the state before it, %s", error, self.previous)
         self.fell_back = True
-        return content
+        return load_checked(self.previous, RUN_KIND)
 
     def load_top(self, history: History, thresholds: list[float]) -> None:
         """Check the files of the top k against their digests; the best one's weights go to memory.
@@ -5881,8 +5864,8 @@ class RunFolder:
         A file that is damaged or gone leaves the ranking, with a warning: the run itself does not need it. The best
         one's content may still stand in best_model.pth, which a finished run gave other `thresholds`.
         """
-        for _, epoch in reversed(list(history.top.entries)):
-            name = history.top.name(epoch)
+        for entry in reversed(list(history.top.entries)):
+            name = history.top.name(entry[1])
             wanted = history.digests.get(name)
             try:
                 history.top.best = load_checked(self.path / name, MODEL_KIND, wanted)
@@ -5895,8 +5878,8 @@ class RunFolder:
                         history.top.best = content
                         history.lost.add(name)
                         continue
-                log.warning("%s; epoch %d leaves the ranking", error, epoch)
-                history.top.forget(epoch)
+                log.warning("%s; epoch %d leaves the ranking", error, entry[1])
+                history.top.entries.remove(entry)
 
 
 def forget_cached(path: Path) -> None:

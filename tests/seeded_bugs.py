@@ -101,14 +101,16 @@ BUGS = {
     "first files before the first commit": (
         "        run.save()  # a new run: no file that counts is ever without a last.ckpt beside it\n", "", f"{CRASH} -k power_cut",
     ),
-    "a kept model removed by a start": ("folder.holds_run(*([] if source else [CHECKPOINT]))", "folder.has_state()",
+    "a kept model removed by a start": ("folder.holds_run(*([] if found else [CHECKPOINT]))", "folder.has_state()",
                                         f"{CRASH} -k somebody_kept"),
     "another folder changed on falling back": ("        elif source.fell_back:", "        if source.fell_back:",
                                                f"{CRASH} -k falling_back_in_another"),
     "values of thresholds not compared": (', "thresholds (--threshold)": setup["thresholds"]', "", f"{CRASH} -k file_of_thresholds"),
-    "prediction without the lock": ("with RunFolder(args.output_dir).locked() if runtime.is_main else nullcontext():\n        logits",
-                                    "with nullcontext():\n        args.output_dir.mkdir(parents=True, exist_ok=True)\n        logits",
-                                    f"{CRASH} -k second_run"),
+    "prediction without the lock": (
+        "with folder.locked() if runtime.is_main else nullcontext():\n        if several",
+        "args.output_dir.mkdir(parents=True, exist_ok=True)\n    with nullcontext():\n        if several",
+        f"{CRASH} -k second_run",
+    ),
     "map not turned back from SRA": (
         'grid.transpose(1, 2).flip(1, 2) if self.backbone.orientation == "SRA" else grid', "grid",
         f"{EXPLAIN} -k convolutional",

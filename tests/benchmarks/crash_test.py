@@ -119,7 +119,7 @@ def outcome(bench: Bench, out: Path) -> dict[str, object]:
     predicted = out.parent / "predicted"
     argv = [
         "--csv", str(bench.scans), "--test-only", str(out / "best_model.pth"), "--label-columns", *LABELS,
-        "--num-workers", "0", "--output-dir", str(predicted), "--test-output", str(predicted / "x.csv"),
+        "--num-workers", "0", "--output-dir", str(predicted), "--test-output", str(predicted / "x.csv"), "--overwrite",
     ]  # fmt: skip
     ended = bench.server.run(argv, out.parent / "predict.log")
     assert ended.code == 0, ended.text

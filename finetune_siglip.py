@@ -7042,11 +7042,12 @@ def publish_all(
 
     Scans that could not be read are no part of any of it.
     """
+    labelled = [split for split, (dataset, _) in parts.items() if not np.isnan(dataset.targets).all()]
     for split, (dataset, logits) in parts.items():
         read = CTVolumeDataset(dataset.table.subset(dataset.readable), dataset.prep, None, args.on_bad_volume)
         probabilities, to_windows = sigmoid(logits[dataset.readable]), CTWindows(read.prep.windows, read.prep.intensity)
-        level = logging.INFO if split == [*parts][-1] else DETAIL  # one table is enough for the console
-        if not np.isnan(read.table.targets).all():
+        if split in labelled:
+            level = logging.INFO if split == labelled[-1] else DETAIL  # one table is enough for the console
             how = thresholds, tuned_here.get(split), args.bootstrap, args.seed, level
             publish(args.output_dir, split, read, to_windows, probabilities, *how)
         if args.explain:

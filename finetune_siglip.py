@@ -2002,7 +2002,7 @@ def patient_axes(path: Path, shape: Sequence[int], steps: np.ndarray) -> tuple[s
     if len(shape) != 3 or min(shape) < 2:
         raise BadVolume(f"{path}: has shape {tuple(shape)}: save the one volume of three axes that is meant")
     spacing = np.linalg.norm(steps, axis=0)
-    if not (np.isfinite(steps).all() and ((spacing > 0.05) & (spacing < 50)).all()):
+    if not (np.isfinite(steps).all() and ((spacing > 0.05) & (spacing < 50) & (spacing * shape < 3000)).all()):
         raise BadVolume(
             f"{path}: says its voxels are {spacing.tolist()} mm apart: its header is wrong: convert it again"
         )
@@ -2867,7 +2867,7 @@ def draw_contact_sheet(samples: Sequence[tuple[str, Tensor]], prep: Preprocessin
 
 @dataclass
 class PrepareScans(torch.utils.data.Dataset):
-    """Item i: convert raw scan i to an NPZ, unless an earlier run did; None or why it could not be done."""
+    """Item i: convert scan i, if it is raw and no earlier run did; None, or why it can't be converted or read."""
 
     table: Table
     folder: Path
@@ -2880,7 +2880,9 @@ class PrepareScans(torch.utils.data.Dataset):
         return len(self.table)
 
     def target(self, row: int) -> Path:
-        """The NPZ of a row; of an id that is no safe file name, only the safe part is kept."""
+        """The file of a prepared row; of an id that is no safe file name, only the safe part is kept."""
+        if not is_raw(self.table.paths[row]):
+            return self.table.paths[row].absolute()
         series = self.table.series_ids[row]
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", series).lstrip(".")[:100]
         unique = "" if plain == series else "-" + hashlib.sha256(series.encode()).hexdigest()[:12]
@@ -2889,6 +2891,9 @@ class PrepareScans(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> UserError | None:
         path, target = self.table.paths[row], self.target(row)
         try:
+            if not is_raw(path):
+                read_volume(path, voxels=False)
+                return None
             how = (self.spacing, self.intensity, self.hu_range)
             settings = json.dumps([file_identity(path), how, FIELD_OF_VIEW]).encode()
             source = hashlib.sha256(settings).digest()
@@ -2897,7 +2902,9 @@ class PrepareScans(torch.utils.data.Dataset):
                     return None
             write = {"npz": write_npz, "b2nd": write_b2nd}[self.format]
             facts = {"orientation": "SPL", "spacing": list(self.spacing), "source": list(source)}
-            save_atomic(target, partial(write, image=prepare_volume(path, *how), facts=facts))
+            with reading_raw(path):
+                image = prepare_volume(path, *how)
+            save_atomic(target, partial(write, image=image, facts=facts))
         except BadVolume as problem:
             series, line = self.table.series_ids[row], self.table.line_numbers[row]
             return BadVolume(f"series {series!r} (line {line}): {problem}")
@@ -2949,18 +2956,14 @@ def prepare_table(
     if out.resolve() == csv_path.resolve():
         raise BadInput(f"--prepare {folder}: would overwrite {csv_path}: name another folder")
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
-    raw = [row for row, path in enumerate(table.paths) if is_raw(path)]
-    scans = PrepareScans(table.subset(raw), folder, tuple(spacing), intensity, tuple(hu_range), format)
+    scans = PrepareScans(table, folder, tuple(spacing), intensity, tuple(hu_range), format)
     loader = torch.utils.data.DataLoader(
         scans, batch_size=None, num_workers=num_workers, worker_init_fn=one_thread_per_worker
     )
     bad: dict[int, str] = {}
-    for row in sorted({*range(len(table))} - {*raw}):  # what is prepared already is only looked at
-        if isinstance(problem := header_or_error(table.paths[row]), BadVolume):
-            bad[row] = f"series {table.series_ids[row]!r} (line {table.line_numbers[row]}): {problem}"
     with signals_held():
         done = iter(loader)
-    for row, problem in zip(raw, tqdm(done, desc="prepare", unit="scan", total=len(raw), disable=None), strict=True):
+    for row, problem in enumerate(tqdm(done, desc="prepare", unit="scan", total=len(table), disable=None)):
         if isinstance(problem, BadEnvironment):
             raise problem
         if problem:
@@ -2971,14 +2974,12 @@ def prepare_table(
             "the other scans are converted: mend these and repeat, or --on-bad-volume skip",
         )
     header, rows = read_rows(csv_path, Complaints(csv_path))
-    column, place_of = header.index("img_path"), {row: i for i, row in enumerate(raw)}
     for row, (_, cells) in enumerate(rows):
-        cells[column] = str(
-            scans.target(place_of[row]).relative_to(folder) if row in place_of else table.paths[row].absolute()
-        )
+        target = scans.target(row)
+        cells[header.index("img_path")] = str(target.relative_to(folder) if folder in target.parents else target)
     write_rows(out, [header, *(cells for row, (_, cells) in enumerate(rows) if row not in bad)])
     write_skipped(folder / "skipped.csv", (table, bad))
-    log.info("%d scans prepared: %s", len({*raw} - {*bad}), out)
+    log.info("%d scans prepared: %s", len(table) - len(bad), out)
     return out
 
 

@@ -5105,26 +5105,26 @@ def find_evidence(model: SiglipClassifier, volume: Tensor, labels: Sequence[int]
     """
     model.eval()
     maxima = model.pool.mode == "label"
-    if model.backbone.volumetric:  # the mean over a 3D map is the mean over its layers, so these are its slices
-        tokens = model.layers(volume)[0].float()  # (D', h, w, E)
-        features = model.backbone.summary(tokens, maxima)[None]
-    else:
-        features = model.slice_features(volume).float()  # (1, S, E)
-    features.requires_grad_()
+    source = (model.layers if model.backbone.volumetric else model.slice_features)(volume).float().requires_grad_()
     with torch.enable_grad():
+        features = source  # (1, S, E)
+        if model.backbone.volumetric:  # of the last map (1, D', h, w, E), whose layers are its slices
+            summary = model.backbone.summary
+            features = summary(source[0], maxima)[None] if maxima else summary(source)[:, None]
         logits, shares = model.weigh(features)
         of_label = logits[0].unbind()
     found = []
     for label in labels:
-        gradient = torch.autograd.grad(of_label[label], features, retain_graph=True)[0][0]  # (S, E)
-        gains = (gradient * features[0]).sum(-1)
+        gradient = torch.autograd.grad(of_label[label], source, retain_graph=True)[0][0]  # (S, E) or (D', h, w, E)
+        relevance = (gradient * source[0]).sum(-1)
+        gains = relevance.sum((1, 2)) if model.backbone.volumetric else relevance
         if maxima:  # there the logit is a sum over slices
             gains = shares[0, :, label] * model.head(features)[0, :, label]
         best = gains.argsort(descending=True, stable=True)[:EXPLAINED_SLICES]
         worth = gains[best] > 0.01 * gains[best[0]].clamp(min=0)  # what adds nothing, or less, is no reason
         best = best[: max(1, int(worth.sum()))]
         if model.backbone.volumetric:
-            maps = token_relevance(tokens[best], partial(model.backbone.summary, maxima=maxima), gradient[best])
+            maps = relevance[best]
         else:
             maps = slice_relevance(model, volume[0, :, best].transpose(0, 1), gradient[best])
         depth = volume.shape[2] / len(gains)  # slices of the grid in each of a 3D map's layers, else 1

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,6 +11,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 
 import finetune_siglip as fs
 from finetune_siglip import MODEL_KIND, classifier_from, load_checked, load_classifier, main
+from test_raw import body, write_dicom, write_image
 
 LABELS = ["Cardiomegaly", "Pleural effusion", "Lung nodule"]
 
@@ -44,7 +44,20 @@ def models(scans, tower, tmp_path_factory):
             "--lr",
             1e-3,
         )
-        common = ("--epochs", 2, "--num-workers", 0, "--batch-size", 4, "--wandb-mode", "disabled", "--seed", ord(name))
+        common = (
+            "--epochs",
+            1,
+            "--bootstrap",
+            20,
+            "--num-workers",
+            0,
+            "--batch-size",
+            4,
+            "--wandb-mode",
+            "disabled",
+            "--seed",
+            ord(name),
+        )
         assert main(words(*argv, *common, *more)) == 0
     return {name: out / name / "best_model.pth" for name in "ab"}
 
@@ -85,7 +98,7 @@ def test_from_python_a_checkpoint_predicts_as_it_does_from_the_command_line(mode
 
 
 def test_labels_may_be_left_out_where_a_checkpoint_knows_them(models, scans, tmp_path, capsys):
-    argv = ("--csv", scans, "--test-only", models["a"], "--num-workers", 0, "--output-dir")
+    argv = ("--csv", scans, "--test-only", models["a"], "--num-workers", 0, "--bootstrap", 0, "--output-dir")
     names = tmp_path / "findings.txt"
     names.write_text("\ufeff" + "\r\n".join(LABELS) + "\r\n\r\n", encoding="utf-8", newline="")
     assert main(words(*argv, tmp_path / "without")) == 0
@@ -118,30 +131,32 @@ def test_files_and_folders_are_predicted_without_a_table_by_their_names(models, 
         assert named in capsys.readouterr().err
 
 
-def test_raw_scans_are_prepared_as_the_checkpoint_was_trained_with_one_warning_on_what_is_assumed(
-    models, tmp_path, capsys
-):
-    rng = np.random.default_rng(0)
-    for number in range(2):
-        hu = rng.integers(-1000, 400, (40, 36, 20)).astype(np.int16)
-        affine = np.diag([9.0, 9.0, 9.0, 1.0])
-        image = nibabel.Nifti1Image(hu, affine)
-        image.set_sform(affine, 1)
-        nibabel.save(image, tmp_path / f"raw{number}.nii.gz")
-    argv = ("--test-only", models["a"], "--num-workers", 0, "--images", tmp_path, "--output-dir")
+def test_raw_scans_below_a_folder_are_prepared_as_the_checkpoint_was_trained(models, tmp_path, capsys):
+    """With one warning on what is assumed, for it was trained on files of unknown spacing."""
+    spacing, folder = (7.5, 5.5, 5.5), tmp_path / "pacs"
+    (folder / "b").mkdir(parents=True)
+    for name in ("a.nii.gz", "b/c.mha", "b/d.nrrd"):
+        write_image(folder / name, body(), spacing, "LAI")
+    write_dicom(folder / "series", body(), spacing)
+    for number in (1, 2):
+        series = write_dicom(tmp_path / f"s{number}", body(), spacing, SeriesInstanceUID=f"1.2.{number}")
+        (folder / "two").mkdir(exist_ok=True)
+        for path in series:
+            shutil.copy(path, folder / "two" / f"{number}-{path.name}")
+    argv = ("--test-only", models["a"], "--num-workers", 0, "--images", folder, "--output-dir")
     assert main(words(*argv, tmp_path / "out")) == 0
     said = capsys.readouterr().err
     assert said.count("unknown spacing") == 1
     assert "1.5 x 1.5 x 3 mm" in said
     found = read(tmp_path / "out" / "test_predictions.csv")
-    assert found.id.tolist() == ["raw0", "raw1"]
-    model = classifier_from(load_checked(models["a"], MODEL_KIND)).eval()
-    volume = fs.prepare_volume(tmp_path / "raw0.nii.gz", (3.0, 1.5, 1.5))
-    np.savez(tmp_path / "prepared.npz", image=volume)
+    assert sorted(found.id) == ["a", "c", "d", "series", "two#1.2.1", "two#1.2.2"]
+    content = load_checked(models["a"], MODEL_KIND)
+    np.savez(tmp_path / "prepared.npz", image=fs.prepare_volume(folder / "a.nii.gz", (3.0, 1.5, 1.5)))
+    sample = fs.load_sample(tmp_path / "prepared.npz", fs.Preprocessing.from_dict(content["preprocessing"]))
     with torch.no_grad():
-        prep = fs.Preprocessing.from_dict(load_checked(models["a"], MODEL_KIND)["preprocessing"])
-        logits = model(fs.load_sample(tmp_path / "prepared.npz", prep)[None])
-    np.testing.assert_allclose(found.iloc[0, 1::2].to_numpy(float), logits.sigmoid()[0].numpy(), rtol=1e-5)
+        expected = classifier_from(content).eval()(sample[None]).sigmoid()[0].numpy()
+    for row in found.iloc[:, 1::2].to_numpy(float):
+        np.testing.assert_allclose(row, expected, rtol=1e-5)
 
 
 def test_several_checkpoints_average_their_logits_each_with_its_own_preprocessing(models, scans, tmp_path, capsys):
@@ -150,7 +165,7 @@ def test_several_checkpoints_average_their_logits_each_with_its_own_preprocessin
     for name, path in models.items():
         shutil.copy(path, both / f"{name}.pth")
     shutil.copy(models["a"], both / "twin.pth")
-    argv = ("--csv", scans, "--num-workers", 0, "--output-dir")
+    argv = ("--csv", scans, "--num-workers", 0, "--bootstrap", 0, "--output-dir")
     runs = {"a": [models["a"]], "b": [models["b"]], "paths": models.values(), "folder": [both]}
     for name, paths in runs.items():
         assert main(words(*argv, tmp_path / name, "--test-only", *paths)) == 0

@@ -82,6 +82,11 @@ from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 __version__ = "1.0.0"
+__all__ = [  # for other code; whatever else is here may change
+    "BadEnvironment", "BadInput", "BadVolume", "BalancedBCELoss", "Classifier", "Diverged", "FocalLoss",
+    "SiglipClassifier", "UserError", "backbone_layers", "build_backbone", "compute_metrics", "load_classifier",
+    "load_volume", "main", "parse_args", "read_pretrained", "tune_thresholds",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     import pandas
@@ -7370,6 +7375,8 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
             classifier.tune(table.split("val"))
         thresholds = resolve_thresholds(args.threshold, classifier.labels, classifier.thresholds)
         log.info("predicting %d scans of split %s with %s", len(rows), split, names)
+        if args.threshold == 0.5 and set(classifier.thresholds) != {0.5}:
+            log.info("decided at 0.5; --threshold auto takes the thresholds that were tuned on val")
         dataset, logits = classifier.logits(rows)
         if not runtime.is_main:
             return 0

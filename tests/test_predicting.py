@@ -97,6 +97,16 @@ def test_from_python_a_checkpoint_predicts_as_it_does_from_the_command_line(mode
         load_classifier(models["a"], batchsize=3)
 
 
+def test_what_is_public_is_there_and_says_what_it_is():
+    assert fs.__all__ == sorted(fs.__all__, key=str)
+    for name in fs.__all__:
+        assert getattr(fs, name).__doc__, name
+    named_in_the_contract = {"parse_args", "main", "load_volume", "SiglipClassifier", "FocalLoss", "BalancedBCELoss",
+                             "read_pretrained", "build_backbone", "backbone_layers", "compute_metrics",
+                             "tune_thresholds", "load_classifier"}  # fmt: skip
+    assert named_in_the_contract <= set(fs.__all__)
+
+
 def test_labels_may_be_left_out_where_a_checkpoint_knows_them(models, scans, tmp_path, capsys):
     argv = ("--csv", scans, "--test-only", models["a"], "--num-workers", 0, "--bootstrap", 0, "--output-dir")
     names = tmp_path / "findings.txt"

@@ -246,8 +246,7 @@ def build_parser() -> Parser:
         prog="finetune_siglip.py",
         description="Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.",
         epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory), 4 diverged, 128 + signal: stopped.",
-        allow_abbrev=False,
-        fromfile_prefix_chars="@",
+        allow_abbrev=False, fromfile_prefix_chars="@",
     )
     parser.add_argument("--version", action="version", version=f"finetune_siglip.py {__version__}")
     add = parser.add_argument_group("data").add_argument
@@ -264,8 +263,7 @@ def build_parser() -> Parser:
         help="chest, medsiglip, merlin, or lo:hi,lo:hi,lo:hi in HU [what the weights say, else chest]")
     add("--use-3channel", action="store_true", help="accepted for older scripts: three windows are the default anyway")
     add("--num-slices", type=count, help="slices (depth) after resampling [64; 160 for a 3D backbone]")
-    add("--image-size", type=count,
-        help="rows and columns after resampling [the checkpoint's own; 224 for a 3D backbone]")
+    add("--image-size", type=count, help="rows and columns after resampling [the tower's own; 224 for a 3D backbone]")
     add("--spacing", nargs=3, type=millimetres, default=(1.5, 1.5, 3.0), metavar=("X", "Y", "Z"),
         help="mm between columns, rows and slices that raw scans are brought to [1.5 1.5 3.0]")
     add("--augment", choices=("none", "light", "strong"), default="light",
@@ -287,8 +285,7 @@ def build_parser() -> Parser:
     add("--pretrained", help="SigLIP checkpoint: a hub name, a folder, .bin, .pt, .pth or .safetensors")
     add("--backbone-heads", type=count, metavar="N",
         help="attention heads of a SigLIP tower without a config.json [width / 64; 16 for 1152 and 1536]")
-    add("--freeze-up-to", type=layer_count, default=0, metavar="N",
-        help="freeze the first N backbone layers, or all [0]")
+    add("--freeze-up-to", type=layer_count, default=0, metavar="N", help="freeze N backbone layers, or all of them [0]")
     add("--dropout-rate", type=fraction, default=0.1, help="dropout before and inside the head [0.1]")
     add("--slice-pooling", choices=("attention", "mean", "max", "label"), default="attention",
         help="how slices become a scan; label: attention and maximum of each finding's own, for small ones [attention]")
@@ -307,8 +304,7 @@ def build_parser() -> Parser:
     add("--epochs", type=count, default=100, help="passes over split train at most [100]")
     add("--batch-size", type=count, default=16, help="scans per process and forward pass [16]")
     add("--lr", type=multiple, default=1e-4, help="peak learning rate [1e-4]")
-    add("--weight-decay", type=amount, default=1e-4,
-        help="decoupled decay; biases, norms and embeddings have none [1e-4]")
+    add("--weight-decay", type=amount, default=1e-4, help="decoupled; biases, norms, embeddings have none [1e-4]")
     add("--optimizer", choices=("adamw", "sgd"), default="adamw", help="sgd has Nesterov momentum 0.9 [adamw]")
     add("--scheduler", choices=("plateau", "cosine", "warmup"), default="plateau",
         help="plateau halves the rate when no epoch is better (--select); warmup: cosine with --warmup 5%% [plateau]")
@@ -316,8 +312,7 @@ def build_parser() -> Parser:
         help="optimiser steps of linear warm-up from 0, or a share of all steps such as 5%% [0]")
     add("--gradient-accumulation-steps", type=count, default=1, help="forward passes per optimiser step [1]")
     add("--max-grad-norm", type=amount, default=1.0, help="gradients are clipped to this norm; 0 switches it off [1.0]")
-    add("--early-stopping-patience", type=whole_number, default=10,
-        help="epochs without a better one (see --select); 0 never stops [10]")
+    add("--early-stopping-patience", type=whole_number, default=10, help="epochs without a better one; 0: never [10]")
     add("--select", choices=("macro_f1", "macro_auc", "macro_average_precision", "val_loss"), default="macro_f1",
         help="figure on val that epochs are compared by; then macro average precision, then lower loss [macro_f1]")
     add("--use-ema", action="store_true", help="validate, save and predict with averaged weights")
@@ -326,32 +321,27 @@ def build_parser() -> Parser:
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
     add("--compile", choices=("auto", "on", "off"), default="auto",
         help="torch.compile of the repeated block; auto: on a GPU [auto]")
-    add("--slice-chunk", type=count, metavar="N",
-        help="slices that go through the backbone at once [from free memory]")
+    add("--slice-chunk", type=count, metavar="N", help="slices through the backbone at once [from free memory]")
     add("--grad-checkpointing", choices=("auto", "on", "off"), default="auto",
         help="compute activations again in the backward pass; auto: where they would not fit in memory [auto]")
     add("--layer-decay", type=multiple, default=1.0,
         help="each backbone block learns at this multiple of the rate of the one above [1.0]")
     add("--backbone-lr-scale", type=multiple, default=1.0, help="multiple of --lr for the backbone [1.0]")
-    add("--unfreeze-epoch", type=whole_number, default=0, metavar="N",
-        help="train the head alone for N epochs, then all that is not frozen [0]")
+    add("--unfreeze-epoch", type=whole_number, default=0, metavar="N", help="epochs in which the head alone trains [0]")
     add("--lora-rank", type=whole_number, default=0, metavar="R",
         help="train adapters of this rank in place of the backbone itself, merged on saving; 0: none [0]")
     add("--skip-air", action="store_true", help="leave patches outside the body out of the ViT (SigLIP family)")
-    add("--cache-features", type=Path, metavar="DIR",
-        help="keep a frozen backbone's slice features there, without augmentation")
+    add("--cache-features", type=Path, metavar="DIR", help="keep a frozen backbone's features there; no augmentation")
     add("--seed", type=whole_number, default=42, help="the same seed on the same machine gives the same run [42]")
 
     add = parser.add_argument_group("output").add_argument
     add("--resume", metavar="auto|FOLDER",
         help="auto: go on with the run in --output-dir, or start one where there is none; or the folder of a run [off]")
     add("--overwrite", action="store_true", help="replace the run that --output-dir holds")
-    add("--save-every-minutes", type=amount, default=15.0,
-        help="save the state within an epoch too; 0: only after it [15]")
+    add("--save-every-minutes", type=amount, default=15.0, help="save within an epoch too; 0: only after it [15]")
     add("--output-dir", type=Path, default=Path("./outputs"), help="folder for everything a run writes [./outputs]")
     add("--log-interval", type=count, default=50, help="forward passes between updates of the running loss [50]")
-    add("--wandb-project", default="siglip-ct-classification",
-        help="Weights & Biases project [siglip-ct-classification]")
+    add("--wandb-project", default="siglip-ct-classification", help="Weights & Biases [siglip-ct-classification]")
     add("--wandb-log-model", action="store_true", help="upload best_model.pth there when training ends [it stays here]")
     add("--wandb-mode", choices=("auto", "online", "offline", "disabled"), default="auto",
         help="auto: online with a key and a network, else offline [auto]")

@@ -68,6 +68,8 @@ BUGS = {
                                 f"{KEEP} -k keeps_the_one_before"),
     "not read back": ("                load_checked(self.fresh, RUN_KIND, digest)\n", "                pass\n", f"{KEEP} -k reads_back"),
     "non-finite written": ("    require_finite(content, path.name)\n", "", f"{KEEP} -k not_finite"),
+    "F1 alone compares epochs": ('for name in (select, "macro_average_precision", "val_loss")', "for name in (select,)",
+                                 "tests/test_scores.py -k ranks_findings_best"),
     "ties to the later epoch": ("(entry[0], -entry[1])", "(entry[0], entry[1])", f"{KEEP} -k ties"),
     "other people's files removed": ("if wanted.fullmatch(file.name)", "if wanted.match(file.name)", f"{KEEP} -k deriving"),
     "leftovers kept": ("for file in self.ours(CHECKPOINT, TEMPORARY):", "for file in self.ours(CHECKPOINT):",

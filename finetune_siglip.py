@@ -6039,13 +6039,6 @@ def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: 
     return np.array([*found.values()], np.float64)
 
 
-PROGRESS_PANELS = {
-    "loss": {"train_loss": "training", "val_loss": "validation"},
-    "validation": {"macro_f1": "macro F1", "macro_auc": "macro AUROC"},
-    "learning rate": {"lr": "rate"},
-}
-
-
 def plot_progress(folder: Path, results: list[dict], select: str = "macro_f1") -> None:
     """progress.png, redrawn after each epoch."""
     figure = draw_progress(results, select)
@@ -6056,14 +6049,13 @@ def draw_progress(results: list[dict], select: str) -> Any:
     """Losses, macro F1 and AUROC, learning rate by epoch, with the best epoch marked."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    epochs = [r["epoch"] for r in results]
-    for axis, (title, keys) in zip(axes, PROGRESS_PANELS.items(), strict=True):
-        for key, name in keys.items():
+    figure, best = Figure(figsize=(12, 3.6), layout="constrained"), best_epoch(results, select)
+    panels = {"loss": ("train_loss", "val_loss"), "validation": ("macro_f1", "macro_auc"), "learning rate": ("lr",)}
+    for axis, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for key in keys:
             values = [math.nan if r.get(key) is None else r[key] for r in results]
-            axis.plot(epochs, values, marker="o", markersize=3, label=name)
-        if (best := best_epoch(results, select)) is not None:
+            axis.plot([r["epoch"] for r in results], values, marker="o", markersize=3, label=key.replace("_", " "))
+        if best is not None:
             axis.axvline(best, color="gray", linestyle=":", label=f"best: epoch {best}")
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -6123,12 +6115,9 @@ def legible_windows(windows: np.ndarray) -> dict[int, np.ndarray]:
 
     A window that is mostly dark, like that of bone, is shown as its square root. Models see it as it is.
     """
-    different = {w.tobytes(): k for k, w in reversed([*enumerate(windows)])}
-    return {
-        k: np.sqrt(w) if w.sum() < 0.25 * np.count_nonzero(w) else w
-        for k, w in enumerate(windows)
-        if k in different.values()
-    }
+    different = [k for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
+    dark = [k for k in different if windows[k].sum() < 0.25 * np.count_nonzero(windows[k])]
+    return {k: np.sqrt(windows[k]) if k in dark else windows[k] for k in different}
 
 
 def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
@@ -6185,16 +6174,15 @@ def draw_evidence(found: Evidence, windows: np.ndarray, names: Sequence[str], ti
         images.append(np.mean(images, axis=0))
         for axis, image, name in zip(line, images, [*(names[k] for k in kept), "relevance"], strict=True):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[], title=f"{name}\nR   front   L" if row == 0 else "")
-            axis.title.set_fontsize(7)
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{name}\nR   front   L" if row == 0 else "", fontsize=7)
             if axis is not line[-1] and share.max() > 0.5:
                 axis.contour(share, levels=[0.5], colors="tab:orange", linewidths=0.8)
         line[-1].imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * np.sqrt(share))
         weight = f", attention {found.attention[row]:.0%}" if found.attention else ""
         line[0].set_ylabel(f"slice {s + 1} of {windows.shape[1]}\nlogit {found.gains[row]:+.2f}{weight}", fontsize=7)
-    bar = figure.colorbar(ScalarMappable(cmap="inferno"), ax=axes[:, -1], ticks=[0, 0.5, 1])
-    bar.set_label("share of the strongest relevance", fontsize=7)
-    bar.ax.tick_params(labelsize=7)
+    scale = ScalarMappable(cmap="inferno")
+    figure.colorbar(scale, ax=axes[:, -1], ticks=[0, 0.5, 1], label="share of the strongest relevance")
     figure.suptitle(title, fontsize=8, parse_math=False)
     figure.supxlabel("line: half of the strongest relevance   ·   not for diagnosis", fontsize=8)
     buffer = io.BytesIO()
@@ -6317,7 +6305,7 @@ also has the column's, where both are known. Beside each name: how many scans ha
 <ul>{% for i in labels %}<li>{{ e.labels[i] }}: {{ 'missed' if e.targets[row, i] == 1 else 'called, not there' }},
 probability {{ '%.3f' % e.probabilities[row, i] }}</li>{% endfor %}</ul></li>
 {% else %}<li>No decision was wrong.</li>{% endfor %}</ul>{% endmacro %}
-{% macro explanations(e) %}<p><b>Not for diagnosis.</b> For each finding the slices that raised its logit most, the
+{% macro explanations(e, at) %}<p><b>Not for diagnosis.</b> For each finding the slices that raised its logit most, the
 strongest first, in every window that the model sees, and the relevance map over their mean. Beside a slice: what it
 adds to the logit, to first order (gradient × feature, attention weight included). The map is gradient × activation of
 the last tokens where that is positive. It shows what this model's answer depended on, in the coarse grid of its tokens;
@@ -6362,7 +6350,7 @@ th:first-child { position: sticky; left: 0; background: var(--paper); text-align
 .pairs td { background: color-mix(in srgb, var(--c0) calc(var(--share) * 50%), #0000) }
 .pairs th[scope=col] { writing-mode: vertical-rl; text-align: right; max-height: 12rem }
 th button { all: unset; cursor: pointer; font-weight: 600; text-decoration: underline dotted }
-:focus-visible, th button:focus-visible { outline: 3px solid var(--c0); outline-offset: 2px }
+th button:focus-visible { outline: 2px solid }
 [aria-sort=ascending] button::after { content: " ▲" } [aria-sort=descending] button::after { content: " ▼" }
 svg { width: 100%; height: auto; stroke-linejoin: round; fill: var(--ink) }
 @media print { @page { size: A4 landscape; margin: 10mm } body { font-size: 9pt } table { font-size: 6.5pt }
@@ -6378,14 +6366,12 @@ svg { width: 100%; height: auto; stroke-linejoin: round; fill: var(--ink) }
 {% for title in chapters %}<a href="#part{{ loop.index0 }}">{{ title }}</a> {% endfor %}</nav><main id="main">
 {% for title, body in chapters.items() %}<section><h2 id="part{{ loop.index0 }}">{{ title }}</h2>{{ body }}</section>
 {% endfor %}<h2>How it was computed</h2><dl>
-<dt>Scans and labels</dt><dd>A label that is unknown for a scan is left out of every figure. A figure that is undefined
-(0 / 0) shows as a dash and does not enter a macro average.</dd>
-<dt>Intervals</dt><dd>95 % percentile bootstrap over patients, each drawn with all scans. They hold the model and its
-thresholds fixed: they tell how a figure would vary with other patients, not with another training run. Those of the
-calibration error are centred on the figure, since resampling adds to it.</dd>
-<dt>Macro, micro</dt><dd>Macro: the mean over labels. Micro, like accuracy and CRG at the top: all known pairs of scan
-and label pooled.</dd>
-<dt>Thresholds</dt><dd>A probability at or above the label's threshold counts as positive.</dd>
+<dt>Scans and labels</dt><dd>Labels unknown for a scan are left out of every figure. An undefined figure (0 / 0)
+shows as a dash and enters no macro average. A probability at or above the label's threshold counts as positive.</dd>
+<dt>Intervals</dt><dd>95 % percentile bootstrap over patients, each drawn with all scans, model and thresholds fixed:
+how a figure would vary with other patients, not with another training run. Those of the calibration error are
+centred on the figure, since resampling adds to it.</dd>
+<dt>Macro, micro</dt><dd>The mean over labels; all known pairs of scan and label pooled (accuracy and CRG on top).</dd>
 <dt>AUROC, average precision</dt><dd>The chance that a positive scan scores above a negative one, ties counted half; the
 sum over distinct scores of the gain in recall times the precision there, without interpolation.</dd>
 <dt>Brier, calibration error</dt><dd>The mean squared difference of probability and label; the mean over {{ bins }} bins
@@ -6413,16 +6399,12 @@ def write_report(folder: Path) -> Path:
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     parts: Any = environment.from_string(REPORT_TEMPLATE).make_module(known)
     chapters: dict[str, str] = {}
-    for kind in ("evaluation", "explanations"):
-        for path in sorted(
-            folder.glob(f"{kind}_*.json"), key=lambda path: (not path.stem.endswith("_test"), path.stem)
-        ):
+    titles = {"evaluation": "{} split", "explanations": "Why the model said so, {} split"}
+    for kind, title in titles.items():
+        for path in sorted(folder.glob(f"{kind}_*.json"), key=lambda path: ("_test" not in path.stem, path.stem)):
             content = read_evaluation(path) if kind == "evaluation" else read_json(path)
             with reading(path):
-                if kind == "evaluation":
-                    chapters[f"{content['split']} split"] = parts.evaluation(content, f"part{len(chapters)}")
-                else:
-                    chapters[f"Why the model said so, {content['split']} split"] = parts.explanations(content)
+                chapters[title.format(content["split"])] = getattr(parts, kind)(content, f"part{len(chapters)}")
     if not chapters:
         raise BadInput(f"{folder} holds no evaluation_*.json: train, or use --test-only on scans with labels, first")
     run = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
@@ -6459,12 +6441,8 @@ def embed_picture(folder: Path, text: str, *whose: str) -> str:
     """The PNG of a scan, or of a finding in it, inside the page; `text` is for those who can't see it."""
     from markupsafe import Markup
 
-    path = picture_path(folder, *whose)
-    if not path.is_file():
-        return ""
-    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(
-        base64.b64encode(path.read_bytes()).decode(), text
-    )
+    path, image = picture_path(folder, *whose), Markup('<img src="data:image/png;base64,{}" alt="{}">')
+    return image.format(base64.b64encode(path.read_bytes()).decode(), text) if path.is_file() else ""
 
 
 def svg_of(text: str, draw: Callable[..., Any], *data: Any) -> str:
@@ -6477,12 +6455,10 @@ def svg_of(text: str, draw: Callable[..., Any], *data: Any) -> str:
     from matplotlib import rc_context
 
     look: dict[Any, Any] = {
-        "font.size": 11,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with rc_context(look | {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": text}):
+        "font.size": 11, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": text,
+    }  # fmt: skip
+    with rc_context(look):
         buffer, unnamed = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts count, not those here
@@ -6524,21 +6500,20 @@ def draw_curves(e: dict, i: int) -> Any:
     for part, name, colour, style in ((p[~y], "negative", "C0", "-"), (p[y], "positive", "C1", "--")):
         share, name = np.full(len(part), 100 / len(part)), f"{len(part)} {name}"
         spread.hist(part, grid[:-1:5], weights=share, histtype="step", color=colour, linestyle=style, label=name)
-    titles = [
-        f"{name} {shown(row[k])}" for k, name in REPORT_COLUMNS.items() if k in ("auc", "average_precision", "ece")
-    ]
-    titles[2:2] = [""]
-    names = (
-        ("1 − specificity", "sensitivity"), ("recall", "precision"), (f"threshold (stored: {cut:.3f})", ""),
-        ("mean probability", "share positive"), ("probability", "% of scans"),
-    )  # fmt: skip
-    for axis, title, (x, y_name) in zip(axes, [*titles, ""], names, strict=True):
-        axis.set(title=title, xlabel=x, ylabel=y_name, xticks=[0, 0.5, 1])
+    texts = (
+        (f"AUROC {shown(row['auc'])}", "1 − specificity", "sensitivity"),
+        (f"average precision {shown(row['average_precision'])}", "recall", "precision"),
+        ("", f"threshold (stored: {cut:.3f})", ""),
+        (f"calibration error {shown(row['ece'])}", "mean probability", "share positive"),
+        ("", "probability", "% of scans"),
+    )
+    for axis, (title, x, name) in zip(axes, texts, strict=True):
+        axis.set(title=title, xlabel=x, ylabel=name, xlim=(0, 1.02), xticks=[0, 0.5, 1])
         if axis is not spread:
-            axis.set(xlim=(0, 1.02), ylim=(0, 1.02), yticks=[0, 0.5, 1])
-    for axis in (by_cut, spread):
-        axis.axvline(cut, **guide)
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, handlelength=1.5, fontsize=9)
+            axis.set(ylim=(0, 1.02), yticks=[0, 0.5, 1])
+        if not title:
+            axis.axvline(cut, **guide)
+            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1.5, fontsize=9)
     return figure
 
 

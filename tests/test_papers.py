@@ -122,7 +122,7 @@ COLUMNS = {
 LABELS = ["Lung nodule", "Emphysema & $\\frac{ 肺\n", "Hernia", f"Odd {HOSTILE}"]
 
 
-def evaluated_folder(folder, n: int = 90, pictures: bool = True):
+def evaluated_folder(folder, n: int = 90):
     """A run's folder with everything that a report is made of; ids and a label hold markup."""
     rng = np.random.default_rng(0)
     targets = (rng.random((n, 4)) < [0.2, 0.5, 0.0, 0.4]).astype(np.float32)
@@ -146,11 +146,18 @@ def evaluated_folder(folder, n: int = 90, pictures: bool = True):
     run = {"Settings": {"csv": HOSTILE, "windows": [[-1, 1]]}, "Data": {"Scans": {HOSTILE: {"scans": 5}}}}
     facts = {"date": "2026-05-04 03:02:01 +0000", "checkpoint": HOSTILE, "checkpoint digest": "0123456789abcdef" * 4}
     (folder / "run.json").write_text(json.dumps(run | {"Run, training": facts | {"threads": 16}}))
-    if pictures:
-        (folder / "pictures").mkdir()
-        volume = rng.random((3, 12, 20, 24)).astype(np.float32)
-        fs.picture_path(folder, HOSTILE).write_bytes(fs.draw_scan(volume))
+    (folder / "pictures").mkdir()
+    volume = rng.random((3, 12, 20, 24)).astype(np.float32)
+    fs.picture_path(folder, HOSTILE).write_bytes(fs.draw_scan(volume))
     return targets, probabilities, tuned
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The folder above with its report, for tests that only read; targets lie beside it."""
+    folder = tmp_path_factory.mktemp("reported")
+    targets, _, _ = evaluated_folder(folder)
+    return folder, targets, fs.write_report(folder).read_text(encoding="utf-8")
 
 
 class Page(html.parser.HTMLParser):
@@ -178,11 +185,10 @@ def number(text: str) -> float | None:
     return float(text) if text else None
 
 
-def test_every_figure_in_the_report_equals_the_evaluation_and_the_csv(tmp_path) -> None:
-    targets, _, _ = evaluated_folder(tmp_path)
-    text = fs.write_report(tmp_path).read_text(encoding="utf-8")
+def test_every_figure_in_the_report_equals_the_evaluation_and_the_csv(reported) -> None:
+    folder, targets, text = reported
     page = Page(text)
-    evaluations = [json.loads((tmp_path / f"evaluation_{s}.json").read_text()) for s in ("test", "val")]
+    evaluations = [json.loads((folder / f"evaluation_{s}.json").read_text()) for s in ("test", "val")]
     assert [name for name, _ in page.headlines] == list(fs.REPORT_HEADLINES) * 2
     rows = [row for row in page.rows if row and row[0] in LABELS]
     assert [row[0] for row in rows] == LABELS * 2
@@ -201,7 +207,7 @@ def test_every_figure_in_the_report_equals_the_evaluation_and_the_csv(tmp_path) 
         shown = re.findall(r'data-figure="(\w+)">.*?<small>(.*?)</small>', text)[8 * k : 8 * k + 8]
         ends = {name: evaluation["intervals"][name] for name in fs.REPORT_HEADLINES}
         assert shown == [(name, f"{low:.3f}–{high:.3f}") for name, (low, high) in ends.items()]
-    assert_figures_follow_from_the_csv(tmp_path / "test_predictions.csv", targets, rows[:4], dict(page.headlines[:8]))
+    assert_figures_follow_from_the_csv(folder / "test_predictions.csv", targets, rows[:4], dict(page.headlines[:8]))
 
 
 def assert_figures_follow_from_the_csv(path, targets: np.ndarray, rows: list, headlines: dict) -> None:
@@ -245,9 +251,8 @@ def from_scratch(y: np.ndarray, p: np.ndarray, called: np.ndarray) -> dict:
     }
 
 
-def test_the_report_is_one_file_that_escapes_text_names_its_pictures_and_asks_no_network(tmp_path) -> None:
-    evaluated_folder(tmp_path)
-    text = fs.write_report(tmp_path).read_text(encoding="utf-8")
+def test_the_report_is_one_file_that_escapes_text_names_its_pictures_and_asks_no_network(reported) -> None:
+    folder, _, text = reported
     page = Page(text)
     names = [tag for tag, _ in page.tags]
     assert names.count("script") == 1
@@ -263,13 +268,12 @@ def test_the_report_is_one_file_that_escapes_text_names_its_pictures_and_asks_no
     references = re.findall(r'(?:href|clip-path)="(?:url\()?#([mp]\w{10})\)?"', text)  # markers and clips in the SVGs
     assert references
     assert set(references) <= set(identities)
-    assert fs.write_report(tmp_path).read_text(encoding="utf-8") == text
+    assert fs.write_report(folder).read_text(encoding="utf-8") == text
 
 
-def test_the_head_of_a_report_tells_it_from_another_at_a_glance(tmp_path) -> None:
-    evaluated_folder(tmp_path)
-    text = fs.write_report(tmp_path).read_text(encoding="utf-8")
-    name = f"{tmp_path.name} 2026-05-04 03:02:01 +0000"
+def test_the_head_of_a_report_tells_it_from_another_at_a_glance(reported) -> None:
+    folder, _, text = reported
+    name = f"{folder.name} 2026-05-04 03:02:01 +0000"
     assert f"<title>{name}: SigLIP on chest CT</title>" in text
     assert f"<h1>{name}</h1>" in text
     head, facts, _ = re.split("<details>|</details>", text, maxsplit=2)
@@ -290,11 +294,10 @@ def test_calibration_is_drawn_where_a_bin_holds_five_scans() -> None:
     np.testing.assert_allclose(points, [[probabilities[g].mean(), targets[g].mean()] for g in groups])
 
 
-def test_curves_are_those_of_scikit_learn_with_a_dot_where_the_threshold_is(tmp_path) -> None:
+def test_curves_are_those_of_scikit_learn_with_a_dot_where_the_threshold_is(reported) -> None:
     from sklearn.metrics import f1_score, precision_score, recall_score, roc_curve
 
-    evaluated_folder(tmp_path, pictures=False)
-    e = fs.read_evaluation(tmp_path / "evaluation_test.json")
+    e = fs.read_evaluation(reported[0] / "evaluation_test.json")
     (y, p), cut = fs.known_pairs(e, 0), e["cuts"][0]
     roc, pr, by_cut, *_ = fs.draw_curves(e, 0).axes
     np.testing.assert_array_equal(roc.lines[1].get_xydata(), np.transpose(roc_curve(y, p)[:2]))
@@ -433,9 +436,8 @@ SKIP = "document.querySelector('.skip').getBoundingClientRect().right"
 COLUMN = "[...document.querySelector('table.sort').tBodies[0].rows].map(row => row.cells[{}].dataset.v)"
 
 
-def test_the_report_in_a_real_browser_at_two_widths(tmp_path, browser) -> None:
-    evaluated_folder(tmp_path)
-    path = fs.write_report(tmp_path)
+def test_the_report_in_a_real_browser_at_two_widths(tmp_path, reported, browser) -> None:
+    path = reported[0] / "report.html"
     browser.send("Page.enable")
     sizes = {}
     for width in (1280, 390):

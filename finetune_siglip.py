@@ -463,7 +463,7 @@ class Runtime:
     amp_dtype: torch.dtype | None = None
     rank: int = 0
     world_size: int = 1
-    unhurried: Any = None  # the process group for `meet`
+    unhurried: Any = None  # the process group in which ranks wait for one another without a limit
 
     @property
     def is_main(self) -> bool:
@@ -473,9 +473,14 @@ class Runtime:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
+def own_rank() -> int:
+    """The number of this process among those of the run, known before they have met."""
+    return int(os.environ.get("RANK", 0))
+
+
 def init_runtime(amp: bool) -> Runtime:
     """Device and precision of this process, and its place among those that `torchrun` started."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = own_rank(), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     with warnings.catch_warnings(record=True) as said:  # such as a driver that is too old
         warnings.simplefilter("always")
@@ -499,20 +504,16 @@ def init_runtime(amp: bool) -> Runtime:
 
 # Several processes. A rank that dies closes its connections: whoever exchanges something with it through gloo finds out
 # at once, leaves, and so takes along those that wait for it. One that hangs is found out when the timeout is over. What
-# one rank does alone (save, publish, compute features) may take longer than any timeout that is of use: for that the
-# others wait in `meet`, in a group of its own. Nobody leaves before rank 0 has committed and published, since whoever
+# rank 0 does alone (save, publish) may take longer than any timeout that is of use: for that the others wait in a group
+# of its own. Nobody leaves before rank 0 has committed and published, since whoever
 # launched the ranks ends all of them as soon as the first has ended.
 
 
 def join_ranks(device: torch.device) -> Any:
-    """Meet the other processes of this run; returns the group for `meet`."""
-    on_gpu = device.type == "cuda"
+    """Meet the other processes of this run; returns the group without a limit."""
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=timedelta(minutes=30),
-            device_id=device if on_gpu else None,
-        )
+        backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
+        torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30), device_id=gpu)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that dies stops its ranks, which would else train on
         end_with_parent(signal.SIGTERM)
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -523,29 +524,19 @@ def end_with_parent(number: int) -> None:
     torch.multiprocessing._prctl_pr_set_pdeathsig(number)  # type: ignore[attr-defined]
 
 
-def meet(runtime: Runtime) -> None:
-    """Wait until all ranks are here, for as long as it takes."""
-    if runtime.world_size > 1:
-        torch.distributed.barrier(runtime.unhurried)
-
-
-def part_ways(runtime: Runtime) -> None:
-    """Leave the other ranks in good order, once all of them are here."""
-    meet(runtime)
-    if runtime.world_size > 1:
-        torch.distributed.destroy_process_group()
-
-
 @contextmanager
 def together(runtime: Runtime, stop: StopRequest) -> Iterator[None]:
-    """End with all other ranks, be it that the work is done or that all have agreed on a stop."""
+    """End when all ranks are here, however long that takes: the work is done, or they have agreed on a stop."""
+    agreed = True
     try:
         yield
-    except Interrupted:
-        if stop.patient:
-            part_ways(runtime)
+    except BaseException as error:
+        agreed = isinstance(error, Interrupted) and stop.patient
         raise
-    part_ways(runtime)
+    finally:
+        if agreed and runtime.world_size > 1:
+            torch.distributed.barrier(runtime.unhurried)
+            torch.distributed.destroy_process_group()
 
 
 def is_lost(error: BaseException) -> bool:
@@ -558,7 +549,7 @@ def says_why(error: BaseException) -> bool:
 
     A lost connection is a reason only where no rank has given another.
     """
-    rank = int(os.environ.get("RANK", 0))
+    rank = own_rank()
     if not torch.distributed.is_initialized():
         return rank == 0 or not isinstance(error, UserError)  # all have the same arguments
     time.sleep(1 if rank else 0)
@@ -7477,7 +7468,7 @@ def say_why(error: BaseException) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with these arguments; returns the exit code."""
     args, runtime = parse_args(argv), Runtime(torch.device("cpu"))
-    setup_logging(None, is_main=True)
+    setup_logging(None, is_main=own_rank() == 0)
     if args.use_3channel:
         log.info("--use-3channel: three windows (--windows) are what every model sees, so nothing changes")
     with StopRequest(patient=False) as stop:
@@ -7489,7 +7480,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run_score: args.score,
             }
             for work in [work for work, asked in alone.items() if asked]:
-                return work(args)
+                return work(args) if own_rank() == 0 else 0  # one process's work
             runtime = init_runtime(args.amp)
             with together(runtime, stop):
                 return run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)

@@ -295,8 +295,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("bce", "focal", "balanced", "asl"), default="bce",
         help="multilabel loss over known labels; asl: asymmetric, for many easy negatives [bce]")
-    add("--label-smoothing", type=fraction, default=0.0, metavar="E",
-        help="targets are 1 - E/2 and E/2 instead of 1 and 0; 0: off [0]")
+    add("--label-smoothing", type=fraction, default=0.0, metavar="E", help="targets 1 - E/2 and E/2; 0: off [0]")
     add("--focal-gamma", type=amount, default=2.0, help="focusing exponent; 0 makes focal equal to bce [2.0]")
     add("--focal-alpha", type=amount, default=1.0, help="plain multiplier of the focal loss [1.0]")
 
@@ -319,8 +318,7 @@ def build_parser() -> Parser:
     add("--soup", action="store_true",
         help="at the end try the mean of the three best epochs' weights, and keep it where it is better on val")
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
-    add("--compile", choices=("auto", "on", "off"), default="auto",
-        help="torch.compile of the repeated block; auto: on a GPU [auto]")
+    add("--compile", choices=("auto", "on", "off"), default="auto", help="compile the blocks; auto: on a GPU [auto]")
     add("--slice-chunk", type=count, metavar="N", help="slices through the backbone at once [from free memory]")
     add("--grad-checkpointing", choices=("auto", "on", "off"), default="auto",
         help="compute activations again in the backward pass; auto: where they would not fit in memory [auto]")
@@ -328,8 +326,7 @@ def build_parser() -> Parser:
         help="each backbone block learns at this multiple of the rate of the one above [1.0]")
     add("--backbone-lr-scale", type=multiple, default=1.0, help="multiple of --lr for the backbone [1.0]")
     add("--unfreeze-epoch", type=whole_number, default=0, metavar="N", help="epochs in which the head alone trains [0]")
-    add("--lora-rank", type=whole_number, default=0, metavar="R",
-        help="train adapters of this rank in place of the backbone itself, merged on saving; 0: none [0]")
+    add("--lora-rank", type=whole_number, default=0, metavar="R", help="train adapters, merged on saving; 0: none [0]")
     add("--skip-air", action="store_true", help="leave patches outside the body out of the ViT (SigLIP family)")
     add("--cache-features", type=Path, metavar="DIR", help="keep a frozen backbone's features there; no augmentation")
     add("--seed", type=whole_number, default=42, help="the same seed on the same machine gives the same run [42]")
@@ -363,8 +360,7 @@ def build_parser() -> Parser:
         help="draw where a finding was seen, for each label in the N most probable scans called positive; 0: off [0]")
     add("--score", type=Path, metavar="PREDICTIONS",
         help="metrics, intervals and report of a table of id and {label}_prob against the labels in --csv, and stop")
-    add("--bootstrap", type=whole_number, default=1000, metavar="N",
-        help="resamples of the patients for 95 %% intervals; 0 switches them off [1000]")
+    add("--bootstrap", type=whole_number, default=1000, help="resamples for 95 %% intervals; 0: none [1000]")
     add("--report", type=Path, metavar="DIR", help="write DIR/report.html anew from the files there and stop")
     return parser
 # fmt: on

@@ -2091,7 +2091,11 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
     """int16 (C, S, H, W), SPL: HU, or 32767 times the value of a stored window. Raises BadVolume."""
     path = Path(path)
     if is_raw(path):
-        if prep.spacing is None or prep.intensity == "windowed":
+        if prep.intensity == "windowed":
+            raise BadVolume(
+                f"{path}: is a raw scan where windows are needed: make its windows as the others' were made"
+            )
+        if prep.spacing is None:
             raise BadVolume(f"{path}: is a raw scan among prepared volumes: convert it with --prepare")
         stored = prepare_volume(path, prep.spacing, prep.intensity if prep.trusted else "auto", prep.hu_range)
         header = Header(stored.shape, stored.dtype, raw=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -387,6 +388,8 @@ def test_a_raw_scan_among_prepared_ones_of_unknown_spacing_is_refused(tmp_path: 
     path = write_image(tmp_path / "scan.mha", body(), (5.0, 5.0, 5.0))
     with pytest.raises(BadVolume, match="--prepare"):
         load_sample(path, prep((4, 6, 6)))
+    with pytest.raises(BadVolume, match="windows are needed"):
+        load_sample(path, dataclasses.replace(prep((4, 6, 6)), intensity="windowed", channels=3))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -78,7 +78,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
-from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 __version__ = "1.0.0"
@@ -3055,6 +3055,8 @@ def locate_weights(source: str) -> Path:
         raise BadInput(f"{path}: {UNDCP.format(path)}")
     if (path / "zero_to_fp32.py").is_file() or any(path.glob("*_optim_states.pt")):
         raise BadInput(f"{path}: a DeepSpeed checkpoint, {UNZERO}")
+    if models := sorted(path.glob("models--*")):
+        raise BadInput(f"{path}: the hub's cache: name one of its models, such as {models[0]}")
     names = ", ".join(file.name for file in found[:5]) or "none"
     raise BadInput(f"{path}: a folder should hold one weights file, found {names}: name the file")
 
@@ -3114,15 +3116,14 @@ def harmless_types() -> list[Any]:
     for core in ("numpy.core", "numpy._core"):
         kinds += [(array.__reduce__()[0], f"{core}.multiarray._reconstruct")]
         kinds += [(array[0].__reduce__()[0], f"{core}.multiarray.scalar")]
-    for module, name in itertools.product(("pathlib", "pathlib._local"), ("Path", "PurePath")):
-        kinds += [(PurePosixPath, f"{module}.{name.replace('Path', 'PosixPath')}"), (PurePath, f"{module}.{name}")]
-        kinds += [(PureWindowsPath, f"{module}.{name.replace('Path', 'WindowsPath')}")]
-    lightning = (
+    for module, pure in itertools.product(("pathlib", "pathlib._local"), ("", "Pure")):
+        kinds += [(PurePosixPath, f"{module}.{pure}PosixPath"), (PureWindowsPath, f"{module}.{pure}WindowsPath")]
+    modules = (
         "pytorch_lightning.utilities.parsing",
         "lightning.fabric.utilities.data",
         "lightning_fabric.utilities.data",
     )
-    return kinds + [(dict, f"{module}.AttributeDict") for module in lightning]
+    return kinds + [(dict, f"{module}.AttributeDict") for module in modules]
 
 
 def open_weights(path: Path) -> dict[str, Any]:
@@ -3141,6 +3142,8 @@ def open_one(path: Path) -> dict[str, Any]:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
     if not head:
         raise BadInput(f"{path}: is empty: the download or copy failed; get it again")
+    if head[257:262] == b"ustar":
+        raise BadInput(f"{path}: a tar archive: unpack it first")
     if path.suffix == ".distcp":
         raise BadInput(f"{path}: {UNDCP.format(path.parent)}")
     safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
@@ -3249,9 +3252,8 @@ def rename_timm_siglip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's and open_clip's names as Hugging Face's: qkv is fused in theirs, the pool's q and kv are in ours."""
     kept = {}
     for kind in ("weight", "bias"):
-        if pool := [
-            theirs.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv") if f"attn_pool.{part}.{kind}" in theirs
-        ]:
+        if f"attn_pool.q.{kind}" in theirs:
+            pool = [theirs.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
             kept[f"head.attention.in_proj_{kind}"] = torch.cat(pool)
     for name, tensor in theirs.items():
         if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
@@ -3354,9 +3356,7 @@ def read_transformers(found: Found) -> None:
     library = found.library_config()
     if getattr(library, "model_type", None) not in TRANSFORMERS_VITS:
         said = found.sidecars.get("config", {}).get("model_type")
-        raise BadInput(
-            f"{found.source}: " + (f"a {said} model" if said else "a ViT of transformers") + f" {NEEDS_CONFIG}"
-        )
+        raise BadInput(f"{found.source}: {f'a {said} model' if said else 'a ViT of transformers'} {NEEDS_CONFIG}")
     found.config = {"family": "transformers", "architecture": json.loads(library.to_json_string(use_diff=False))}
     found.config |= {key: getattr(library, key) for key in ("image_size", "patch_size", "num_channels")}
     found.config |= normalisation(found, library.num_channels)
@@ -3386,24 +3386,16 @@ def read_resnet3d(found: Found) -> None:
     """Names as MONAI's, which are Merlin's."""
     stem, channels, *kernel = found.tensors["conv1.weight"].shape
     found.config = {
-        "family": "resnet3d",
-        "layers": [found.blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
-        "block_inplanes": [stem, stem * 2, stem * 4, stem * 8],
-        "num_channels": channels,
-        "conv1_t_size": kernel,
-        "bias_downsample": "layer1.0.downsample.0.bias" in found.tensors,
-        "image_size": 224,
-    }
+        "family": "resnet3d", "layers": [found.blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+        "block_inplanes": [stem, stem * 2, stem * 4, stem * 8], "num_channels": channels, "conv1_t_size": kernel,
+        "bias_downsample": "layer1.0.downsample.0.bias" in found.tensors, "image_size": 224,
+    }  # fmt: skip
 
 
 def read_biovil(found: Found) -> None:
     """The encoder of `health_multimodal`'s ImageModel, without what a single image does not use."""
-    idle = ("encoder.encoder.fc.", "encoder.vit_pooler.")
-    found.tensors = {
-        k.removeprefix("encoder."): t
-        for k, t in found.tensors.items()
-        if k.startswith("encoder.") and not k.startswith(idle)
-    }
+    wanted = re.compile(r"encoder\.(?!encoder\.fc\.|vit_pooler\.)")
+    found.tensors = {wanted.sub("", k, 1): t for k, t in found.tensors.items() if wanted.match(k)}
     encoder, size = "resnet50" if "encoder.layer4.0.conv3.weight" in found.tensors else "resnet18", 480
     if "backbone_to_vit.weight" in found.tensors:
         encoder, size = f"{encoder}_multi_image", 448
@@ -3423,9 +3415,8 @@ def read_colipri(found: Found) -> None:
     found.notes.append("trained on voxels of 2 mm: prepare scans with --spacing 2 2 2")
 
 
-HF_SIGLIP, HF_VIT, DINOV3 = (
-    f"embeddings.{k}.weight" for k in ("patch_embedding", "patch_embeddings.projection", "patch_embeddings")
-)
+HF_SIGLIP, DINOV3 = "embeddings.patch_embedding.weight", "embeddings.patch_embeddings.weight"
+HF_VIT = "embeddings.patch_embeddings.projection.weight"
 TIMM_VIT, TIMM_NAFLEX, COLIPRI = "patch_embed.proj.weight", "embeds.proj.weight", "backbone.down_projection.proj.weight"
 RESNET3D, BIOVIL = "layer3.35.conv3.weight", "encoder.encoder.layer4.1.conv2.weight"
 READERS: dict[str, Callable[[Found], None]] = {  # by the name that ends any prefix
@@ -3848,20 +3839,11 @@ class ColipriBackbone(VolumeBackbone):
 
         width, patch = config["projection_dim"], config["patch_size"]
         self.cube = [config["image_size"] // patch] * 3
-        settings: dict[str, Any] = {
-            "num_classes": 1,
-            "eva_numheads": 12,
-            "use_abs_pos_embed": False,
-            "init_values": 0.1,
-            "scale_attn_inner": True,
-        }
-        settings |= {
-            "embed_dim": config["embed_dim"],
-            "eva_depth": config["eva_depth"],
-            "patch_embed_size": [patch] * 3,
-        }
         net: Any = nn.Module()
-        net.backbone = Primus(config["num_channels"], input_shape=[n * patch for n in self.cube], **settings)
+        net.backbone = Primus(
+            config["num_channels"], config["embed_dim"], [patch] * 3, 1, config["eva_depth"], 12,
+            [n * patch for n in self.cube], use_abs_pos_embed=False, init_values=0.1, scale_attn_inner=True,
+        )  # fmt: skip
         net.backbone.up_projection = nn.Identity()
         net.projector, net.pooler = nn.Conv3d(config["embed_dim"], width, 1), nn.Module()
         net.pooler.attn = nn.MultiheadAttention(width, 12, batch_first=True)
@@ -3874,10 +3856,9 @@ class ColipriBackbone(VolumeBackbone):
         eva, x = self.net.backbone.eva, self.net.backbone.down_projection(images * 2 - 1)
         grid = x.shape[2:]
         if list(grid) != self.cube:  # a patch is as far from the next in a volume of any size
-            self.cube, old = list(grid), eva.rope
-            eva.rope = type(old)(
-                old.dim, in_pixels=False, feat_shape=self.cube, ref_feat_shape=self.cube, device=x.device
-            )
+            self.cube = list(grid)
+            shapes = {"feat_shape": self.cube, "ref_feat_shape": self.cube}
+            eva.rope = type(eva.rope)(eva.rope.dim, in_pixels=False, device=x.device, **shapes)
         x = eva.norm(self.run_blocks(x.flatten(2).transpose(1, 2), rope=eva.rope.get_embed()))
         return self.net.projector(x.transpose(1, 2).unflatten(2, grid)).movedim(1, -1)
 
@@ -3994,21 +3975,23 @@ def load_backbone(
 
     Raises BadInput unless every tensor of the backbone comes from the file, fits, is finite, and none is left over.
     """
-    from accelerate import init_empty_weights
-
     found = read_pretrained(source, heads)
     family, config = str(found.config.get("family")), dict(found.config)
     if image_size and image_size != config.get("image_size"):
         found.notes.append(f"image size {image_size} instead of the checkpoint's {config.get('image_size')}")
         config["image_size"] = image_size
     try:
+        from accelerate import init_empty_weights
+
         # No memory and no random numbers, for all values come from the file; BioViL's constructor computes with them.
         with nullcontext() if family == "biovil" else init_empty_weights(include_buffers=False):
             backbone = build_backbone(config)
         tensors = backbone.adopt(found)
     except ImportError as error:
-        raise BadEnvironment(f"{found.source}: a {family} backbone needs {error.name}: install it") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadEnvironment(
+            f"{found.source}: a {family} backbone needs {error.name}: pip install -r requirements.txt"
+        ) from None
+    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{found.source}: no {family} backbone can be built as it says ({first_line(error)})") from None
     expected = backbone.net.state_dict()
     parts = {name.split(".")[0] for name in expected}

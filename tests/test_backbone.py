@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import tarfile
 import zipfile
 
 import numpy as np
@@ -813,6 +814,11 @@ def write_truncated_safetensors(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+def write_tar(path):
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("model.safetensors"))
+
+
 def write_adapted(path):
     from peft import LoraConfig, get_peft_model
 
@@ -826,6 +832,7 @@ WRONG_FILES = {
     "HDF5": write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100)),
     "GGUF": write_bytes(b"GGUF" + bytes(100)),
     "gzip": write_bytes(b"\x1f\x8b" + bytes(100)),
+    "tar archive": write_tar,
     "NumPy archive": write_npz,
     "TorchScript": write_script,
     "a quantised model": lambda path: torch.save(

@@ -114,15 +114,17 @@ BUGS = {
         f"{CRASH} -k second_run",
     ),
     "map not turned back from SRA": (
-        'grid.transpose(1, 2).flip(1, 2) if self.backbone.orientation == "SRA" else grid', "grid",
+        "self.backbone.turn_back(self.backbone.tokens(self.images(volume)))", "self.backbone.tokens(self.images(volume))",
         f"{EXPLAIN} -k convolutional",
     ),
     "slices ranked by attention alone": (
-        "        gains = (gradient * features[0]).sum(-1)\n", "        gains = weights[0].detach()\n",
+        "        gains = relevance.sum((1, 2)) if model.backbone.volumetric else relevance\n",
+        "        gains = shares[0, :, 0].detach()\n",
         f"{EXPLAIN} -k plain_graph",
     ),
     "relevance of packed patches not put back": (
-        ".scatter(1, places[..., 0], relevance)", ".scatter(1, torch.arange(places.shape[1]).expand_as(relevance), relevance)",
+        "    full[keep] = relevance.flatten() if real is None else relevance[real]\n",
+        "    full[:, : relevance.shape[1]] = relevance\n",
         f"{EXPLAIN} -k plain_graph",
     ),
     "copies without the scan itself": ("            kind = \"light\" if copy else \"none\"\n", "            kind = \"light\"\n",

@@ -1308,11 +1308,15 @@ def inflate(packed: bytes | bytearray, size: int) -> bytes | bytearray:
     return deflate.deflate_decompress(packed, size)
 
 
+ONE_PARSER = threading.Lock()  # Python up to 3.11 fails at random where two threads parse literals (gh-106905)
+
+
 def parse_npy(stream: Any, size: int) -> Header:
     """The header of an array file of `size` bytes in NumPy's format; ValueError where these do not fit."""
     version = np.lib.format.read_magic(stream)
     parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = parse(stream)
+    with ONE_PARSER:
+        shape, fortran, dtype = parse(stream)
     if dtype.hasobject or stream.tell() + math.prod(shape) * dtype.itemsize != size or min(shape, default=1) < 1:
         raise ValueError(f"its header does not match its data: {dtype} {shape} in {size} bytes")
     return Header(tuple(shape), dtype, fortran, stream.tell())

@@ -92,9 +92,9 @@ def test_features_of_real_weights_on_real_scans_are_those_of_an_independent_enco
 def test_a_head_on_real_frozen_features_tells_findings_of_phantoms(astra, tmp_path):
     import phantoms
 
-    table = phantoms.write_dataset(tmp_path / "scans", 64, 24, 48, seed=5, shape=(32, 64, 64))
+    table = phantoms.write_dataset(tmp_path / "scans", 40, 16, 32, seed=5, shape=(24, 48, 48))
     argv = ["--csv", table, "--pretrained", astra[0], "--freeze-up-to", "all", "--cache-features", tmp_path / "kept",
-        "--windows", "merlin", "--num-slices", "32", "--image-size", "64", "--epochs", "60", "--batch-size", "8",
+        "--windows", "merlin", "--num-slices", "24", "--image-size", "48", "--epochs", "60", "--batch-size", "8",
         "--lr", "3e-4", "--early-stopping-patience", "15", "--num-workers", "0", "--wandb-mode", "disabled",
         "--output-dir", tmp_path / "out", "--label-columns", *phantoms.FINDINGS]  # fmt: skip
     assert fs.main([*map(str, argv)]) == 0

@@ -271,7 +271,8 @@ def build_parser() -> Parser:
     add("--allow-patient-overlap", action="store_true", help="warn, rather than stop, when a patient is in two splits")
     add("--on-bad-volume", choices=("stop", "skip"), default="stop",
         help="a scan that three tries can't read: stop with the state saved, or leave it out and list it [stop]")
-    add("--num-workers", type=whole_number, default=4, help="processes that read volumes; 0 reads in the main one [4]")
+    add("--num-workers", type=whole_number, default=4,
+        help="processes that read volumes, at most one a core; 0 reads in the main one [4]")
     add("--cache-dir", type=Path, metavar="DIR",
         help="keep resampled volumes there, on a local disk: from the second epoch on reading takes milliseconds")
     add("--cache-limit-gb", type=amount, default=0.0, metavar="GB", help="size of --cache-dir at most; 0: no limit [0]")
@@ -319,6 +320,8 @@ def build_parser() -> Parser:
         help="at the end try the mean of the three best epochs' weights, and keep it where it is better on val")
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="compile the blocks; auto: on a GPU [auto]")
+    add("--deterministic", choices=("on", "off"), default="on",
+        help="on a GPU the same seed gives the same bits; off: its fastest kernels, equal to rounding [on]")
     add("--slice-chunk", type=count, metavar="N", help="slices through the backbone at once [from free memory]")
     add("--grad-checkpointing", choices=("auto", "on", "off"), default="auto",
         help="compute activations again in the backward pass; auto: where they would not fit in memory [auto]")
@@ -474,7 +477,7 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def init_runtime(amp: bool) -> Runtime:
+def init_runtime(amp: bool, deterministic: bool = True) -> Runtime:
     """Device and precision of this process, and its place among those that `torchrun` started."""
     rank, world_size = own_rank(), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
@@ -488,7 +491,7 @@ def init_runtime(amp: bool) -> Runtime:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see add_in_fixed_order; read by the first product
     unhurried = join_ranks(device) if world_size > 1 else None
     amp_dtype = None
@@ -562,6 +565,12 @@ def leave(runtime: Runtime, code: int) -> None:
     if torch.distributed.is_initialized():
         time.sleep(3 if runtime.is_main else 0)  # the store in which the others look up what has been said may be here
         os._exit(code)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, shared with the other ranks on its machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -2473,11 +2482,16 @@ class CTVolumeDataset(torch.utils.data.Dataset):
     A scan that three tries cannot read is `bad`: its targets are NaN, its volume is air, `error` says what happened.
     """
 
+    loader: VolumeLoader | None = None  # the last that persists
+
     def __init__(
         self, table: Table, prep: Preprocessing, cache: VolumeCache | None = None, on_bad_volume: str = "stop"
     ):
         self.table, self.prep, self.cache, self.on_bad_volume = table, prep, cache, on_bad_volume
         self.skipped: dict[int, str] = {}  # row -> why; filled by the loader, in the process that iterates over it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"loader": None}  # for a worker that is not forked
 
     def __len__(self) -> int:
         return len(self.table)
@@ -2549,6 +2563,7 @@ class VolumeLoader(torch.utils.data.DataLoader):
 
     dataset: CTVolumeDataset
     waiting: Callable[[], AbstractContextManager] = nullcontext  # the context in which a batch is waited for
+    settings: tuple[Any, ...] = ()  # what another loader must share to be this one
 
     def __iter__(self) -> Any:
         with signals_held():
@@ -2593,10 +2608,19 @@ def build_loader(
     num_workers: int,
     device: torch.device,
     waiting: Callable[[], AbstractContextManager] = nullcontext,
+    persist: bool = False,
 ) -> VolumeLoader:
-    """A loader of exactly these batches of items, in this order, for a model on `device`."""
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores help on a network disk
-    batch_bytes = 2 * dataset.prep.channels * math.prod(dataset.prep.grid) * max(map(len, batches), default=1)
+    """A loader of exactly these batches of items, in this order, for a model on `device`.
+
+    With `persist` its processes stay, and the next call for this dataset goes on with them.
+    """
+    num_workers, longest = min(num_workers, usable_cores()), max(map(len, batches), default=1)
+    settings, kept = (num_workers, longest, device.type), dataset.loader
+    if persist and kept and kept.settings == settings:
+        kept.batch_sampler[:] = batches  # type: ignore[index]  # it is the list below, and workers are sent items of it
+        kept.waiting = waiting
+        return kept
+    batch_bytes = 2 * dataset.prep.channels * math.prod(dataset.prep.grid) * longest
     workers, ahead = num_workers, 2
     if num_workers and os.path.isdir("/dev/shm"):
         workers, ahead = fit_shared_memory(batch_bytes, num_workers, shutil.disk_usage("/dev/shm").free)
@@ -2613,8 +2637,11 @@ def build_loader(
         pin_memory=device.type == "cuda",
         worker_init_fn=one_thread_per_worker,
         collate_fn=dataset.collate,
+        persistent_workers=persist and workers > 0,
     )
-    loader.waiting = waiting
+    loader.waiting, loader.settings = waiting, settings
+    if persist:
+        dataset.loader = loader
     return loader
 
 
@@ -2679,7 +2706,8 @@ def move_volume(
 ) -> Tensor:
     """One (C, S, H, W) volume, float32: linear along the body, then one affine bilinear pass over all slices at once.
 
-    `move` is in parts of the field of view (columns, rows, slices); past the first and last slice these repeat.
+    `move` is in parts of the field of view (columns, rows, slices); past the first and last slice these repeat. All of
+    these reach the kernels as plain numbers: a tensor of them would be copied to a GPU, and each copy waited for.
     """
     c, s, h, w = volume.shape
     z = torch.arange(s, device=volume.device, dtype=torch.float32) + 0.5 - s / 2
@@ -2689,9 +2717,10 @@ def move_volume(
     weight = (z - below)[:, None, None]
     stack = torch.lerp(volume[:, below].float(), volume[:, above].float(), weight) - outside
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
-    theta = [[cos, -sin * h / w, 2 * move[0]], [sin * w / h, cos, 2 * move[1]]]
-    grid = F.affine_grid(torch.tensor([theta], device=volume.device), [1, 1, h, w], align_corners=False)
-    moved = F.grid_sample(stack.view(1, c * s, h, w), grid, align_corners=False)
+    row, column = (((torch.arange(n, device=volume.device) + 0.5) * 2 / n - 1) for n in (h, w))  # pixel centres
+    x = column * cos - row[:, None] * (sin * h / w) + 2 * move[0]
+    y = column * (sin * w / h) + row[:, None] * cos + 2 * move[1]
+    moved = F.grid_sample(stack.view(1, c * s, h, w), torch.stack((x, y), -1)[None], align_corners=False)
     return moved.view(c, s, h, w) + outside
 
 
@@ -2948,7 +2977,7 @@ def prepare_table(
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
     scans = PrepareScans(table, folder, tuple(spacing), intensity, tuple(hu_range), format)
     loader = torch.utils.data.DataLoader(
-        scans, batch_size=None, num_workers=num_workers, worker_init_fn=one_thread_per_worker
+        scans, batch_size=None, num_workers=min(num_workers, usable_cores()), worker_init_fn=one_thread_per_worker
     )
     bad: dict[int, str] = {}
     with signals_held():
@@ -3871,6 +3900,15 @@ class ColipriBackbone(VolumeBackbone):
         return self.net.pooler.attn(x.mean(1, keepdim=True), x, x, need_weights=False)[0][:, 0]
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """Images in the layout that convolutions are fastest in: a GPU's tensor cores, and a CPU's bfloat16 kernels for
+    volumes (measured; its float32 ones are not). Weights stay as they are stored."""
+    if images.device.type == "cuda" or (images.ndim == 5 and torch.is_autocast_enabled("cpu")):
+        layout = torch.channels_last_3d if images.ndim == 5 else torch.channels_last
+        return images.contiguous(memory_format=layout)
+    return images
+
+
 class ConvBackbone(VolumeBackbone):
     """A convolutional encoder; its features are the mean over its last map."""
 
@@ -3906,9 +3944,7 @@ class ResNet3DBackbone(ConvBackbone):
         super().__init__(config, ResNet(**settings), config["block_inplanes"][3] * 4, 160)
 
     def tokens(self, images: Tensor) -> Tensor:
-        if images.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-            # Measured: bfloat16 convolutions are faster so, float32 ones are not. Weights stay as they are stored.
-            images = images.contiguous(memory_format=torch.channels_last_3d)
+        images = channels_last(images)
         x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(images))))
         return self.run_blocks(x).movedim(1, -1)
 
@@ -3935,7 +3971,7 @@ class BiovilBackbone(ConvBackbone):
         super().__init__(config, net, 2048 if config["encoder"] == "resnet50" else 512)
 
     def tokens(self, images: Tensor) -> Tensor:
-        return self.net(images, return_patch_embeddings=True)[0].movedim(1, -1)
+        return self.net(channels_last(images), return_patch_embeddings=True)[0].movedim(1, -1)
 
 
 FAMILIES: dict[str, Callable[[dict[str, Any]], Backbone]] = {
@@ -4237,6 +4273,34 @@ def patches_in_body(hu: Tensor, patch: int) -> Tensor:
     return F.max_pool2d(inside, patch // cell).flatten(1) > 0
 
 
+@contextmanager
+def frozen_in_amp(backbone: Any, device_type: str) -> Iterator[None]:
+    """Within autocast, have copies of frozen weights in its precision stand in their places, made once and kept.
+
+    Autocast itself keeps copies of weights that learn only: it would cast the others again in every chunk and, with
+    LoRA, keep each of these copies for the backward pass. The weights themselves stay as they are, for all who read
+    or save them. Only layers whose operations autocast computes in its precision are concerned.
+    """
+    dtype, places = torch.get_autocast_dtype(device_type), []
+    for module in backbone.modules() if torch.is_autocast_enabled(device_type) else ():
+        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+            own = module._parameters.items()
+            places += [(module, k, p) for k, p in own if p is not None and not p.requires_grad and p.dtype != dtype]
+    kept = backbone.__dict__.setdefault("frozen_copies", {})
+    for stale in kept.keys() - {p for _, _, p in places} if places else ():
+        del kept[stale]
+    try:
+        for module, name, p in places:
+            made_of = p._version, p.device, dtype  # changes when other weights are loaded
+            if kept.get(p, (None,))[0] != made_of:
+                kept[p] = made_of, nn.Parameter(p.detach().to(dtype), requires_grad=False)
+            module._parameters[name] = kept[p][1]
+        yield
+    finally:
+        for module, name, p in places:
+            module._parameters[name] = p
+
+
 class SiglipClassifier(nn.Module):
     """A CT volume (N, C, S, H, W) in SPL, or its slice features (N, S, E), -> logits (N, L).
 
@@ -4260,6 +4324,7 @@ class SiglipClassifier(nn.Module):
         if skip_air and (backbone.family != "siglip" or intensity == "windowed"):
             raise BadInput("--skip-air works with SigLIP backbones and volumes in HU only; leave it out")
         self.slice_chunk, self.recompute, self.skip_air = 8, False, skip_air
+        self.predict_chunk, self.slice_bytes = 8, 0  # the latter is what a slice keeps for the backward pass
         if backbone.volumetric and pooling != "label":
             pooling = "mean"  # of the one feature that a volume has
         self.width = width = backbone.width * (2 if pooling == "label" else 1)  # of a slice's features
@@ -4282,9 +4347,10 @@ class SiglipClassifier(nn.Module):
 
         `kept` names the patches that a ViT sees, (n, P), and how many that are of each slice.
         """
-        if self.backbone.volumetric and self.pool.mode == "label":
-            return self.backbone.summary(self.layers(voxels).flatten(0, 1), maxima=True)
-        return self.backbone(self.images(voxels), *kept, maxima=self.pool.mode == "label")
+        with frozen_in_amp(self.backbone, voxels.device.type):
+            if self.backbone.volumetric and self.pool.mode == "label":
+                return self.backbone.summary(self.layers(voxels).flatten(0, 1), maxima=True)
+            return self.backbone(self.images(voxels), *kept, maxima=self.pool.mode == "label")
 
     def images(self, voxels: Tensor) -> Tensor:
         """What the backbone is given: the windows, a volume's axes turned from SPL to its own."""
@@ -4300,16 +4366,17 @@ class SiglipClassifier(nn.Module):
         if self.backbone.volumetric:
             return self.encode(volume).unflatten(0, (len(volume), -1))
         slices = volume.transpose(1, 2).flatten(0, 1)  # (N * S, C, H, W)
+        size = self.slice_chunk if torch.is_grad_enabled() else self.predict_chunk
         run = recomputed(self.encode, self.backbone) if self.recompute else self.encode
         if not self.skip_air:
-            return torch.cat([run(chunk) for chunk in slices.split(self.slice_chunk)]).unflatten(0, (len(volume), -1))
+            return torch.cat([run(chunk) for chunk in slices.split(size)]).unflatten(0, (len(volume), -1))
         patch = self.backbone.config["patch_size"]
         keep = torch.cat([patches_in_body(chunk, patch) for chunk in slices[:, 0].split(64)])
         counts, order = keep.sum(1).clamp(min=1).sort(stable=True)  # a chunk is padded to its longest: like with like
-        sizes, room = counts.tolist(), self.slice_chunk * keep.shape[1]  # the host waits here, once for all chunks
+        sizes, room = counts.tolist(), size * keep.shape[1]  # the host waits here, once for all chunks
         ends = [0]  # of chunks: as many slices as have together no more patches than a chunk of whole ones
-        for i, size in enumerate(sizes):
-            if (i + 1 - ends[-1]) * size > room:
+        for i, kept in enumerate(sizes):
+            if (i + 1 - ends[-1]) * kept > room:
                 ends.append(i)
         chunks = [(order[a:b], sizes[a:b]) for a, b in itertools.pairwise([*ends, len(sizes)])]
         features = torch.cat([run(slices[rows], keep[rows], counted) for rows, counted in chunks])
@@ -4358,8 +4425,17 @@ def drop_lora(model: nn.Module) -> None:
             setattr(model.get_submodule(parent), child, module.get_base_layer())
 
 
-def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> int:
-    """Bytes that autograd keeps of a forward pass over `volume`, weights aside: measured, so right for any backbone."""
+# Why memory is planned. For the backward pass autograd keeps what every layer of the backbone was given, in proportion
+# to the slices of a batch: 71 MiB for each 224 x 224 slice of a ViT-B/16 in bfloat16, so 35 GiB for 8 scans of 64.
+# Throwing it away and computing it again, chunk by chunk, costs a third more time, so that is done only where it has to
+# be. How much a slice keeps depends on tower, image size, precision and what is frozen, so it is measured; and not by
+# one pass, which keeps other things as well, such as autocast's copies of all weights: two passes of different lengths
+# differ by their slices alone. What is decided is a matter of speed and rounding, never of results. A run that is
+# resumed keeps it, to give the same bits, unless it no longer fits.
+
+
+def kept_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> int:
+    """Bytes that autograd keeps of a forward pass over `volume` (N, C, S, H, W), weights aside."""
     known, total = {p.untyped_storage().data_ptr() for p in model.parameters()}, 0
 
     def pack(tensor: Tensor) -> Tensor:
@@ -4380,6 +4456,12 @@ def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> in
     return total
 
 
+def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> int:
+    """Bytes that the slices of `volume` (N, C, S, H, W) take until the backward pass: what twice as many keep more."""
+    twice = torch.cat([volume, volume], dim=2)
+    return kept_bytes(model, twice, runtime) - kept_bytes(model, volume, runtime)
+
+
 def sample_volume(model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> Tensor:
     """A part of a volume of `shape` (C, S, H, W) that is enough to measure by: (1, C, s, H, W)."""
     slices = max(16, shape[1] // 8) if model.backbone.volumetric else 2
@@ -4391,7 +4473,8 @@ def sample_volume(model: SiglipClassifier, shape: Sequence[int], runtime: Runtim
 def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime) -> bool:
     """Have a GPU's kernels add their terms in one order, so that the same seed gives the same bits.
 
-    One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned.
+    One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned. Any other
+    error of that pass, such as no memory, is raised.
     """
     torch.use_deterministic_algorithms(True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, only of use in a hunt for bugs
@@ -4401,8 +4484,11 @@ def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime
             logits = model.eval()(sample)
         torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
     except RuntimeError as error:
-        log.warning("runs agree to rounding only, not to the bit: %s", first_line(error))
         torch.use_deterministic_algorithms(False)
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True  # no use in half of it
+        log.warning("runs agree to rounding only, not to the bit: %s", first_line(error))
         return False
     return True
 
@@ -4412,36 +4498,75 @@ def usual_chunk(runtime: Runtime) -> int:
     return 64 if runtime.device.type == "cuda" else 8
 
 
+def free_for_slices(model: SiglipClassifier, runtime: Runtime, share: float) -> float:
+    """Bytes of this share of the free memory, less what trained weights will need."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    each = 16 + 2 * (runtime.amp_dtype is not None)  # gradient, two moments, average; autocast's copy
+    return share * free_memory(runtime.device) - each * trained
+
+
 def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> list[int]:
-    """Decide and set what goes through the backbone at once, and whether it is computed again in the backward pass.
+    """Decide what goes through the backbone at once, and whether it is computed again in the backward pass.
 
     `shape` is (C, S, H, W). Returns [slice_chunk, recompute]. A chunk is a power of two, so that two starts on one
     machine agree; no larger than helps, for memory grows with it.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    recompute, measure = args.grad_checkpointing == "on", not (args.slice_chunk and args.grad_checkpointing != "auto")
-    measure &= any(p.requires_grad for p in model.backbone.parameters())
-    if measure:
+    recompute, chunk = args.grad_checkpointing == "on", usual_chunk(runtime)
+    learns = any(p.requires_grad for p in model.backbone.parameters())
+    if learns and not (args.slice_chunk and args.grad_checkpointing != "auto"):
         sample = sample_volume(model, shape, runtime)
-        per_slice = max(1, saved_bytes(model, sample, runtime) // sample.shape[2])
-        states = 16 * sum(p.numel() for p in trained)  # gradients, two moments, averaged weights
-        room = max(0.0, 0.7 * free_memory(runtime.device) - states)
+        model.slice_bytes = max(1, saved_bytes(model, sample, runtime) // sample.shape[2])
+        room = free_for_slices(model, runtime, share=0.7)
         if args.grad_checkpointing == "auto":
-            recompute = args.batch_size * shape[1] * per_slice > room
-    largest = (16 if args.amp else 8) if recompute else usual_chunk(runtime)
-    chunk = largest if not (measure and recompute) else min(largest, max(1, room / 2 / per_slice))
-    chunk = args.slice_chunk or 2 ** int(math.log2(chunk))
-    few, recompute = agree(runtime, -chunk, recompute)
+            recompute = args.batch_size * shape[1] * model.slice_bytes > room
+        if recompute:  # half of it, for the gradients of what is computed again
+            chunk = min(chunk, 2 ** int(math.log2(max(1, room / 2 / model.slice_bytes))))
+    few, recompute = agree(runtime, -(args.slice_chunk or chunk), recompute)
     return [-few, int(recompute)]
 
 
+def keep_plan(
+    args: argparse.Namespace, model: SiglipClassifier, slices: int, runtime: Runtime, before: list[int], now: list[int]
+) -> list[int]:
+    """Of a resumed run's plan and the one made now: the first, for the same bits, where it fits and is not overruled.
+
+    A pass has `slices`, batch and depth together.
+    """
+    chunk, recompute = before
+    needed = (2 * min(chunk, slices) if recompute else slices) * model.slice_bytes
+    scarce = needed > free_for_slices(model, runtime, share=0.9)  # more than a new plan takes, so that none wavers
+    named = args.slice_chunk not in (None, chunk) or args.grad_checkpointing == ("off" if recompute else "on")
+    (changed,) = agree(runtime, (scarce or named) and now != before)
+    if changed:
+        why = "this machine has less memory than the run began with" if scarce else "other flags"
+        log.warning("%s: chunks are planned anew; figures agree to rounding, not to the bit", why)
+    return now if changed else before
+
+
 def apply_memory_plan(model: SiglipClassifier, chunk: int, recompute: int) -> None:
-    """Set what `plan_memory` decided, or what a resumed run had decided when it began."""
-    model.slice_chunk = chunk
+    """Set what `plan_memory` decided. Of a prediction no more than two blocks' tensors are there at a time, so its
+    chunks are larger."""
+    usual, blocks = usual_chunk(Runtime(model.windows.low.device)), len(model.backbone.blocks())
+    model.slice_chunk, model.predict_chunk = chunk, max(chunk, min(usual, chunk * blocks // 2))
     model.recompute = model.backbone.recompute = bool(recompute)
     what = "kept" if not recompute else "computed again in the backward pass"
     unit = "volumes whole" if model.backbone.volumetric else f"{chunk} slices at a time"
     log.info("backbone: %s, activations %s", unit, what)
+
+
+class CompilerWarnings(logging.Handler):
+    """Passes on once, in one line, why something runs uncompiled: a limit that is met, code that can't be compiled."""
+
+    said: set[str] = set()  # noqa: RUF012, of the process, as the compiler's state is
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = record.getMessage().strip().splitlines()[0]
+        if line not in self.said:
+            self.said.add(line)
+            log.warning("torch.compile: %s; that runs uncompiled, slower and with the same results", line)
+
+
+COMPILER_WARNINGS = CompilerWarnings(logging.WARNING)
 
 
 def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
@@ -4456,7 +4581,12 @@ def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=runtime.device))
     except Exception as error:  # each layer of a compiler has its own
         return log.warning("nothing is compiled, torch.compile fails here: %s", first_line(error))
+    # All blocks of a backbone are one piece of code, compiled anew for each way in which one of them is run: learning
+    # or frozen or adapted, training or not, with padding or without, for each stage of a ResNet. The usual limit of 8
+    # is soon reached, and what comes after runs as it is. Numbers of slices and patches become variables by themselves.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     torch._dynamo.config.suppress_errors = True  # a block that can't be compiled runs as it is
+    logging.getLogger("torch._dynamo").addHandler(COMPILER_WARNINGS)
     for block in model.backbone.blocks():
         block.compile()
 
@@ -4586,10 +4716,7 @@ def rate_scales(model: SiglipClassifier, layer_decay: float, backbone_scale: flo
 
 
 def build_optimizer(args: argparse.Namespace, model: SiglipClassifier) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable parameters, the head's in the first group.
-
-    Biases, norms and embeddings are not decayed.
-    """
+    """AdamW or SGD over what is trained, the head's in the first group; biases, norms and embeddings don't decay."""
     undecayed = {p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     scales = rate_scales(model, args.layer_decay, args.backbone_lr_scale) if hasattr(model, "backbone") else {}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -4708,7 +4835,6 @@ class Recipe:
     intensity: str = "hu"
     seed: int = 42
     log_interval: int = 50
-    balance: bool = False
 
 
 @dataclass
@@ -4745,6 +4871,14 @@ class TrainState:
         return self.ema.applied() if self.ema else nullcontext()
 
 
+# Why losses are normalised over the whole window. One optimiser step may be made of several forward passes
+# (`--gradient-accumulation-steps`) on several processes, over scans of which some labels are unknown. The mean of the
+# passes' means would weigh a label by how many others happen to be known in its pass, and an epoch's last, short window
+# would count as a full one. So each pass adds the sum of its losses, divided by the known labels of the whole window on
+# all ranks, which the plan of the epoch tells beforehand. The gradient is then that of one large batch, whatever it is
+# made of. Scans that can't be read are taken out of that number before the step.
+
+
 @dataclass(frozen=True)
 class Window:
     """One optimiser step: the rows of each of this rank's forward passes, and the known labels on all ranks."""
@@ -4752,21 +4886,9 @@ class Window:
     batches: list[list[int]]
     known: int
 
-
-def balancing_draw(targets: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """n rows of n with repetition, (n, L) -> (n,): a label's positives come as often in sum as any other label's.
-
-    A scan weighs the mean of 1 / (positives of the label) over its findings; those without any are a class of their
-    own. The draw is systematic: a row's number of appearances is its expectation, rounded up or down.
-    """
-    positive = targets == 1
-    none = ~positive.any(axis=1, keepdims=True)
-    classes = np.concatenate([positive, none], axis=1)
-    weights = (classes / np.maximum(classes.sum(axis=0), 1)).sum(axis=1) / classes.sum(axis=1)
-    order = rng.permutation(len(targets))
-    steps = np.cumsum(weights[order]) / weights.sum()
-    drawn = np.searchsorted(steps, (np.arange(len(order)) + rng.random()) / len(order), side="right")
-    return rng.permutation(order[np.minimum(drawn, len(order) - 1)])
+    def scans(self, table: Table) -> str:
+        """The ids of the scans that this rank puts into the step."""
+        return ", ".join(table.series_ids[row] for rows in self.batches for row in rows if row >= 0)
 
 
 def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int) -> list[Window]:
@@ -4776,8 +4898,7 @@ def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int
     that gets fewer than the others gets row `~r` to make up, the same scan without labels, which counts for nothing.
     """
     known_per_row = (~np.isnan(targets)).sum(axis=1)
-    rng = np.random.default_rng([recipe.seed, epoch])
-    order = balancing_draw(targets, rng) if recipe.balance else rng.permutation(len(targets))
+    order = np.random.default_rng([recipe.seed, epoch]).permutation(len(targets))
     per_pass = recipe.batch_size * runtime.world_size
     windows = []
     for start in range(0, len(order), per_pass * recipe.accumulation):
@@ -4793,13 +4914,16 @@ def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int
 
 
 class Later:
-    """A scalar on its way to the host: calling it waits for that copy, not for work queued after it."""
+    """A scalar on its way to the host: calling it waits for that copy, not for work queued after it.
+
+    A step's norm is read while the next step runs. Reading it at once would leave a GPU without work, after every step,
+    until the host has sent it the next batch and the first of its kernels.
+    """
 
     def __init__(self, value: Tensor):
+        self.host = value.to("cpu", non_blocking=True)  # into pinned memory
         self.copied = torch.cuda.Event() if value.device.type == "cuda" else None
-        self.host = value
         if self.copied:
-            self.host = torch.empty((), dtype=value.dtype, pin_memory=True).copy_(value, non_blocking=True)
             self.copied.record()
 
     def ready(self) -> bool:
@@ -4856,23 +4980,29 @@ def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float
     state.scaler.unscale_(state.optimizer)
     parameters = [p for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    state.loss_sum += torch.where(norm.isfinite(), loss, 0.0)
+    finite = norm.isfinite()  # not so of finite gradients that are large enough: then, too, no step is taken
+    state.loss_sum += torch.where(finite, loss, 0.0)
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
     state.schedule.apply(state.optimizer)
     if state.scaler.is_enabled():
+        for found in state.scaler._found_inf_per_device(state.optimizer).values():
+            found.copy_(~finite)
         state.scaler.step(state.optimizer)
         state.scaler.update()
     else:
-        state.optimizer.found_inf = (~norm.isfinite()).float()  # the fused kernels change nothing where this is 1
+        state.optimizer.found_inf = (~finite).float()  # the fused kernels change nothing where this is 1
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return Later(norm)
 
 
-def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_skip: bool, known: int = 0) -> None:
+def settle_step(
+    state: TrainState, norm: Later | float, scans: Callable[[], str], may_skip: bool, known: int = 0
+) -> None:
     """Count the step taken and its known labels, or the one skipped; in full precision one that is skipped, else ten in
     a row, end the run."""
+    norm = norm() if isinstance(norm, Later) else norm
     if math.isfinite(norm):
         state.schedule.steps += 1
         state.skipped_in_row = 0
@@ -4903,67 +5033,72 @@ def train_one_epoch(
     """
     done = math.ceil(state.micro / recipe.accumulation)  # the last window of an epoch may be a short one
     windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[done:]
-    plan = [b for w in windows for b in w.batches]
-    batches = iter(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting))
-    waited, started, norm, buffers = 0.0, time.perf_counter(), None, list(state.model.buffers())
-    state.model.train()
+    plan = [rows for window in windows for rows in window.batches]
+    batches = iter(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting, persist=True))
+    waited, started, norm, may_skip = 0.0, time.perf_counter(), None, runtime.amp_dtype is not None
     bar = progress_bar(f"epoch {state.epoch + 1}", sum(map(len, plan)), runtime)
+    state.model.train()
     for window in windows:
-        loss, lost, micro = torch.zeros_like(state.loss_sum), 0, state.micro
-        before = [buffer.clone() for buffer in buffers] if len(window.batches) > 1 else []
-        for position, rows in enumerate(window.batches):
-            asked = time.perf_counter()
-            try:
+        loss, lost = torch.zeros_like(state.loss_sum), []
+        with taken_back(state, len(window.batches)):
+            for number, rows in enumerate(window.batches, 1):
+                asked = time.perf_counter()
                 batch = next(batches)
-            except (BadVolume, Interrupted):  # back to the last step, where the state can be saved
-                state.micro = micro
-                for buffer, value in zip(buffers, before, strict=False):  # running statistics have seen a part of it
-                    buffer.copy_(value)
-                state.optimizer.zero_grad(set_to_none=True)
-                raise
-            lost += known_labels(dataset.table.targets[batch["row"][batch["bad"]].numpy()])
-            if norm is None or norm.ready():  # else the GPU had work all the while, and no time was lost
-                waited += time.perf_counter() - asked
-            last = position == len(window.batches) - 1
-            loss += forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
-            bar.update(len(rows))
-        state.settle()
+                if norm is None or norm.ready():  # else the GPU had work all the while, and no time was lost
+                    waited += time.perf_counter() - asked
+                lost += [row for row, bad in zip(rows, batch["bad"].tolist(), strict=True) if bad and row >= 0]
+                last = number == len(window.batches)
+                loss += forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
+                bar.update(len(rows))
+        state.settle()  # the step before this one
         known = window.known - forget_lost(state, dataset, window.known, lost, runtime)
         norm = optimizer_step(state, recipe.max_grad_norm, loss)
-        taken = partial(settle_step, state, scans=partial(name_scans, dataset.table, window), known=known)
-        state.unsettled = partial(lambda t, n: t(n(), may_skip=runtime.amp_dtype is not None), taken, norm)
+        state.unsettled = partial(settle_step, state, norm, partial(window.scans, dataset.table), may_skip, known)
         if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
-            state.settle()
-            mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
-            bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
+            show_progress(bar, state, runtime)
         after_step()
     bar.close()
     state.settle()
-    seconds = {"data": waited, "train": time.perf_counter() - started - waited}
-    return {**epoch_figures(state, runtime), "seconds": seconds, "scans": bar.total * runtime.world_size}
+    labels, steps = state.tally["known"], state.tally["steps"]  # these stay, for validation may be interrupted
+    return {
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "train_loss": sum(rank_losses(state, runtime)) / labels if labels else None,  # no step taken, no label known
+        "grad_norm": state.tally["norm"] / steps if steps else None,
+        "seconds": {"data": waited, "train": time.perf_counter() - started - waited},
+        "scans": bar.total * runtime.world_size,
+    }
 
 
-def known_labels(targets: np.ndarray) -> int:
-    """How many entries of targets (n, L) are known."""
-    return int((~np.isnan(targets)).sum())
+@contextmanager
+def taken_back(state: TrainState, passes: int) -> Iterator[None]:
+    """A step whose data don't come is taken back to its beginning, where the state can be saved."""
+    micro = state.micro
+    before = [(buffer, buffer.clone()) for buffer in state.model.buffers()] if passes > 1 else []
+    try:
+        yield
+    except (BadVolume, Interrupted):
+        state.micro = micro
+        for buffer, value in before:  # running statistics have seen a part of it
+            buffer.copy_(value)
+        state.optimizer.zero_grad(set_to_none=True)
+        raise
 
 
-def forget_lost(state: TrainState, dataset: CTVolumeDataset, known: int, lost: int, runtime: Runtime) -> int:
-    """Take the labels of scans that could not be read out of a step's mean, on all ranks; returns how many."""
+def forget_lost(state: TrainState, dataset: CTVolumeDataset, known: int, rows: list[int], runtime: Runtime) -> int:
+    """Take the labels of rows that could not be read out of a step's mean, on all ranks; returns how many these are."""
     if dataset.on_bad_volume != "skip":
         return 0
-    total = torch.tensor(lost)
+    total = torch.tensor((~np.isnan(dataset.table.targets[rows])).sum())
     if runtime.world_size > 1:
         torch.distributed.all_reduce(total)
     if total:
-        gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, max(1, known) / max(1, known - int(total)))
+        torch._foreach_mul_(gradients_of(state), max(1, known) / max(1, known - int(total)))
     return int(total)
 
 
-def name_scans(table: Table, window: Window) -> str:
-    """The ids of the scans that this rank put into a step."""
-    return ", ".join(table.series_ids[row] for rows in window.batches for row in rows if row >= 0)
+def gradients_of(state: TrainState) -> list[Tensor]:
+    """What the parameters that learn have for a gradient."""
+    return [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
@@ -4974,15 +5109,11 @@ def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
     return tqdm(total=total, desc=title, unit="scan", leave=False, disable=hidden, dynamic_ncols=True)
 
 
-def epoch_figures(state: TrainState, runtime: Runtime) -> dict[str, Any]:
-    """The epoch's line so far; the loss is summed over ranks. The tallies stay, for validation may be interrupted."""
-    known, steps = state.tally["known"], state.tally["steps"]
-    loss_sum = sum(rank_losses(state, runtime))
-    return {
-        "lr": state.optimizer.param_groups[0]["lr"],
-        "train_loss": loss_sum / known if known else None,  # no step was taken, or no label known
-        "grad_norm": state.tally["norm"] / steps if steps else None,
-    }
+def show_progress(bar: Any, state: TrainState, runtime: Runtime) -> None:
+    """The epoch's loss so far and the learning rate, beside the bar; the device is waited for."""
+    state.settle()
+    mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
+    bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
 
 
 def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
@@ -4996,15 +5127,13 @@ def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
 @torch.no_grad()
 def predict(
     model: nn.Module, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime, title: str = "predict",
-    after_batch: Callable[[], None] = lambda: None, tta: int = 0,
-    waiting: Callable[[], AbstractContextManager] = nullcontext,
+    after_batch: Callable[[], None] = lambda: None, waiting: Callable[[], AbstractContextManager] = nullcontext,
+    persist: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Logits (n, L) float32 of all rows of the dataset, on every rank; each row is computed by one of them.
 
-    With `tta` they are the mean over the scan itself and that many copies of it, lightly augmented by a pure function
-    of (seed, copy, row). The copies have negative numbers, so that they are none of those an epoch of training made.
-
-    `after_batch` is called as often on every rank; in the context `waiting` the next batch is waited for.
+    `after_batch` is called as often on every rank; in the context `waiting` the next batch is waited for. With
+    `persist` the processes that read stay for the next prediction of this dataset.
     """
     model = unwrap(model).eval()
     share_statistics(model, runtime)
@@ -5014,17 +5143,13 @@ def predict(
     rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
     logits: list[Tensor] = [torch.zeros(0, dataset.table.targets.shape[1], device=runtime.device)]
     bar = progress_bar(title, len(mine), runtime)
-    for number, batch in enumerate(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting)):
+    loader = build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting, persist)
+    for number, batch in enumerate(loader):
         volumes = batch["volume"].to(runtime.device, non_blocking=True)
-        output = torch.zeros(len(volumes), logits[0].shape[1], device=runtime.device)
-        for copy in range(tta + 1):
-            kind = "light" if copy else "none"
-            altered = augment(volumes, batch["row"].tolist(), kind, recipe.seed, -copy, recipe.intensity)
-            with runtime.autocast():  # one by one: what a scan scores is then the same whatever it is batched with
-                output += torch.cat([model(volume[None]) for volume in altered]).float()
+        with runtime.autocast():  # one by one: what a scan scores is then the same whatever it is batched with
+            logits.append(torch.cat([model(volume[None]) for volume in volumes]).float())
         rows.append(batch["row"])
-        logits.append(output / (tta + 1))
-        bar.update(len(output))
+        bar.update(len(volumes))
         if number < in_common:
             after_batch()
     bar.close()
@@ -6622,7 +6747,8 @@ class Run:
 
     def predict(self, dataset: CTVolumeDataset, title: str) -> np.ndarray:
         """Logits (n, L) of the model as it is now; may end in Interrupted."""
-        logits = predict(self.state.model, dataset, self.recipe, self.runtime, title, self.poll, waiting=self.waiting)
+        how = self.recipe, self.runtime, title, self.poll, self.waiting, dataset is self.val  # which is read each epoch
+        logits = predict(self.state.model, dataset, *how)
         self.poll()
         return logits
 
@@ -6734,7 +6860,7 @@ def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, f
     model, preprocessing = build_model(args, table)
     model.to(runtime.device)
     shape = (preprocessing.channels, *preprocessing.grid)
-    if runtime.device.type == "cuda":
+    if runtime.device.type == "cuda" and args.deterministic == "on":
         add_in_fixed_order(model, sample_volume(model, shape, runtime), runtime)
     chunking = plan_memory(args, model, shape, runtime)
     maybe_compile(model, args.compile, runtime)
@@ -6830,7 +6956,7 @@ def describe_run(
     used = table.subset([row for row, split in enumerate(table.splits) if split in ("train", "val")])
     sizes = [path.stat().st_size if path.is_file() else 0 for path in used.paths]
     rows = repr((used.labels, used.series_ids, used.splits, sizes)).encode() + used.targets.tobytes()
-    machine = describe_machine(runtime) | {"compile": args.compile}
+    machine = describe_machine(runtime) | {"compile": args.compile, "deterministic": args.deterministic}
     return {
         "arguments": json.loads(json.dumps(vars(args), default=str)),
         "training and validation rows": hashlib.sha256(rows).hexdigest(),
@@ -7080,6 +7206,7 @@ RESUME_MAY_CHANGE = {
     "wandb_log_model",
     # compared by what they lead to, in the other entries of the identity
     "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
+    "deterministic", "slice_chunk", "grad_checkpointing",
 }  # fmt: skip
 
 
@@ -7144,7 +7271,9 @@ def resume_run(run: Run, source: RunFolder) -> None:
         for name, value in now["machine"].items():
             if (before := then["machine"].get(name)) != value:
                 log.warning("%s was %s, now %s: the run goes on, but not to the same bits", name, before, value)
-        now["chunking"] = then.get("chunking", now["chunking"])  # free memory may differ; results must not
+        slices = run.args.batch_size * now["preprocessing"]["grid"][0]
+        plans = then.get("chunking", now["chunking"]), now["chunking"]
+        now["chunking"] = keep_plan(run.args, unwrap(run.state.model), slices, run.runtime, *plans)
         now["tracker"] = then.get("tracker", now["tracker"])
         restore_state(content, run.state, history, run.runtime.rank)
     source.load_top(history, run.setup["thresholds"])
@@ -7234,7 +7363,7 @@ class Classifier:
         self.thresholds = np.array(own, np.float64)
         self.modules = [classifier_from(each, path).to(runtime.device).eval() for path, each in self.contents.items()]
         for module in self.modules:
-            module.slice_chunk = args.slice_chunk or usual_chunk(runtime)
+            module.predict_chunk = args.slice_chunk or usual_chunk(runtime)
 
     @property
     def module(self) -> SiglipClassifier:
@@ -7468,7 +7597,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             }
             for work in [work for work, asked in alone.items() if asked]:
                 return work(args) if own_rank() == 0 else 0  # one process's work
-            runtime = init_runtime(args.amp)
+            runtime = init_runtime(args.amp, args.deterministic == "on")
             with together(runtime, stop):
                 return run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
         except (Exception, Interrupted) as error:

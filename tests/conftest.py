@@ -12,6 +12,12 @@ sys.path[:0] = [SOURCE, str(Path(__file__).parent)]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes a minute or more; -m 'not slow' leaves it out")
+    config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one unless there is --device cpu")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="where tests marked gpu run [cuda]")
+    parser.addoption("--small", action="store_true", help="tests marked gpu take small models")
 
 
 @pytest.fixture(scope="session")

@@ -32,11 +32,11 @@ ALONE = Runtime(torch.device("cpu"))
 GLOBAL_BATCH = 6
 SCENARIOS = {  # rows, and what is special about the training
     "accumulation": (20, {"accumulation": 2}),  # 12 rows a step, then 8: a short window and an uneven split
-    "uneven": (11, {"balance": True}),
+    "uneven": (11, {}),
     "fewer rows than ranks": (2, {}),
     "head only": (8, {"freeze": "all"}),
     "unfrozen late": (8, {"hold": True}),
-    "cached features": (7, {"freeze": "all", "cache": True, "balance": True}),
+    "cached features": (7, {"freeze": "all", "cache": True}),
 }
 
 
@@ -46,12 +46,12 @@ def train(folder: Path, runtime: Runtime, rows: int, options: dict) -> dict:
     freeze_up_to(model.backbone, options.get("freeze", 5))
     state = small_state(model, ema=True)
     state.model = distribute(model, runtime)
-    recipe = Recipe(GLOBAL_BATCH // runtime.world_size, options.get("accumulation", 1), balance="balance" in options)
+    recipe = Recipe(GLOBAL_BATCH // runtime.world_size, options.get("accumulation", 1))
     dataset = scans_of_all(folder, rows, runtime)
     if "cache" in options:
         dataset = cache_features(folder / "features", model, dataset, recipe, runtime)
     losses, norms, synchronised = [], [], []
-    untrained = predict(state.model, dataset, recipe, runtime, tta=int("cache" not in options))
+    untrained = predict(state.model, dataset, recipe, runtime)
     for epoch in range(2):
         train_backbone(state, epoch > 0 or "hold" not in options, runtime)
         figures = train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, runtime)

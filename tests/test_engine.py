@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune_siglip as fs
@@ -22,7 +24,6 @@ from finetune_siglip import (
     Recipe,
     Runtime,
     add_lora,
-    balancing_draw,
     build_optimizer,
     cache_features,
     drop_lora,
@@ -30,7 +31,6 @@ from finetune_siglip import (
     main,
     merged_weights,
     patches_in_body,
-    plan_epoch,
     plan_memory,
     predict,
     rate_scales,
@@ -42,6 +42,7 @@ from finetune_siglip import (
 )
 from helpers import (
     CHEST,
+    ROOT,
     random_hu,
     small_backbone,
     small_classifier,
@@ -60,13 +61,46 @@ def memory_arguments(**changes):
 # Memory
 
 
-def test_saved_bytes_are_those_that_the_allocator_still_holds(monkeypatch):
-    """Against a plain count of the bytes of distinct tensors in the graph, which grow in step with the slices."""
-    model = small_classifier()
-    two, four = (saved_bytes(model, random_hu(1, 1, n, 16, 16), CPU) for n in (2, 4))
-    block = 4 * 32 * 4  # P x E x 4 bytes of one image
-    assert four == pytest.approx(2 * two, rel=0.1)
-    assert two > 2 * 2 * 8 * block  # two images, two layers, at least eight such tensors each
+@pytest.mark.parametrize("amp", [None, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_saved_bytes_are_what_each_further_slice_keeps_whatever_the_precision(amp, lora):
+    """Copies of weights are no slice's, so that two and six slices tell the same of each."""
+    model, runtime = small_classifier(), Runtime(CPU.device, amp)
+    if lora:
+        add_lora(model.backbone, 2)
+    kept = {n: fs.kept_bytes(model, random_hu(1, 1, n, 16, 16), runtime) for n in (2, 6, 16)}
+    truth = (kept[16] - kept[6]) / 10
+    for n in (2, 6):
+        assert saved_bytes(model, random_hu(1, 1, n, 16, 16), runtime) / n == pytest.approx(truth, rel=0.1)
+    block = 4 * 32 * (4 if amp is None else 2)  # P x E x bytes of one image
+    assert truth > 2 * 8 * block  # two layers, at least eight such tensors each
+
+
+def test_saved_bytes_are_what_a_process_grows_by():
+    """Against the kernel's count of resident memory, with an allocator that maps each large tensor by itself."""
+    script = """
+import ctypes, torch, finetune_siglip as fs
+from helpers import SMALL_TOWER, CHEST, random_hu
+ctypes.CDLL(None).mallopt(-3, 2**16)
+config = SMALL_TOWER | {"hidden_size": 256, "intermediate_size": 1024, "patch_size": 16, "image_size": 224}
+model = fs.SiglipClassifier(fs.build_backbone(config), CHEST, "hu", 3)
+model.slice_chunk = 64
+def resident():
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024
+for amp in (None, torch.bfloat16):
+    runtime = fs.Runtime(torch.device("cpu"), amp)
+    with runtime.autocast():
+        del (warm := {0: model.slice_features(random_hu(1, 1, 16, 224, 224))})[0]
+        volume, before = random_hu(1, 1, 16, 224, 224), resident()
+        features = model.slice_features(volume)
+        grown = resident() - before
+        del features
+    print(grown / fs.saved_bytes(model, volume, runtime))
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [float(line) for line in done.stdout.split()] == pytest.approx([1, 1], rel=0.1)
 
 
 def test_of_a_slice_that_is_computed_again_only_its_voxels_and_its_features_are_kept():
@@ -134,6 +168,13 @@ def test_recomputed_blocks_of_a_3d_backbone_give_the_same_gradients_and_statisti
         model(random_hu(1, 1, 16, 32, 32)).sum().backward()
     for one, other in zip(plain.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(other.grad, one.grad, rtol=0, atol=0)
+
+
+def test_convolutions_on_a_gpu_are_given_channels_last_images():
+    with FakeTensorMode():
+        flat, whole = (torch.zeros(2, 3, *shape, device="cuda") for shape in ((8, 8), (4, 8, 8)))
+        assert fs.channels_last(flat).is_contiguous(memory_format=torch.channels_last)
+        assert fs.channels_last(whole).is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def test_a_3d_backbone_lays_its_maps_out_channels_last_in_bfloat16_only_and_its_weights_never(monkeypatch):
@@ -209,6 +250,58 @@ def test_compiled_blocks_give_the_same_gradients_and_statistics(family, recomput
             torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def compile_with(monkeypatch, model):
+    """Compile the blocks with a backend that needs no compiler."""
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: plain(function, backend="aot_eager_decomp_partition"))
+    fs.maybe_compile(model, "on", CPU)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("how", ["frozen half", "lora", "skip air", "resnet3d"])
+def test_no_way_to_run_a_model_is_left_uncompiled(monkeypatch, caplog, how):
+    """Training and prediction, whole chunks and remainders, in two precisions."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    if how == "resnet3d":
+        model = small_resnet3d_classifier()
+    else:
+        model = small_classifier(skip_air=how == "skip air", dropout=0.0)
+    if how in ("frozen half", "lora"):
+        freeze_up_to(model.backbone, 12)
+    if how == "lora":
+        add_lora(model.backbone, 2)
+    compile_with(monkeypatch, model)
+    monkeypatch.setattr(fs.log, "propagate", True)
+    fs.apply_memory_plan(model, 4, 1)
+    size = 32 if how == "resnet3d" else 16
+    for runtime in (dataclasses.replace(CPU, amp_dtype=torch.bfloat16), CPU):
+        for n, s in ((2, size), (1, size - 3), (1, size)):
+            volume = random_hu(n, 1, s, size, size)
+            with runtime.autocast():
+                model.train()(volume).sum().backward()
+                with torch.no_grad():
+                    model.eval()(volume)
+    assert counters["frames"]["total"] == counters["frames"]["ok"] > 1
+    assert not [record for record in caplog.records if record.name == fs.log.name]
+
+
+def test_a_limit_of_the_compiler_that_is_met_is_said_once(monkeypatch, caplog):
+    torch._dynamo.reset()
+    model = small_classifier().eval()
+    compile_with(monkeypatch, model)
+    monkeypatch.setattr(fs.log, "propagate", True)
+    monkeypatch.setattr(fs.CompilerWarnings, "said", set())
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    for runtime in (CPU, dataclasses.replace(CPU, amp_dtype=torch.bfloat16), CPU):
+        with torch.no_grad(), runtime.autocast():
+            model(random_hu(1, 1, 2, 16, 16))
+    (said,) = [record.getMessage() for record in caplog.records if record.name == fs.log.name]
+    assert "recompile_limit (1); that runs uncompiled" in said
+
+
 @pytest.mark.slow
 def test_a_run_that_wants_compiling_where_there_is_no_compiler_is_a_run_without(scans, tower, tmp_path):
     empty = tmp_path / "bin"
@@ -237,6 +330,56 @@ def test_dropout_draws_the_same_when_it_is_computed_again():
 
 
 # Frozen parts
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of tensors with two dimensions and as many numbers as a weight of the tower has."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        cast = function is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16
+        self.count += cast and args[0].ndim == 2 and args[0].shape in ((32, 32), (48, 32), (32, 48))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+def test_frozen_weights_are_cast_once_and_stay_what_they_are(lora, recompute):
+    """The features are those of plain autocast, and whoever reads the weights finds the ones that were loaded."""
+    runtime, volume = dataclasses.replace(CPU, amp_dtype=torch.bfloat16), random_hu(1, 1, 4, 16, 16)
+    model, plain = (small_classifier(dropout=0.0).train() for _ in range(2))
+    for one in (model, plain):
+        torch.manual_seed(1)
+        add_lora(one.backbone, 2) if lora else freeze_up_to(one.backbone, "all")
+        one.slice_chunk, one.recompute = 1, recompute
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    counts, features = [], []
+    for _ in range(2):
+        with Casts() as casts, runtime.autocast():
+            features.append(model.slice_features(volume))
+        counts.append(casts.count)
+    assert counts == [15, 0]  # q, k, v, out and two of the MLP in each of two blocks; three in the head
+    with runtime.autocast(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fs, "frozen_in_amp", lambda *_: nullcontext())
+        expected = plain.slice_features(volume)
+    assert torch.equal(features[1], expected)
+    if lora:
+        for out in (features[1], expected):
+            out.float().square().sum().backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            assert p.grad is None if q.grad is None else torch.equal(p.grad, q.grad)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with torch.no_grad(), runtime.autocast():
+        for p in model.backbone.parameters():
+            p.mul_(1.5)
+        assert not torch.equal(model.slice_features(volume), features[1])  # other weights have other copies
+    model.backbone.requires_grad_(True)
+    with runtime.autocast():
+        model.slice_features(volume)
+    assert not model.backbone.frozen_copies
 
 
 def test_a_frozen_backbone_has_no_graph_no_gradient_and_no_moments(tmp_path):
@@ -314,37 +457,6 @@ def test_a_held_backbone_waits_and_then_starts_with_fresh_moments(tmp_path, name
         }
         late = {int(state.optimizer.state[p]["step"]) for p in model.backbone.parameters() if p.requires_grad}
         assert (steps, late) == ({4}, {2})
-
-
-# Balanced draws
-
-
-def test_balanced_draws_even_out_rare_findings_and_scans_without_any():
-    rng = np.random.default_rng(0)
-    targets = np.zeros((1000, 2), np.float32)
-    targets[:20, 0], targets[20:320, 1] = 1, 1
-    targets[500:510] = np.nan  # nothing known is nothing found
-    drawn = balancing_draw(targets, rng)
-    assert len(drawn) == 1000
-    shares = [(drawn < 20).mean(), ((drawn >= 20) & (drawn < 320)).mean(), (drawn >= 320).mean()]
-    assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
-    counts = np.bincount(drawn[drawn < 20], minlength=20)
-    assert counts.min() >= 16  # 16.7 expected: each row as often as any of its kind
-    assert counts.max() <= 17
-
-
-def test_balanced_epochs_are_a_function_of_seed_and_epoch_under_any_number_of_processes():
-    targets = (np.random.default_rng(1).random((30, 3)) < 0.1).astype(np.float32)
-
-    def rows(epoch, world_size):
-        recipe = Recipe(6 // world_size, 2, balance=True)
-        plans = [
-            plan_epoch(targets, recipe, Runtime(CPU.device, None, r, world_size), epoch) for r in range(world_size)
-        ]
-        return [sorted(i for w in step for b in w.batches for i in b if i >= 0) for step in zip(*plans, strict=True)]
-
-    assert rows(0, 1) == rows(0, 2) == rows(0, 3)
-    assert rows(0, 1) != rows(1, 1)
 
 
 # LoRA
@@ -506,8 +618,7 @@ def frozen(tmp_path):
     return model, small_scans(tmp_path / "scans", 6), tmp_path / "features"
 
 
-@pytest.mark.parametrize("balance", [False, True])
-def test_cached_features_train_and_score_like_computed_ones(frozen, balance):
+def test_cached_features_train_and_score_like_computed_ones(frozen):
     model, dataset, folder = frozen
     cached = cache_features(folder, model, dataset, Recipe(2), CPU)
     assert cached[0]["volume"].shape == (3, 32)
@@ -517,7 +628,7 @@ def test_cached_features_train_and_score_like_computed_ones(frozen, balance):
     for source in (dataset, cached):
         state = small_state(small_classifier(dropout=0.0))
         freeze_up_to(state.model.backbone, "all")
-        figures.append(train_one_epoch(state, source, MultilabelBCELoss(), Recipe(2, balance=balance), CPU))
+        figures.append(train_one_epoch(state, source, MultilabelBCELoss(), Recipe(2), CPU))
         logits.append(predict(state.model, source, Recipe(2), CPU))
     assert figures[0]["train_loss"] == pytest.approx(figures[1]["train_loss"], abs=1e-3)
     np.testing.assert_allclose(*logits, rtol=0, atol=5e-3)
@@ -675,7 +786,7 @@ RICH = (
 
 @pytest.fixture(scope="module")
 def rich(scans, tower, tmp_path_factory):
-    """A finished run with adapters, unfrozen after its first epoch, on balanced draws without air."""
+    """A finished run with adapters, unfrozen after its first epoch, without air."""
     folder = tmp_path_factory.mktemp("rich")
     with pytest.MonkeyPatch.context() as patch:
 
@@ -748,13 +859,44 @@ def test_a_run_on_cached_features_has_the_metrics_of_one_without(scans, tower, t
     assert "use of cached features" in capsys.readouterr().err
 
 
-def test_a_resumed_run_keeps_the_chunk_it_began_with(scans, tower, tmp_path, monkeypatch):
-    used, apply = [], fs.apply_memory_plan
+def test_a_resumed_run_keeps_its_plan_of_memory_while_it_fits_and_else_makes_another(
+    scans, tower, tmp_path, monkeypatch, capsys
+):
+    """Three starts, the last where there is far less memory; its epochs are those of a run that had plenty."""
+    used, apply, lines = [], fs.apply_memory_plan, {}
     monkeypatch.setattr(fs, "apply_memory_plan", lambda m, *plan: (used.append(plan), apply(m, *plan)))
-    for free, more in ((10**12, ()), (10**5, ("--resume", "auto"))):
-        monkeypatch.setattr(fs, "free_memory", lambda device, free=free: free)
-        run(scans, tower, tmp_path / "run", "--epochs", 1 + len(more), *more)
-    assert used == [(8, 0), (8, 0)]
+    for name, starts in (("whole", (10**12,)), ("parts", (10**12, 10**11, 10**5))):
+        for number, free in enumerate(starts):
+            monkeypatch.setattr(fs, "free_memory", lambda device, free=free: free)
+            more = ("--resume", "auto") if number else ()
+            epochs = 3 if name == "whole" else 1 + number
+            lines[name] = run(scans, tower, tmp_path / name, "--epochs", epochs, "--warmup", 0, *more)
+    assert used[:3] == [(8, 0)] * 3
+    assert used[3] != (8, 0)
+    assert used[3][1] == 1
+    assert "less memory than the run began with" in capsys.readouterr().err
+    for one, other in zip(*lines.values(), strict=True):
+        for figure in ("train_loss", "val_loss"):
+            assert other[figure] == pytest.approx(one[figure], abs=1e-5)
+    assert lines["whole"][:2] == lines["parts"][:2]
+
+
+@pytest.mark.parametrize(("named", "mode", "kept"), [(None, "auto", True), (2, "auto", False), (None, "on", False)])
+def test_flags_overrule_the_plan_that_a_run_began_with(monkeypatch, named, mode, kept):
+    monkeypatch.setattr(fs, "free_memory", lambda device: 10**12)
+    args = memory_arguments(slice_chunk=named, grad_checkpointing=mode)
+    assert fs.keep_plan(args, small_classifier(), 128, CPU, [8, 0], [2, 1]) == ([8, 0] if kept else [2, 1])
+
+
+def test_predictions_have_larger_chunks_than_training_that_computes_again():
+    model, sizes = small_classifier(), []
+    model.backbone.register_forward_pre_hook(lambda _, images: sizes.append(len(images[0])))
+    model.backbone.blocks = lambda: [None] * 12  # as many as a ViT-B has
+    fs.apply_memory_plan(model, 1, 1)
+    with torch.no_grad():
+        model(random_hu(1, 1, 9, 16, 16))
+    model(random_hu(1, 1, 2, 16, 16))
+    assert sizes == [6, 3, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,7 @@ def test_the_same_global_batch_gives_the_same_losses_and_scores(alone, together,
         assert rank["untrained"] == one["untrained"]  # equal weights score equally, to the bit
     rows = sorted(row for ranks in together for row in ranks[name]["rows"])
     assert rows == sorted(one["rows"])
-    if "balance" not in SCENARIOS[name][1]:  # where rare findings are drawn more than once
-        assert rows == list(range(SCENARIOS[name][0]))
+    assert rows == list(range(SCENARIOS[name][0]))
 
 
 def test_ranks_score_with_the_statistics_that_are_saved(together):

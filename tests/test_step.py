@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finetune_siglip as fs
 from finetune_siglip import (
@@ -14,7 +16,6 @@ from finetune_siglip import (
     Recipe,
     Runtime,
     Schedule,
-    augment,
     optimizer_step,
     plan_epoch,
     predict,
@@ -138,6 +139,20 @@ def test_a_step_that_is_not_finite_changes_nothing(name, amp):
     assert not amp or state.scaler.get_scale() == scale / 2
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_finite_gradients_of_an_infinite_norm_are_skipped_in_every_count(amp):
+    state = spoilt_state("adamw", amp)
+    for p in state.model.parameters():
+        p.grad = torch.full_like(p, 1e20) * state.scaler.get_scale()
+    before, schedule = contents(state)
+    scale = state.scaler.get_scale()
+    settle_step(state, optimizer_step(state, 1.0), lambda: "", may_skip=True)
+    after, schedule_after = contents(state)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert (schedule_after, state.skipped, state.ema.steps) == (schedule, 1, 2)
+    assert not amp or state.scaler.get_scale() == scale / 2
+
+
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_first_step_that_is_skipped_leaves_no_rubbish_behind(name):
     model, reference = small_classifier(dropout=0.0), small_classifier(dropout=0.0)
@@ -200,6 +215,68 @@ class Spoilt(MultilabelBCELoss):
     def forward(self, logits, targets, reduction="mean"):
         self.used += 1
         return super().forward(logits, targets, reduction) * (math.inf if self.used == self.at else 1.0)
+
+
+class Copies(TorchDispatchMode):
+    """Counts what a GPU would make the host wait for: copies between devices that don't say otherwise, scalars read."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.overloadpacket.__name__
+        moved = name == "_to_copy" and torch.device(kwargs.get("device") or args[0].device) != args[0].device
+        filled = name == "copy_" and args[0].device != args[1].device
+        waits = (moved and not kwargs.get("non_blocking")) or (filled and not (*args, False)[2])
+        if waits or name in ("_local_scalar_dense", "nonzero"):
+            self.found.append(name)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("strength", ["light", "strong"])
+@pytest.mark.parametrize("intensity", ["hu", "windowed"])
+def test_augmentation_has_a_gpu_wait_for_no_copy(monkeypatch, strength, intensity):
+    """On tensors that only pretend to be on a GPU, of which each operation is seen."""
+    generator = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device=None: generator("cpu"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        volumes = torch.zeros(3, 2, 4, 16, 16, dtype=torch.int16, device="cuda")
+        with Copies() as copies:
+            torch.zeros(2).to("cuda")
+            altered = fs.augment(volumes, [0, 1, 2], strength, 7, 0, intensity)
+    assert altered.device.type == "cuda"
+    assert copies.found == ["_to_copy"]  # the one above, that such are seen
+
+
+def test_processes_that_read_stay_over_epochs_and_read_what_the_epoch_wants(tmp_path, monkeypatch):
+    monkeypatch.setattr(fs, "usable_cores", lambda: 2)
+    dataset, state = small_scans(tmp_path, 6), small_state(small_classifier(dropout=0.0), lr=1e-30)
+    recipe, readers, losses = Recipe(2, num_workers=2, augment="light"), [], []
+    for _ in range(3):
+        losses.append(train_one_epoch(state, dataset, MultilabelBCELoss(), recipe, CPU)["train_loss"])
+        readers.append([worker.pid for worker in dataset.loader._iterator._workers])
+        state.next_epoch()
+    assert len(readers[0]) == 2
+    assert readers[0] == readers[1] == readers[2]
+    assert len(set(losses)) == 3  # each epoch's scans are altered in another way
+    alone, state = small_scans(tmp_path, 6), small_state(small_classifier(dropout=0.0), lr=1e-30)
+    for loss in losses:
+        figures = train_one_epoch(state, alone, MultilabelBCELoss(), Recipe(2, augment="light"), CPU)
+        assert figures["train_loss"] == pytest.approx(loss, abs=1e-6)
+        state.next_epoch()
+    seen = [batch["row"].tolist() for batch in fs.build_loader(dataset, [[5, 1], [3, 0]], 2, CPU.device, persist=True)]
+    assert seen == [[5, 1], [3, 0]]
+    assert readers[0] == [worker.pid for worker in dataset.loader._iterator._workers]
+
+
+def test_no_more_processes_read_than_there_are_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(fs, "usable_cores", lambda: 1)
+    loader = fs.build_loader(small_scans(tmp_path, 2), [[0], [1]], 8, CPU.device)
+    assert loader.num_workers == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert fs.usable_cores() == 1
 
 
 def test_divergence_in_full_precision_names_the_scans_and_spoils_no_weight(tmp_path):
@@ -327,9 +404,12 @@ def test_ranks_are_asked_after_the_same_batches_of_a_prediction(tmp_path, monkey
 def free_order():
     """What add_in_fixed_order sets is of the whole process."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    torch.backends.cudnn.deterministic = True
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
 
 
 def test_kernels_add_in_a_fixed_order_or_the_log_says_that_they_do_not(free_order, caplog, monkeypatch):
@@ -343,7 +423,23 @@ def test_kernels_add_in_a_fixed_order_or_the_log_says_that_they_do_not(free_orde
     model.pool.forward = lambda features: (features.new_zeros(1, 32).put_(torch.arange(32), features[0, 0]), None)
     assert not fs.add_in_fixed_order(model, sample, CPU)
     assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.backends.cudnn.deterministic  # nor is its price paid
     assert "to rounding only" in caplog.text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: illegal")])
+def test_any_other_error_is_not_taken_for_a_kernel_without_an_order(free_order, monkeypatch, caplog, error):
+    monkeypatch.setattr(fs.log, "propagate", True)
+    model = small_classifier()
+
+    def fail(volume):
+        raise error
+
+    model.forward = fail
+    with pytest.raises(type(error), match="CUDA"):
+        fs.add_in_fixed_order(model, fs.sample_volume(model, (1, 4, 16, 16), CPU), CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not caplog.records
 
 
 class Bar:
@@ -379,20 +475,6 @@ def test_the_bar_shows_the_running_loss_over_known_labels_and_the_rate(tmp_path,
     assert float(shown[4]["loss"]) == pytest.approx(loss.item(), abs=1e-4)
     assert float(shown[7]["loss"]) == pytest.approx(figures["train_loss"], abs=1e-4)
     assert float(shown[4]["lr"]) == 1e-30
-
-
-@pytest.mark.parametrize(("batch_size", "workers"), [(1, 0), (3, 0), (2, 2)])
-def test_tta_is_the_mean_over_a_scan_and_its_light_copies_whatever_batches_and_workers(tmp_path, batch_size, workers):
-    dataset, model = small_scans(tmp_path, 5), small_classifier().eval()
-    logits = predict(model, dataset, Recipe(batch_size, num_workers=workers, augment="strong", seed=7), CPU, tta=2)
-    with torch.no_grad():
-        for row in range(5):
-            volume = dataset[row]["volume"][None]
-            copies = [augment(volume, [row], "light", 7, -number, "hu") for number in (1, 2)]
-            assert not torch.equal(copies[0], copies[1])
-            expected = (model(volume) + model(copies[0]) + model(copies[1])) / 3
-            assert np.array_equal(logits[row], expected[0].numpy())
-    assert not np.array_equal(logits, predict(model, dataset, Recipe(seed=8, batch_size=1), CPU, tta=2))
 
 
 def test_training_gives_the_same_weights_twice(tmp_path):

@@ -1781,8 +1781,8 @@ def frame_numbers(path: Path, data: Any) -> list[list[float]]:
             numbers += value(i, group, keyword) or ()
             if len(numbers) != length:
                 raise BadVolume(f"{path}: does not say its {keyword}: without it a slice has no place or size")
-        numbers += (data.Rows, data.Columns, value(i, RESCALING, "RescaleSlope", 1))
-        frames.append([float(number) for number in (*numbers, value(i, RESCALING, "RescaleIntercept", 0))])
+        numbers += (data.Rows, data.Columns, value(i, RESCALING, "RescaleSlope", math.nan))
+        frames.append([float(number) for number in (*numbers, value(i, RESCALING, "RescaleIntercept", math.nan))])
     return frames
 
 
@@ -1826,6 +1826,8 @@ def read_dicom(folder: Path, series: str) -> RawScan:
         off = np.abs(values - np.median(values, 0)).max(1)
         if not off.max() < 1.01e-3:  # writers round
             raise BadVolume(f"{folder}: holds slices of different {what}, such as {owners[off.argmax()]}: remove them")
+    if len({(*lost,) for lost in np.isnan(frames[:, 13:])}) > 1:
+        raise BadVolume(f"{folder}: only some of its slices have a RescaleSlope and RescaleIntercept: export it again")
     if len(frames) < 2:
         raise BadVolume(f"{folder}: has one slice: img_path names the folder of a series, or a file of many frames")
     order, steps = place_frames(folder, frames)
@@ -1847,7 +1849,8 @@ def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
     pydicom = raw_library("pydicom")
     with reading_raw(path):
         data = pydicom.dcmread(path, force=True)
-        syntax = data.file_meta.get("TransferSyntaxUID", pydicom.uid.ExplicitVRLittleEndian)
+        usual = None if data.preamble else pydicom.uid.ExplicitVRLittleEndian
+        syntax = data.file_meta.get("TransferSyntaxUID", usual)
         decoder = pydicom.pixels.get_decoder(syntax)
         if not decoder.is_available:
             raise BadEnvironment(f"{path}: its compression, {syntax.name}, needs a decoder: pip install python-gdcm")
@@ -1862,6 +1865,7 @@ def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
             ends = np.array([padding, data.get("PixelPaddingRangeLimit", padding)], np.int64).astype(stored.dtype)
             empty = (stored >= ends.min()) & (stored <= ends.max())
         for plane, hidden, (*_, slope, intercept) in zip(stored, empty, frames, strict=True):
+            slope, intercept = (usual if math.isnan(told) else told for told, usual in ((slope, 1), (intercept, 0)))
             yield to_hu(plane, slope, intercept, hidden if hidden.any() else None)
 
 
@@ -1879,9 +1883,10 @@ def read_nifti(path: Path) -> RawScan:
     if not (header["sform_code"] or header["qform_code"]):
         raise BadVolume(f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform")
     shape = tuple(n for axis, n in enumerate(header.get_data_shape()) if axis < 3 or n != 1)
-    start, dtype = header.get_data_offset() or kind.sizeof_hdr + 4, header.get_data_dtype()
+    told, dtype = header.get_data_offset(), header.get_data_dtype()
+    start = told or kind.sizeof_hdr + 4
     end = start + math.prod(shape) * dtype.itemsize
-    if end > size or start < kind.sizeof_hdr + 4:
+    if end > size or start < kind.sizeof_hdr + 4 or (size > end and not (told or packed)):
         raise BadVolume(f"{path}: is cut short: copy it again")
     slope, intercept = header.get_slope_inter()
     unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
@@ -1931,6 +1936,8 @@ def read_mha(path: Path) -> RawScan:
         )
     shape, n = tuple(map(int, fields["DimSize"].split())), int(fields["NDims"])
     turn, spacing = (np.array(fields[name].split(), float) for name in ("TransformMatrix", "ElementSpacing"))
+    if not np.allclose(np.linalg.norm(turn.reshape(n, n), axis=1), 1, atol=0.01):
+        raise BadVolume(f"{path}: its TransformMatrix holds no directions: convert the original again")
     steps = (turn.reshape(n, n) * spacing.reshape(n, 1))[:3, :3].T
     packed, big = (fields.get(name, "")[:1] in ("T", "t", "1") for name in ("CompressedData", "BinaryDataByteOrderMSB"))
     dtype = np.dtype(MHA_TYPES[fields["ElementType"][4:]]).newbyteorder(">" if big else "<")

@@ -194,6 +194,15 @@ def test_monochrome1_changes_no_value(tmp_path: Path, volume: np.ndarray) -> Non
     np.testing.assert_array_equal(load_volume(tmp_path / "scan")[0], volume)
 
 
+def test_a_slice_without_the_rescaling_of_the_others_is_refused(tmp_path: Path, volume: np.ndarray) -> None:
+    path = write_dicom(tmp_path / "scan", volume, SPACING)[3]
+    data = pydicom.dcmread(path)
+    del data.RescaleIntercept
+    data.save_as(path)
+    with pytest.raises(BadVolume, match="only some of its slices have a RescaleSlope"):
+        load_volume(tmp_path / "scan")
+
+
 def test_other_quantities_than_hu_are_refused(tmp_path: Path, volume: np.ndarray) -> None:
     write_dicom(tmp_path / "scan", volume, SPACING, RescaleType="Z_EFF")
     with pytest.raises(BadVolume, match="its values are Z_EFF, not HU"):

@@ -234,7 +234,7 @@ def agrees(found, header, path, volume):
     for voxels, spacing in readings:
         if path.parent.name == "series" and len(voxels) == 1:  # the one slice among the others
             voxels, spacing = np.array([*volume[:2], voxels[0], *volume[3:]]), (7.5, *spacing[1:])
-        same = voxels.shape == found.shape and np.array_equal(voxels.astype(found.dtype), found, equal_nan=True)
+        same = voxels.shape == found.shape and np.allclose(voxels, found, rtol=1e-5, equal_nan=True)
         if same and np.allclose(spacing, header.spacing, rtol=2e-3):
             return True
     return False

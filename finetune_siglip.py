@@ -1883,11 +1883,10 @@ def read_nifti(path: Path) -> RawScan:
     if not (header["sform_code"] or header["qform_code"]):
         raise BadVolume(f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform")
     shape = tuple(n for axis, n in enumerate(header.get_data_shape()) if axis < 3 or n != 1)
-    told, dtype = header.get_data_offset(), header.get_data_dtype()
-    start = told or kind.sizeof_hdr + 4
+    start, dtype = header.get_data_offset(), header.get_data_dtype()
     end = start + math.prod(shape) * dtype.itemsize
-    if end > size or start < kind.sizeof_hdr + 4 or (size > end and not (told or packed)):
-        raise BadVolume(f"{path}: is cut short: copy it again")
+    if end > size or start < kind.sizeof_hdr + 4:
+        raise BadVolume(f"{path}: is cut short, or its vox_offset is wrong: copy it again")
     slope, intercept = header.get_slope_inter()
     unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
 

@@ -81,7 +81,7 @@ from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
-__version__ = "1.0.0"
+__version__ = "2.0.0"
 __all__ = [  # for other code; whatever else is here may change
     "BadEnvironment", "BadInput", "BadVolume", "BalancedBCELoss", "Classifier", "Diverged", "FocalLoss",
     "SiglipClassifier", "UserError", "backbone_layers", "build_backbone", "compute_metrics", "load_classifier",

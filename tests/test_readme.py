@@ -25,18 +25,15 @@ END = "<!-- end of arguments -->"
 
 
 def argument_table() -> str:
-    """Markdown: one table per group of arguments, texts as in --help."""
-    lines = []
+    """Markdown: one table, its groups and texts as in --help."""
+    lines = ["| argument | meaning [default] |", "|---|---|"]
     for group in build_parser()._action_groups:
-        rows = [action for action in group._group_actions if action.dest != "help"]
-        if rows:
-            lines += [f"\n**{group.title}**\n", "| argument | meaning [default] |", "|---|---|"]
+        rows = [action for action in group._group_actions if action.dest not in ("help", "version")]
         for action in rows:
             value = "" if action.nargs == 0 else " " + value_name(action)
-            lines.append(
-                f"| `{action.option_strings[-1]}{value}` | {action.help.replace('%%', '%')} |".replace("||", "|")
-            )
-    return "\n".join(lines).lstrip("\n") + "\n\n"
+            text = action.help.replace("%%", "%").replace("|", "\\|")
+            lines.append(f"| `{action.option_strings[-1]}{value}` | {text} |")
+    return "\n".join(lines) + "\n"
 
 
 def value_name(action) -> str:
@@ -74,15 +71,13 @@ def test_links_within_the_readme_lead_somewhere():
             assert (ROOT / target).exists(), target
 
 
-OTHER_PROGRAMS = """--kills --cov --nnodes --nproc-per-node --standalone --rdzv-backend --rdzv-endpoint --rdzv-id
---shm-size --ipc --nodes --ntasks-per-node --gpus-per-node --cpus-per-task --signal --requeue --open-mode --time
---gres --shutdown-timeout"""  # flags of the benchmarks, torchrun, docker and SLURM
+OTHER_PROGRAMS = "--kills --index-url --shm-size --ipc --gpus-per-node --nodes"  # of benchmarks, pip, docker and SLURM
 
 
 def test_flags_that_the_readme_names_exist():
     known = {flag for action in build_parser()._actions for flag in action.option_strings}
     known |= {"--dry-run", *OTHER_PROGRAMS.split()}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", (ROOT / "README.md").read_text())):
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", (ROOT / "README.md").read_text())):
         assert flag in known, flag
 
 
@@ -124,6 +119,8 @@ def reader(tmp_path, monkeypatch):
     image.SetDirection((1, 0, 0, 0, 1, 0, 0, 0, 1))
     sitk.WriteImage(image, str(folder / "raw.mha"))
     (folder / "raw.csv").write_text("series_id,split,img_path,Cardiomegaly\na,test,raw.mha,1\n")
+    (folder / "dicom_export").mkdir()
+    shutil.copy(folder / "raw.mha", folder / "dicom_export" / "b.mha")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("PYTHON", sys.executable)
     monkeypatch.setenv("HF_HOME", str(folder / "hf"))
@@ -132,33 +129,47 @@ def reader(tmp_path, monkeypatch):
     return folder
 
 
-def test_the_slurm_script_is_the_one_that_test_slurm_runs():
-    assert (ROOT / "tests" / "assets" / "train.sbatch").read_text() in (ROOT / "README.md").read_text()
+def test_the_slurm_script_that_the_readme_names_is_the_one_that_is_tested():
+    assert "sbatch tests/assets/train.sbatch" in (ROOT / "README.md").read_text()
+    assert "train.sbatch" in (ROOT / "tests" / "test_slurm.py").read_text()
+    assert os.access(ROOT / "tests" / "assets" / "train.sbatch", os.R_OK)
 
 
-MAKES = {  # the beginning of each bash block of the README, what is there after it has run
-    "./run_finetune.sh demo": "outputs/basic/test_predictions.csv",
-    'python finetune_siglip.py --csv scans.csv --label-columns "Cardiomegaly"': "outputs/data_check.png",
+MAKES = {  # the beginning of each bash block of the README but the first, what is there after it has run
+    "export CSV_FILE=scans.csv": "outputs/basic/report.html",
+    "python finetune_siglip.py --test-only outputs/basic/best_model.pth --images": "predicted/test_predictions.csv",
+    "python finetune_siglip.py --score": "scored/report.html",
     "python finetune_siglip.py --csv raw.csv": "prepared/volumes/a.npz",
     "python finetune_siglip.py --csv scans.csv --pretrained": "outputs/first/best_model.pth",
-    "NPROC=4 ./run_finetune.sh focal": "outputs/focal/best_model.pth",
-    "python finetune_siglip.py --csv scans.csv --test-only": "outputs/predictions.csv",
+    "python finetune_siglip.py --csv scans.csv --test-only": "outputs/first_test/test_predictions.csv",
 }
 
 
 @pytest.mark.slow
 def test_every_command_runs_as_printed(reader):
     """All but `demo` and `test`, which install: `.ci/run` and whoever changes the demo run those."""
-    blocks = re.findall(r"^```bash\n((?!#!).*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    text = (ROOT / "README.md").read_text()
+    first, *blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
+    assert [line.split("#")[0].strip() for line in first.splitlines()] == [
+        "./run_finetune.sh demo",
+        "./run_finetune.sh test",
+    ]
     assert len(blocks) == len(MAKES)
     for block, (start, made) in zip(blocks, MAKES.items(), strict=True):
         assert block.startswith(start)
-        commands = re.sub(r"^\./run_finetune\.sh (demo|test) .*\n", "", block, flags=re.M)
-        ended = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", commands], capture_output=True, text=True, timeout=900
-        )
-        assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+        run(["bash", "-euo", "pipefail", "-c", block])
         assert (reader / made).exists(), block
+    assert len(list((reader / "outputs" / "predictions").glob("*/test_predictions.csv"))) == 1
+    (python,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S)
+    told = run([sys.executable, "-c", f"{python}print(list(table.columns)[:3], len(table), type(model).__name__)"])
+    assert "['id', 'Medical material_prob', 'Medical material_pred'] 17 SiglipClassifier" in told
+
+
+def run(command: list[str]) -> str:
+    """What a command prints, that ends well."""
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stdout[-3000:] + ended.stderr[-3000:]
+    return ended.stdout
 
 
 if __name__ == "__main__":

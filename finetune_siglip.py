@@ -4287,14 +4287,14 @@ def frozen_in_amp(backbone: Any, device_type: str) -> Iterator[None]:
     LoRA, keep each of these copies for the backward pass. The weights themselves stay as they are, for all who read
     or save them. Only layers whose operations autocast computes in its precision are concerned.
     """
-    dtype, places = torch.get_autocast_dtype(device_type), []
-    for module in backbone.modules() if torch.is_autocast_enabled(device_type) else ():
+    dtype, wanted, places = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type), []
+    for module in backbone.modules() if wanted else ():
         if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
             own = module._parameters.items()
             places += [(module, k, p) for k, p in own if p is not None and not p.requires_grad and p.dtype != dtype]
     kept = backbone.__dict__.setdefault("frozen_copies", {})
-    for stale in kept.keys() - {p for _, _, p in places} if places else ():
-        del kept[stale]
+    for learning in kept.keys() - {p for _, _, p in places} if wanted else ():  # by now
+        del kept[learning]
     try:
         for module, name, p in places:
             made_of = p._version, p.device, dtype  # changes when other weights are loaded

@@ -1990,7 +1990,7 @@ def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
         dicom = source.is_dir() or name.endswith(".dcm")
         shape, steps, load = read_dicom(source, series) if dicom else reader(path)
         code, spacing = patient_axes(path, shape, steps)
-        if voxels and np.isinf(stored := load()).any():
+        if voxels and (stored := load()).dtype.kind == "f" and np.isinf(stored).any():
             raise BadVolume(f"{path}: holds infinite voxels: convert it again, without dividing by zero")
     axes = spl_axes(code)[0]
     mm = tuple(float(spacing[axis]) for axis in axes)

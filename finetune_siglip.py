@@ -5098,13 +5098,9 @@ def forget_lost(state: TrainState, dataset: CTVolumeDataset, known: int, rows: l
     if runtime.world_size > 1:
         torch.distributed.all_reduce(total)
     if total:
-        torch._foreach_mul_(gradients_of(state), max(1, known) / max(1, known - int(total)))
+        gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, max(1, known) / max(1, known - int(total)))
     return int(total)
-
-
-def gradients_of(state: TrainState) -> list[Tensor]:
-    """What the parameters that learn have for a gradient."""
-    return [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def progress_bar(title: str, total: int, runtime: Runtime) -> Any:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_siglip import WINDOW_PRESETS, CTWindows, SiglipClassifier, SlicePool, freeze_up_to
+from finetune_siglip import WINDOW_PRESETS, Backbone, CTWindows, SiglipClassifier, SlicePool, freeze_up_to
 from helpers import CHEST, random_hu, small_backbone, small_classifier, small_resnet3d_classifier
 
 
@@ -126,6 +126,7 @@ class Corner(torch.nn.Module):
     """A 3D stand-in that returns the first voxel along each axis, so that the axes it is given can be told."""
 
     volumetric, orientation, width = True, "SRA", 3
+    turn = Backbone.turn
 
     def forward(self, volume, maxima):  # (N, 3, S, R, A)
         assert not maxima

@@ -1966,9 +1966,8 @@ def read_nrrd(path: Path) -> RawScan:
     space = re.sub(r"(\w)\w+(-|$)", r"\1", space) if "-" in (space := str(header.get("space")).lower()) else space
     steps = np.array(header.get("space directions"), float)
     if space not in ("lps", "ras", "las") or steps.shape != (3, 3):
-        raise BadVolume(
-            f"{path}: does not say how it lies (space LPS, RAS or LAS, three space directions): convert it again"
-        )
+        raise BadVolume(f"{path}: does not say how it lies (space LPS, RAS or LAS, space directions): convert it again")
+    steps *= {"m": 1000.0, "cm": 10.0, "um": 0.001}.get(header.get("space units", [""])[0], 1.0)
 
     def load() -> np.ndarray:
         with path.open("rb") as stream:

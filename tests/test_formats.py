@@ -348,6 +348,9 @@ def test_nrrd_files_of_pynrrd_are_read_in_each_space(tmp_path: Path, volume: np.
         found = read_raw(tmp_path / "scan.nrrd")
         np.testing.assert_array_equal(found[1][0], volume)
         assert found[0].spacing == pytest.approx(SPACING)
+    header |= {"space directions": np.diag([0.55, -0.55, 0.75]), "space units": ["cm"] * 3}
+    nrrd.write(str(tmp_path / "scan.nrrd"), volume.transpose(2, 1, 0), header)
+    assert read_raw(tmp_path / "scan.nrrd")[0].spacing == pytest.approx(SPACING)
 
 
 # Archives

@@ -1044,6 +1044,8 @@ def read_rows(csv_path: Path, wrong: Complaints) -> tuple[list[str], list[tuple[
     Neither pandas nor a type guess: `007`, `NA` and `1e5` are names, and a trailing comma must not shift the columns.
     """
     try:
+        if csv_path.exists() and not csv_path.is_file():  # opening a pipe would wait for ever
+            raise BadInput(f"{csv_path}: is not a regular file: check --csv")
         data = csv_path.read_bytes()
     except OSError as error:
         raise BadInput(f"{csv_path}: cannot be read ({error.strerror}): check --csv") from None
@@ -7290,6 +7292,9 @@ def resume_run(run: Run, source: RunFolder) -> None:
         elif source.fell_back:  # or the next commit would keep the damaged file as the previous one
             link_atomic(source.previous, source.last)
     run.saved = run.position
+    run.setup["origin"]["pretrained"] = then["arguments"][
+        "pretrained"
+    ]  # where the same weights lie now is no part of it
     run.redo_files()
     log.info("resumed %s after epoch %d, forward pass %d", source.path, run.state.epoch, run.state.micro)
     if now["arguments"]["epochs"] != then["arguments"]["epochs"] and run.args.scheduler == "cosine":

@@ -397,7 +397,7 @@ def test_changed_arguments_that_affect_numbers_stop_the_resume(bench, done, tmp_
     assert ended.code == 2, ended.text
     expected = [
         "--lr was 0.02, now 0.01", "--seed was 3, now 4", "--batch-size was 2, now 3", "--gradient-accumulation-steps",
-        "--use-ema", "--windows", "--threshold", "it can only grow", "precision was None", "preprocessing was",
+        "--use-ema", "--windows", "--threshold", "it can only grow", "precision was float32", "preprocessing was",
     ]  # fmt: skip
     errors = [line for line in ended.text.splitlines() if line.startswith("error: ")]
     assert [sum(name in error for error in errors) for name in expected] == [1] * len(expected), ended.text
@@ -512,7 +512,7 @@ def test_resuming_a_folder_without_a_run_and_a_start_into_a_run_are_refused(benc
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("name", ["best_model.pth", "checkpoint_epoch_002.pth", "test_predictions.csv"])
+@pytest.mark.parametrize("name", ["best_model.pth", "checkpoint_epoch_001.pth", "test_predictions.csv"])
 def test_what_somebody_kept_of_a_run_is_not_removed_by_a_start(bench, done, tmp_path, name):
     out = tmp_path / "run"
     out.mkdir()
@@ -545,7 +545,7 @@ def test_a_second_run_and_a_prediction_are_refused_naming_pid_and_host(bench, do
     with ForkServer() as other:
         os.kill(pid, signal.SIGSTOP)
         second = other.run(bench.arguments(PLAIN, out, "--resume", "auto"), tmp_path / "second.log")
-        model = ["--test-only", str(done / "best_model.pth")]
+        model = ["--overwrite", "--test-only", str(done / "best_model.pth")]
         predicted = other.run(bench.arguments(PLAIN, out, *model), tmp_path / "third.log")
         os.kill(pid, signal.SIGCONT)
     for ended in (second, predicted):

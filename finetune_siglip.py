@@ -1932,9 +1932,7 @@ def read_mha(path: Path) -> RawScan:
             f"{path}: is no MHA with its voxels inside, or has them in another file: save it with SimpleITK"
         )
     if not {"ElementSpacing", "TransformMatrix"} <= {*fields}:
-        raise BadVolume(
-            f"{path}: does not say how it lies (ElementSpacing, TransformMatrix): convert the original again"
-        )
+        raise BadVolume(f"{path}: does not say how it lies (ElementSpacing, TransformMatrix): convert it again")
     shape, n = tuple(map(int, fields["DimSize"].split())), int(fields["NDims"])
     turn, spacing = (np.array(fields[name].split(), float) for name in ("TransformMatrix", "ElementSpacing"))
     if not np.allclose(np.linalg.norm(turn.reshape(n, n), axis=1), 1, atol=0.01):
@@ -3373,6 +3371,8 @@ def read_timm(found: Found) -> None:
         return read_siglip(found)
     width, channels, patch, _ = tensors[TIMM_VIT].shape
     settings: dict[str, Any] = stated.get("model_args") or {}
+    if not name and "pos_embed" not in tensors:  # rotary or relative positions, as in DINOv3 and BEiT
+        raise BadInput(f"{found.source}: a timm ViT without pos_embed: put its config.json, that names it, beside it")
     if not name:  # DINOv2, of Meta's names or timm's, and plain ViTs differ by these alone
         gated, positions = "blocks.0.mlp.w12.weight" in tensors, tensors["pos_embed"].shape[1]
         hidden = len(tensors["blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight"])

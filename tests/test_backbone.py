@@ -256,6 +256,18 @@ def test_every_siglip_of_timm_gives_timms_features(tmp_path, name):
     assert difference(backbone, images, reference) <= 1e-4
 
 
+def test_a_timm_vit_without_a_table_of_positions_needs_the_file_that_names_it(tmp_path):
+    model = timm_folder(tmp_path, "beit_base_patch16_224", **SMALL_VIT)
+    images = torch.rand(1, 3, *model.pretrained_cfg["input_size"][1:])
+    mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    with torch.no_grad():
+        reference = model((images - mean) / std)
+    assert difference(fs.load_backbone(tmp_path), images, reference) <= 1e-4
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(fs.BadInput, match=r"without pos_embed: put its config\.json"):
+        fs.load_backbone(tmp_path)
+
+
 VITS = {
     "vit_base_patch14_reg4_dinov2": {"img_size": 28},
     "vit_giant_patch14_dinov2": {"img_size": 28, "mlp_ratio": 4.0},
@@ -276,7 +288,7 @@ def test_a_vit_gives_timms_features_with_its_description_and_without(tmp_path, n
     if not described:
         (tmp_path / "config.json").unlink()
         if "dinov3" in name or "eva" in name:  # shapes alone don't tell these
-            with pytest.raises(fs.BadInput, match="incomplete"):
+            with pytest.raises(fs.BadInput, match="without pos_embed" if "dinov3" in name else "incomplete"):
                 fs.load_backbone(tmp_path, heads=2)
             return
         mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

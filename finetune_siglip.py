@@ -1045,7 +1045,7 @@ def read_rows(csv_path: Path, wrong: Complaints) -> tuple[list[str], list[tuple[
     """
     try:
         if csv_path.exists() and not csv_path.is_file():  # opening a pipe would wait for ever
-            raise BadInput(f"{csv_path}: is not a regular file: check --csv")
+            raise BadInput(f"{csv_path}: cannot be read (it is no regular file): check --csv")
         data = csv_path.read_bytes()
     except OSError as error:
         raise BadInput(f"{csv_path}: cannot be read ({error.strerror}): check --csv") from None

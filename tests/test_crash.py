@@ -205,8 +205,8 @@ def test_a_signal_ends_what_comes_before_or_without_training_at_once(bench, done
 
 def test_a_signal_before_training_ends_at_once_and_leaves_no_run(bench, tmp_path):
     out = tmp_path / "run"
-    ended, _ = seconds_until_stopped(bench, out, signal.SIGTERM, PLAIN, lambda out: (out / "training.log").exists())
-    assert ended.code == 143
+    ended = run(bench, out, signal_at="read_training_table")
+    assert ended.code == 143, ended.text
     assert "Traceback" not in ended.text
     assert (out / "stopped").read_text() == "SIGTERM\n"
     assert run(bench, out, "--resume", "auto", "--epochs", "1").code == 0

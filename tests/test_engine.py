@@ -258,7 +258,7 @@ def compile_with(monkeypatch, model):
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("how", ["frozen half", "lora", "skip air", "resnet3d"])
+@pytest.mark.parametrize("how", ["frozen half", "lora", "skip air", pytest.param("resnet3d", marks=pytest.mark.slow)])
 def test_no_way_to_run_a_model_is_left_uncompiled(monkeypatch, caplog, how):
     """Training and prediction, whole chunks and remainders, in two precisions."""
     from torch._dynamo.utils import counters

@@ -290,8 +290,6 @@ def build_parser() -> Parser:
     add("--dropout-rate", type=fraction, default=0.1, help="dropout before and inside the head [0.1]")
     add("--slice-pooling", choices=("attention", "mean", "max", "label"), default="attention",
         help="how slices become a scan; label: attention and maximum of each finding's own, for small ones [attention]")
-    add("--export-hf", type=Path, metavar="DIR",
-        help="at the end, also write the SigLIP tower for transformers, with its head, into this new folder [off]")
 
     add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=("bce", "focal", "balanced", "asl"), default="bce",
@@ -4139,56 +4137,6 @@ def merged_state(backbone: Backbone) -> dict[str, Tensor]:
     return state
 
 
-def export_hf(checkpoint: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint's SigLIP tower for `SiglipVisionModel.from_pretrained`, its head and settings beside it.
-
-    Raises BadInput for another family and for a folder that holds something.
-    """
-    from safetensors.torch import save_file
-
-    config, state = checkpoint["backbone"], checkpoint["model"]
-    size, half = config["image_size"], [0.5] * config["num_channels"]
-    if config["family"] != "siglip":
-        raise BadInput(f"--export-hf writes SigLIP towers; this checkpoint's backbone is {config['family']}")
-    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder}: exists and is not an empty folder; name a new one for --export-hf")
-    backbone = build_backbone(config)
-    backbone.load_state_dict({k.removeprefix("backbone."): t for k, t in state.items() if k.startswith("backbone.")})
-    head = {name: value.contiguous() for name, value in state.items() if not name.startswith("backbone.")}
-    settings = {name: value for name, value in checkpoint.items() if name not in ("model", "digest")}
-    processor = {"image_processor_type": "SiglipImageProcessor", "do_rescale": False}
-    processor |= {"size": {"height": size, "width": size}, "image_mean": half, "image_std": half}
-    macro = {k: v for k, v in checkpoint["metrics"].items() if k.startswith("macro") and isinstance(v, float)}
-    scores = ", ".join(f"{name} {value:.3f}" for name, value in macro.items()) or "not recorded"
-    unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        backbone.net.save_pretrained(unfinished)
-        save_file(head, unfinished / "classifier.safetensors")
-        for name, content in (("classifier", settings), ("preprocessor_config", processor)):
-            (unfinished / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        card = MODEL_CARD.format(labels=", ".join(checkpoint["labels"]), scores=scores)
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except OSError as error:
-        raise BadEnvironment(f"{folder}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-MODEL_CARD = """---
-library_name: transformers
-pipeline_tag: image-feature-extraction
----
-# SigLIP vision tower fine-tuned on chest CT
-
-Findings: {labels}. Validation: {scores}. One axial slice is a three-channel image of HU windows in [0, 1], mapped to
-[-1, 1]. `classifier.json` holds labels, thresholds and preprocessing; `classifier.safetensors` the pooling over slices
-(`pool.*`) and the head (`head.*`). For research, not for diagnosis. The licence of the pretrained weights applies.
-"""
-
-
 # ── 6 Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # HU windows, slice features, pooling over slices, head.
 
@@ -6826,8 +6774,6 @@ def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifie
     preprocessing = preprocessing_from(args, table, backbone)
     if preprocessing.intensity == "windowed":
         adapt_channels(backbone, preprocessing.channels)
-    if args.export_hf and backbone.family != "siglip":
-        raise BadInput(f"--export-hf writes SigLIP towers, and {args.pretrained} is of the family {backbone.family}")
     freeze_up_to(backbone, args.freeze_up_to)
     seed_everything(args.seed)
     if args.lora_rank:
@@ -7092,9 +7038,6 @@ def finish_run(run: Run) -> None:
         parts = {split: (getattr(run, split), values) for split, values in logits.items()}
         publish_all(args, "training", run.facts, run.table, model, parts, thresholds, {"val": objective})
         track_results(run.tracker, folder, logits, best, args.wandb_log_model)
-        if args.export_hf:
-            export_hf(best, args.export_hf)
-            log.info("the tower for transformers: %s", args.export_hf)
 
 
 def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> np.ndarray:
@@ -7203,7 +7146,7 @@ def train_to_the_end(run: Run) -> None:
 
 RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
-    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "export_hf",
+    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap",
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "cache_limit_gb", "on_bad_volume",
     "check_data", "prepare", "config", "command", "explain", "soup", "use_3channel", "images", "score",
     "wandb_log_model",
@@ -7438,8 +7381,8 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     require_unused(args, folder, prediction_path(args))
     classifier = Classifier(args, runtime)
     several, names = len(classifier.modules) > 1, ", ".join(map(str, classifier.contents))
-    if several and (args.explain or args.export_hf):
-        raise BadInput("--explain and --export-hf are about one model: name one checkpoint")
+    if several and args.explain:
+        raise BadInput("--explain is about one model: name one checkpoint")
     if args.images:
         table, split = table_of_scans(args.images, classifier.labels), "images"
     else:
@@ -7469,9 +7412,6 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
         weights |= {"checkpoint": names, "checkpoint digest": digests}
         facts, parts = provenance(args, runtime, weights), {split: (dataset, logits)}
         publish_all(args, "prediction", facts, rows, classifier.module, parts, thresholds, {split: tuned_for})
-        if args.export_hf:
-            export_hf(content, args.export_hf)
-            log.info("the tower for transformers: %s", args.export_hf)
     return 0
 
 

@@ -1029,7 +1029,7 @@ def test_weights_stay_mapped_to_their_file(tower, tmp_path):
     assert not any(p.is_meta for p in [*backbone.parameters(), *backbone.buffers()])
 
 
-# Low-rank updates and export
+# Low-rank updates
 
 
 def test_lora_starts_at_no_change_trains_little_and_merges(tower, tmp_path):
@@ -1060,46 +1060,3 @@ def test_lora_is_refused_for_other_families(narrow_resnet, tmp_path):
     backbone = fs.load_backbone(saved(tmp_path / "x.bin", narrow_resnet[0].state_dict()))
     with pytest.raises(fs.BadInput, match="for ViTs"):
         fs.add_lora(backbone, 2)
-
-
-def own_checkpoint(backbone):
-    state = prefixed(backbone.state_dict(), "backbone.") | {"head.0.weight": torch.arange(6.0).view(3, 2).T}
-    return {
-        "format": 1, "kind": "finetune_siglip", "model": state, "backbone": backbone.config, "digest": "0",
-        "labels": ["Nodule", "Effusion"], "preprocessing": {"windows": [[-1000, 1000]]}, "thresholds": [0.5, 0.4],
-        "metrics": {"macro_auc": 0.875, "macro_f1": None}, "epoch": 3,
-    }  # fmt: skip
-
-
-def test_exported_tower_gives_transformers_the_same_features(tower, tmp_path):
-    from safetensors.torch import load_file
-    from transformers import AutoImageProcessor, SiglipVisionModel
-
-    model, images, reference = tower
-    backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2)
-    folder = tmp_path / "export"
-    checkpoint = own_checkpoint(backbone)
-    fs.export_hf(checkpoint, folder)
-    again = SiglipVisionModel.from_pretrained(folder).eval()
-    with torch.no_grad():
-        assert float((again(pixel_values=images * 2 - 1).pooler_output - reference).abs().max()) <= 1e-5
-    assert difference(fs.load_backbone(folder), images, reference) <= 1e-5
-    assert torch.equal(load_file(folder / "classifier.safetensors")["head.0.weight"], torch.arange(6.0).view(3, 2).T)
-    settings = json.loads((folder / "classifier.json").read_text())
-    assert settings["labels"] == ["Nodule", "Effusion"]
-    assert settings["thresholds"] == [0.5, 0.4]
-    card = (folder / "README.md").read_text()
-    assert "Nodule, Effusion" in card
-    assert "macro_auc 0.875" in card
-    processor = AutoImageProcessor.from_pretrained(folder)
-    pixels = processor(images=[images[0].numpy()], return_tensors="pt", input_data_format="channels_first")
-    assert torch.allclose(pixels["pixel_values"][0], images[0] * 2 - 1, atol=1e-6)
-    with pytest.raises(fs.BadInput, match="not an empty folder"):
-        fs.export_hf(checkpoint, folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "x.bin"]
-
-
-def test_only_siglip_towers_are_exported(narrow_resnet, tmp_path):
-    backbone = fs.load_backbone(saved(tmp_path / "x.bin", narrow_resnet[0].state_dict()))
-    with pytest.raises(fs.BadInput, match="SigLIP towers"):
-        fs.export_hf(own_checkpoint(backbone), tmp_path / "export")

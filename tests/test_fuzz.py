@@ -468,7 +468,7 @@ def test_any_command_line_ends_with_a_reason(tmp_path, capsys, more, table):
     assert "Traceback" not in told.err
     assert "error: " in told.err if code else "--help" in argv or "-h" in argv, (argv, told)
     made = {path for path in set(tmp_path.rglob("*")) - set(before) if (folder / "out") not in (path, *path.parents)}
-    elsewhere = ("--output-dir", "--test-output", "--prepare", "--cache", "--export-hf", "--report")
+    elsewhere = ("--output-dir", "--test-output", "--prepare", "--cache", "--report")
     assert not made or any(word.startswith(elsewhere) for word in more), (made, argv)
 
 

@@ -439,18 +439,6 @@ def test_the_challenge_format_is_written_for_json(finished, scans, tmp_path):
     assert all(set(entry["probabilities"]) == set(LABELS) for entry in content["predictions"])
 
 
-def test_an_exported_tower_gives_the_same_features_in_transformers(finished, scans, tmp_path):
-    from transformers import SiglipVisionModel
-
-    more = ("--export-hf", str(tmp_path / "tower"))
-    assert main(prediction_arguments(scans, finished / "best_model.pth", tmp_path / "out", *more)) == 0
-    model = classifier_from(load_checked(finished / "best_model.pth", MODEL_KIND)).eval()
-    images = torch.rand(2, 3, 16, 16)
-    with torch.no_grad():
-        expected = SiglipVisionModel.from_pretrained(tmp_path / "tower")(pixel_values=images * 2 - 1).pooler_output
-        torch.testing.assert_close(model.backbone(images), expected, rtol=0, atol=1e-5)
-
-
 def test_the_check_reports_and_draws_without_training(scans, tmp_path, capsys):
     argv = ["--csv", str(scans), "--label-columns", *LABELS, "--output-dir", str(tmp_path), "--check-data"]
     assert main([*argv, "--num-slices", "8", "--image-size", "32"]) == 0

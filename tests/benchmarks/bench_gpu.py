@@ -21,6 +21,7 @@ process, interleaved; the medians stand on the last line:
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -180,6 +181,7 @@ def main() -> None:
     for name in args.names or CASES:
         with tempfile.TemporaryDirectory() as folder:
             figures |= bench(name, runtime, args.repeats, args.small, Path(folder))
+        gc.collect()  # loaders that are still there would be taken along by the processes of the next case
         print(" ".join(f"{key}={value:.4g}" for key, value in figures.items()), flush=True)
 
 

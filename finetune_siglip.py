@@ -444,6 +444,7 @@ if __name__ == "__main__":
         with suppress(OSError):  # nobody may be listening
             print("loading PyTorch …", flush=True)
 
+import deflate
 import numpy as np
 import torch
 import torch.nn as nn
@@ -1275,60 +1276,68 @@ class Header:
 
     shape: tuple[int, ...]  # (C, then the three stored axes)
     dtype: np.dtype
-    fortran: bool = False
-    start: int = 0  # bytes before the first voxel
-    crc: int | None = None  # of the whole array: equal ones hold the same scan
-    raw: bool = False  # knows its own geometry
     orientation: str | None = None  # named by the file itself
     spacing: tuple[float, ...] | None = None  # mm along the stored axes
+    raw: bool = False  # knows its own geometry
+    crc: int | None = None  # of the whole array: equal ones hold the same scan
     source: str | None = None  # digest of what `--prepare` made it from
+
+
+# Reading a scan takes two steps: `open_…`, one for each format, gives what the file says of its volume and a function
+# that reads the voxels, for all headers are read before any voxel. Neither names the file in its errors: that is done
+# by `reading_scan` alone, which also turns whatever error a library makes of a damaged file into BadVolume.
+
+Opened = tuple[Header, Callable[[], np.ndarray]]
+
+
+@contextmanager
+def reading_scan(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a scan ends in BadVolume, or BadEnvironment, that begins with its path."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (BadVolume, BadEnvironment) as error:
+        text = str(error)
+        raise type(error)(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    except (UserError, MemoryError):
+        raise
+    except ImportError as error:
+        raise BadEnvironment(f"{path}: needs {error.name}: pip install -r requirements.txt") from None
+    except Exception as error:
+        if strerror := getattr(error, "strerror", None):
+            raise BadVolume(f"{path}: cannot be read ({strerror})") from None
+        text = " ".join(str(error).split())[-200:]
+        raise BadVolume(f"{path}: is damaged or not what it is named ({type(error).__name__}: {text})") from None
+
+
+@cache
+def raw_library(name: str) -> Any:
+    """A package that reads scans, told to be quiet: what it warns of is checked here."""
+    library = importlib.import_module(name)
+    warnings.filterwarnings("ignore", module=name)
+    logging.getLogger("nibabel.global" if name == "nibabel" else name).setLevel(logging.CRITICAL)
+    if name == "pydicom":
+        library.config.settings.reading_validation_mode = library.config.IGNORE
+    return library
 
 
 # Stored volumes: NPZ, NPY, and blosc2's B2ND as nnU-Net has it. An NPZ is not given to numpy.load, which believes what
 # the archive says of itself (sizes, pickles) and inflates it at half the speed of libdeflate.
 
-
-def read_exactly(file: int, length: int, offset: int, path: Path) -> bytes:
-    """`length` bytes at `offset`; Linux reads 2 GiB at most in one call."""
-    parts = []
-    while length:
-        parts.append(os.pread(file, min(length, 1 << 30), offset))
-        if not parts[-1]:
-            raise BadVolume(f"{path}: is cut short: copy it again")
-        length, offset = length - len(parts[-1]), offset + len(parts[-1])
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def crc32(data: Any, start: int = 0) -> int:
-    """The checksum of ZIP, by libdeflate where it is installed: six times as fast as zlib."""
-    try:
-        import deflate as library
-    except ImportError:
-        return zlib.crc32(data, start)
-    return library.crc32(data, start)
-
-
-def inflate(packed: bytes | bytearray, size: int) -> bytes | bytearray:
-    """What is packed, or an error or `size` + 1 bytes where it is more than `size`."""
-    try:
-        import deflate
-    except ImportError:
-        return zlib.decompressobj(-15).decompress(packed, size + 1)
-    return deflate.deflate_decompress(packed, size)
-
-
 ONE_PARSER = threading.Lock()  # Python up to 3.11 fails at random where two threads parse literals (gh-106905)
 
 
-def parse_npy(stream: Any, size: int) -> Header:
-    """The header of an array file of `size` bytes in NumPy's format; ValueError where these do not fit."""
+def parse_npy(head: bytes, size: int) -> tuple[Header, Callable[[Any], np.ndarray]]:
+    """Header of an array of `size` bytes in NumPy's format, and what makes the array of all of them."""
+    stream = io.BytesIO(head)
     version = np.lib.format.read_magic(stream)
     parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     with ONE_PARSER:
         shape, fortran, dtype = parse(stream)
-    if dtype.hasobject or stream.tell() + math.prod(shape) * dtype.itemsize != size or min(shape, default=1) < 1:
+    start, order = stream.tell(), "F" if fortran else "C"
+    if dtype.hasobject or start + math.prod(shape) * dtype.itemsize != size or min(shape, default=1) < 1:
         raise ValueError(f"its header does not match its data: {dtype} {shape} in {size} bytes")
-    return Header(tuple(shape), dtype, fortran, stream.tell())
+    return Header(shape, dtype), lambda data: np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
 
 
 def refuse_bomb(size: int, packed: int) -> None:
@@ -1337,40 +1346,39 @@ def refuse_bomb(size: int, packed: int) -> None:
         raise ValueError(f"would inflate to {size / max(1, packed):.0f} times its size: no CT does")
 
 
-def open_npz(file: int, path: Path) -> tuple[Header, Callable[[], Any]]:
-    """Header of the member `image`, and what reads its bytes."""
-    with open(file, "rb", buffering=0, closefd=False) as stream, zipfile.ZipFile(stream) as archive:
-        members = {info.filename: info for info in archive.infolist()}
+def open_npz(path: Path) -> Opened:
+    """The member `image`, and what others say of it."""
+    told: dict[str, Any] = {}
+    with path.open("rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
+        members = {member.filename: member for member in archive.infolist()}
         if (image := members.get("image.npy")) is None:
-            raise BadVolume(
-                f"{path}: has no member 'image' (but {', '.join(sorted(members)[:9])}): savez_compressed(image=…)"
-            )
-        count, usual = len(archive.infolist()), image.compress_type in (0, 8) and not image.flag_bits & 1
-        if not len(members) == count <= 64 or not usual:
-            raise ValueError("its members are too many, double, encrypted or packed otherwise than numpy does")
+            raise BadVolume(f"has no member 'image' (but {', '.join(sorted(members)[:9])}): savez_compressed(image=…)")
+        if not len(members) == len(archive.infolist()) <= 64:
+            raise ValueError("its members are too many or double")
         refuse_bomb(image.file_size, image.compress_size)
-        with archive.open(image) as member:
-            header = dataclasses.replace(parse_npy(member, image.file_size), crc=image.CRC)
-        told: dict[str, Any] = {}
+        with archive.open(image) as stream:
+            header, as_array = parse_npy(stream.read(4096), image.file_size)
         for name in ("orientation", "spacing", "source"):
-            if (info := members.get(f"{name}.npy")) and info.file_size <= 4096:
-                data = archive.read(info)
-                small = parse_npy(io.BytesIO(data), len(data))
-                told[name] = np.frombuffer(data, small.dtype, offset=small.start).tolist()
-    start = image.header_offset + 30 + sum(struct.unpack("<26xHH", read_exactly(file, 30, image.header_offset, path)))
+            if (member := members.get(f"{name}.npy")) and member.file_size <= 4096:
+                data = archive.read(member)
+                told[name] = parse_npy(data, len(data))[1](data).ravel().tolist()
 
-    def load() -> bytes | bytearray:
-        data: bytes | bytearray = read_exactly(file, image.compress_size, start, path)
-        data = inflate(data, image.file_size) if image.compress_type else data
-        if len(data) != image.file_size or crc32(data) != image.CRC:
+    def load() -> np.ndarray:
+        with path.open("rb") as file:
+            file.seek(image.header_offset)
+            file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
+            data = file.read(image.compress_size)
+        if image.compress_type == zipfile.ZIP_DEFLATED:
+            data = deflate.deflate_decompress(data, image.file_size)
+        if len(data) != image.file_size or deflate.crc32(data) != image.CRC:
             raise ValueError("its bytes do not match their checksum")
-        return data
+        return as_array(data)
 
-    return with_facts(header, told, path), load
+    return with_facts(dataclasses.replace(header, crc=image.CRC), told), load
 
 
-def open_b2nd(path: Path) -> tuple[Header, Callable[[], Any]]:
-    """Header and reader of a blosc2 array. Files of others have no checksum; those of `--prepare` have."""
+def open_b2nd(path: Path) -> Opened:
+    """A blosc2 array. Files of others have no checksum; those of `--prepare` have."""
     array = raw_library("blosc2").open(str(path), mode="r", dparams={"nthreads": 1})
     refuse_bomb(array.nbytes, array.cbytes)
     told = array.schunk.vlmeta.getall().get("scan", {})
@@ -1379,11 +1387,11 @@ def open_b2nd(path: Path) -> tuple[Header, Callable[[], Any]]:
 
     def load() -> np.ndarray:
         voxels = array[...]
-        if told and told["crc32"] != crc32(voxels.data):
+        if told and told["crc32"] != deflate.crc32(voxels.data):
             raise ValueError("its voxels do not match their checksum")
         return voxels
 
-    return with_facts(Header(tuple(array.shape), array.dtype, crc=told.get("crc32")), told, path), load
+    return with_facts(Header(tuple(array.shape), array.dtype, crc=told.get("crc32")), told), load
 
 
 def facts_check(array: Any, facts: dict[str, Any]) -> int:
@@ -1391,75 +1399,39 @@ def facts_check(array: Any, facts: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps([list(array.shape), str(array.dtype), facts], sort_keys=True).encode())
 
 
-def with_facts(header: Header, told: dict[str, Any], path: Path) -> Header:
+def with_facts(header: Header, told: dict[str, Any]) -> Header:
     """The header with what a file says beside its voxels: orientation, spacing, source."""
-    if "orientation" in told:
-        text = "".join(letter.decode() if isinstance(letter, bytes) else str(letter) for letter in told["orientation"])
-        if sorted(PATIENT_AXIS.get(letter, 9) for letter in text) != [0, 1, 2]:
-            raise BadVolume(f"{path}: its member 'orientation' is {text!r}, not a code such as SPL")
-        header = dataclasses.replace(header, orientation=text)
-    if "spacing" in told:
-        spacing = told["spacing"]
-        if len(spacing) != 3 or not all(isinstance(mm, int | float) and 0.05 < mm < 50 for mm in spacing):
-            raise BadVolume(f"{path}: its member 'spacing' is {spacing}, not mm along the three stored axes")
-        header = dataclasses.replace(header, spacing=tuple(map(float, spacing)))
-    return dataclasses.replace(header, source=bytes(told["source"]).hex()) if "source" in told else header
+    letters = [letter.decode() if isinstance(letter, bytes) else str(letter) for letter in told.get("orientation", ())]
+    orientation, spacing = "".join(letters), told.get("spacing")
+    if letters and sorted(PATIENT_AXIS.get(letter, 9) for letter in orientation) != [0, 1, 2]:
+        raise BadVolume(f"its member 'orientation' is {orientation!r}, not a code such as SPL")
+    if spacing and not (len(spacing) == 3 and all(0.05 < mm < 50 for mm in spacing)):
+        raise BadVolume(f"its member 'spacing' is {spacing}, not mm along the three stored axes")
+    facts: dict[str, Any] = {"orientation": orientation or None, "spacing": tuple(map(float, spacing or ())) or None}
+    return dataclasses.replace(header, source=bytes(told["source"]).hex() if "source" in told else None, **facts)
 
 
-@contextmanager
-def open_regular(path: Path) -> Iterator[tuple[int, int]]:
-    """Descriptor and size of a regular file; errors of the disk become BadVolume."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # opening a pipe must not wait
-        try:
-            entry = os.fstat(file)
-            if not stat.S_ISREG(entry.st_mode):
-                raise BadVolume(f"{path}: is not a regular file")
-            yield file, entry.st_size
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def read_stored(path: Path, voxels: bool = True) -> tuple[Header, Any]:
-    """Header and, if asked for, voxels (C, three stored axes) of an NPZ, NPY or B2ND file, in the stored dtype."""
-    with open_regular(path) as (file, size):
-        magic = os.pread(file, 9, 0)
-        try:
-            if magic[:4] == b"PK\3\4":
-                header, load = open_npz(file, path)
-            elif magic[2:] == b"b2frame":
-                header, load = open_b2nd(path)
-            elif magic[:6] == b"\x93NUMPY":
-                header = parse_npy(io.BytesIO(os.pread(file, 4096, 0)), size)
-                load = partial(read_exactly, file, size, 0, path)
-            else:
-                raise BadVolume(
-                    f"{path}: is no NPZ, NPY, B2ND, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices"
-                )
-            if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
-                raise BadVolume(f"{path}: holds {header.dtype}, not int16, float16, float32 or the like: convert it")
-            header = dataclasses.replace(header, shape=channels_first(header.shape, path))
-            data = load() if voxels else None
-        except (UserError, OSError, MemoryError):
-            raise
-        except Exception as error:  # a damaged or hostile file can end in any error of its parser
-            raise BadVolume(f"{path}: is damaged, or not as NumPy or blosc2 write it ({error})") from None
-    if data is None:
-        return header, None
-    flat = data if isinstance(data, np.ndarray) else np.frombuffer(data, header.dtype, offset=header.start)
-    return header, flat.reshape(header.shape, order="F" if header.fortran else "C")
-
-
-def channels_first(shape: tuple[int, ...], path: Path) -> tuple[int, ...]:
-    """(C, three axes), C = 1 where it is left out; BadVolume for anything else."""
-    shape = (1, *shape) if len(shape) == 3 else shape
+def open_stored(path: Path) -> Opened:
+    """An NPZ, NPY or B2ND file, by its first bytes; voxels (C, three stored axes), C = 1 where it is left out."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if head[:4] == b"PK\3\4":
+        header, load = open_npz(path)
+    elif head[2:9] == b"b2frame":
+        header, load = open_b2nd(path)
+    elif head[:6] == b"\x93NUMPY":
+        header, as_array = parse_npy(head, path.stat().st_size)
+        load = lambda: as_array(path.read_bytes())  # noqa: E731
+    else:
+        raise BadVolume("is no NPZ, NPY, B2ND, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices")
+    shape = (1, *header.shape) if len(header.shape) == 3 else header.shape
+    if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
+        raise BadVolume(f"holds {header.dtype}, not int16, float16, float32 or the like: convert it")
     if len(shape) != 4:
-        raise BadVolume(f"{path}: has shape {shape}, not (C, D, H, W): drop axes of length 1 with np.squeeze(image)")
+        raise BadVolume(f"has shape {shape}, not (C, D, H, W): drop axes of length 1 with np.squeeze(image)")
     if shape[-1] <= 4 < shape[0]:
-        raise BadVolume(f"{path}: has shape {shape}, channels last: store np.moveaxis(image, -1, 0)")
-    return shape
+        raise BadVolume(f"has shape {shape}, channels last: store np.moveaxis(image, -1, 0)")
+    return dataclasses.replace(header, shape=shape), lambda: load().reshape(shape)
 
 
 def spl_axes(orientation: str) -> tuple[list[int], list[bool]]:
@@ -1483,9 +1455,8 @@ def to_spl(volume: np.ndarray, orientation: str) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def resample_bands(n_in: int, n_out: int, rows: int, turned: bool = False) -> list[tuple[slice, slice, np.ndarray]]:
-    """The (n_out, n_in) matrix of resampling as blocks of `rows` outputs: (outputs, inputs, float32 weights, `turned`
-    to (inputs, outputs))."""
+def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """The (n_out, n_in) matrix of resampling as blocks of `rows` outputs: (outputs, inputs, float32 weights)."""
     scale = n_in / n_out
     centres = (np.arange(n_out)[:, None] + 0.5) * scale
     weights = np.clip(1 - np.abs(np.arange(n_in) + 0.5 - centres) / max(1.0, scale), 0, None)
@@ -1495,8 +1466,7 @@ def resample_bands(n_in: int, n_out: int, rows: int, turned: bool = False) -> li
         block = weights[start : start + rows]
         used = np.flatnonzero(block.any(0))
         inputs = slice(int(used[0]), int(used[-1]) + 1)
-        block = block[:, inputs].T if turned else block[:, inputs]
-        blocks.append((slice(start, start + rows), inputs, np.ascontiguousarray(block, np.float32)))
+        blocks.append((slice(start, start + rows), inputs, np.ascontiguousarray(block[:, inputs], np.float32)))
     return blocks
 
 
@@ -1514,19 +1484,20 @@ def resample_channel(
     block, rows, final = (
         np.zeros((4, *size), np.float32) for size in (channel.shape[1:], (n_rows, columns_in), out.shape[1:])
     )
-    by_rows = [(matrix, block[:, take], rows[:, to]) for to, take, matrix in resample_bands(rows_in, n_rows, 8)]
-    by_columns = [
-        (rows[:, :, take], matrix, final[:, :, to])
-        for to, take, matrix in resample_bands(columns_in, n_columns, 16, turned=True)
-    ]
+    products = [(matrix, block[:, take], rows[:, to]) for to, take, matrix in resample_bands(rows_in, n_rows, 8)]
+    for to, take, matrix in resample_bands(columns_in, n_columns, 16):
+        products.append((rows[:, :, take], np.ascontiguousarray(matrix.T), final[:, :, to]))
     low, high, first, last = math.inf, -math.inf, 0, 0
     for outputs, inputs, weights in bands:
         kept, (n, m) = last - inputs.start, weights.shape
         planes[:kept] = planes[inputs.start - first : last - first]
-        copy_float32(channel[last : inputs.stop], planes[kept:m])
+        if channel.dtype == np.float16:  # torch is 20 times as fast at these as NumPy
+            torch.from_numpy(planes[kept:m]).copy_(torch.from_numpy(channel[last : inputs.stop]))
+        else:
+            np.copyto(planes[kept:m], channel[last : inputs.stop], casting="unsafe")
         first, last = inputs.start, inputs.stop
         np.matmul(weights, planes[:m].transpose(1, 0, 2), out=block[:n].transpose(1, 0, 2))  # a product for each row
-        for one, other, product in (*by_rows, *by_columns):
+        for one, other, product in products:
             np.matmul(one, other, out=product)
         result = final[:n]
         if (scale, offset) != (1.0, 0.0):
@@ -1538,19 +1509,11 @@ def resample_channel(
     return low, high
 
 
-def copy_float32(planes: np.ndarray, into: np.ndarray) -> None:
-    """Any number type to float32; torch turns float16 20 times as fast as NumPy."""
-    if planes.dtype == np.float16:
-        torch.from_numpy(into).copy_(torch.from_numpy(planes))
-    else:
-        np.copyto(into, planes, casting="unsafe")
-
-
 # What the values of a scan stand for is told by what every chest shows. Their range does not tell: padding hides a
 # missing intercept, and z-scores look like faint HU.
 
 KNOWN_SCALES = {  # what files hold instead of HU: the HU that 0 and 1 stand for, so that `unit` undoes it
-    "its rescale intercept is missing": (-1024.0, -1023.0),
+    "its rescale intercept is missing (-1024 in most files)": (-1024.0, -1023.0),
     "its rescale intercept was applied twice": (1024.0, 1025.0),
     "it holds HU / 1000": (0.0, 1000.0),
     "it holds [-1, 1], of which -1 and 1 stand for -1000 and 1500 HU": (250.0, 1500.0),
@@ -1592,9 +1555,10 @@ def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] =
         return "", f"has the value {low:g} in every voxel: it holds no scan"
     if max(-low, high) > HU_LIMIT:
         return "", f"{values}: beyond ±{HU_LIMIT} HU: convert it again, or name --intensity hu if that is meant"
-    if header.dtype.kind == "f" and low >= -1 - 1e-3 and high <= 1 + 1e-3 and len(stored) > 1:
+    small = stored.dtype.kind == "f" and low >= -1.001 and high <= 1.001
+    if small and len(stored) > 1:
         return ("windowed", "") if low >= -1e-3 else ("", f"{values}: windows are 0-1: store (v + 1) / 2")
-    if header.dtype.kind == "f" and low >= -1e-3 and high <= 1 + 1e-3:
+    if small and low >= -1e-3:
         lo, hi = hu_range
         if not header.raw and shows_chest(lo + some * (hi - lo)):
             return "unit", ""
@@ -1611,67 +1575,56 @@ def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] =
     return "", f"{values}, but no lungs and muscle in HU: {advice}{scores}; --intensity hu if it is right as it is"
 
 
-# Raw scans know their own geometry. Each reader gives a RawScan; `read_raw` alone checks and turns it. DICOM is read
-# frame by frame with pydicom, for one series may lie in files of one frame, of many, or both (highdicom refuses series
-# without FrameOfReferenceUID and is slower than ITK). MHA is parsed here: ITK takes damaged voxels for whole ones.
+# Raw scans know their own geometry. Each format gives a shape, the steps of its axes and what loads its HU; `oriented`
+# alone checks and turns these. DICOM is read frame by frame with pydicom, for one series may lie in files of one frame,
+# of many, or both (highdicom refuses series without FrameOfReferenceUID and is slower than ITK). MHA is parsed here:
+# ITK takes damaged voxels for whole ones.
 
 SCAN_FILE = r"(?i)\.(npz|npy|b2nd|nii|nii\.gz|mha|nrrd)$"  # what may be a scan by itself
-RAW_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".dcm")  # none whose voxels lie in another file
 FIELD_OF_VIEW = (480.0, 336.0, 336.0)  # mm (D, H, W) kept around the body: 160 x 224 x 224 voxels at the usual spacing
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])  # DICOM and ITK count towards left and back, NIfTI towards right and front
-SCREENSHOT = "1.2.840.10008.5.1.4.1.1.7"  # the SOP classes of Secondary Capture begin with it
 NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # terms of RescaleType for other quantities
-RESCALING = "PixelValueTransformation"
 REMEDY = "let dcm2niix straighten it (its file named Tilt), or nibabel.processing.resample_to_output(image, cval=-1024)"
-FRAME_TAGS = (  # where a frame says how it lies, and how many numbers there are up to then
-    ("PlanePosition", "ImagePositionPatient", 3),
-    ("PlaneOrientation", "ImageOrientationPatient", 9),
-    ("PixelMeasures", "PixelSpacing", 11),
-)
+PLACE_TAGS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}  # how many numbers each has
+VALUE_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence")
 MHA_TYPES = {"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4", "FLOAT": "f4",
              "DOUBLE": "f8", "LONG_LONG": "i8", "ULONG_LONG": "u8"}  # fmt: skip
 MHA_ALIASES = {"Orientation": "TransformMatrix", "Rotation": "TransformMatrix",
                "ElementByteOrderMSB": "BinaryDataByteOrderMSB"}  # fmt: skip
-# (shape, steps in mm (3, 3): a column for each stored axis, towards right, front and head; what loads int16 or float32
-# HU, NaN where a voxel has no value)
-RawScan = tuple[tuple[int, ...], np.ndarray, Callable[[], np.ndarray]]
-
-
-def is_raw(path: Path) -> bool:
-    """Whether a scan is a folder of DICOM, FOLDER#SERIES_UID, or a file with its own geometry."""
-    source = scan_source(path)[0]
-    return source.name.lower().endswith(RAW_SUFFIXES) or source.is_dir()
-
-
 say_once = cache(log.info)  # a scan is read in every epoch
 
 
-@cache
-def raw_library(name: str) -> Any:
-    """A package that reads raw scans, told to be quiet: what it warns of is checked here."""
-    try:
-        library = importlib.import_module(name)
-    except ImportError:
-        package = {"nrrd": "pynrrd"}.get(name, name)
-        raise BadEnvironment(f"files of this format are read with {package}: pip install {package}") from None
-    warnings.filterwarnings("ignore", module=name)
-    logging.getLogger("nibabel.global" if name == "nibabel" else name).setLevel(logging.CRITICAL)
-    if name == "pydicom":
-        library.config.settings.reading_validation_mode = library.config.IGNORE
-    return library
+def oriented(shape: Sequence[int], steps: np.ndarray, load: Callable[[], np.ndarray]) -> Opened:
+    """A raw scan in SPL (1, D, H, W), of the steps of its stored axes in mm: (3, 3), a column for each axis, towards
+    right, front and head. `load` gives int16 or float32 HU, NaN where a voxel has no value.
 
+    BadVolume where the axes are not those of the body.
+    """
+    shape = (*shape[:3], *(n for n in shape[3:] if n != 1))
+    if len(shape) != 3 or min(shape) < 2:
+        raise BadVolume(f"has shape {shape}: save the one volume of three axes that is meant")
+    mm = np.linalg.norm(steps, axis=0)
+    if not (np.isfinite(steps).all() and ((mm > 0.05) & (mm < 50) & (mm * shape < 3000)).all()):
+        raise BadVolume(f"says its voxels are {mm.tolist()} mm apart: its header is wrong: convert it again")
+    u, _, v = np.linalg.svd(steps / mm)
+    turn = u @ v  # the nearest directions at right angles; then how far that moves the outermost voxels
+    moved = (np.abs(turn.T @ steps - np.diag(mm)) @ (np.array(shape) - 1) / 2 / mm).max()
+    if moved > 0.1:
+        raise BadVolume(f"its axes are not at right angles, by {moved:.1f} voxels (a tilted gantry?): {REMEDY}")
+    if np.abs(np.abs(turn) - np.rint(np.abs(turn))).max() > 0.17:
+        raise BadVolume(f"is turned by more than 10 degrees against the patient's axes: {REMEDY}")
+    sides = np.abs(turn).argmax(0)
+    code = "".join(("LPI", "RAS")[int(turn[side, axis] > 0)][side] for axis, side in enumerate(sides))
 
-@contextmanager
-def reading_raw(path: Path) -> Iterator[None]:
-    """Whatever error a library makes of a damaged file becomes BadVolume."""
-    try:
-        with np.errstate(all="ignore"):
-            yield
-    except (UserError, MemoryError):
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())[-200:]
-        raise BadVolume(f"{path}: is damaged or not what it is named ({type(error).__name__}: {text})") from None
+    def turned() -> np.ndarray:
+        stored = load().reshape(shape, order="F")
+        if stored.dtype.kind == "f" and np.isinf(stored).any():
+            raise BadVolume("holds infinite voxels: convert it again, without dividing by zero")
+        return to_spl(stored[None], code)
+
+    axes = spl_axes(code)[0]
+    spacing = tuple(float(mm[axis]) for axis in axes)
+    return Header((1, *(shape[axis] for axis in axes)), np.dtype(np.int16), "SPL", spacing, raw=True), turned
 
 
 def to_hu(stored: np.ndarray, slope: float = 1, intercept: float = 0, empty: np.ndarray | None = None) -> np.ndarray:
@@ -1691,38 +1644,43 @@ def to_hu(stored: np.ndarray, slope: float = 1, intercept: float = 0, empty: np.
 
 
 def slice_header(path: Path) -> tuple[str, Any]:
-    """("", the header) of a CT slice, or (what else an entry of a folder is, None)."""
+    """("", the header) of a CT slice, its pixels still on the disk, or (what else an entry of a folder is, None)."""
     if path.is_dir():
         return "sub-folder", None
-    with open_regular(path) as (file, _):
-        head = os.pread(file, 132, 0)
+    if path.exists() and not path.is_file():
+        raise BadVolume("is not a regular file")
+    with path.open("rb") as file:
+        head = file.read(132)
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
         return "other file", None
     if head[128:] != b"DICM" and head[:2] not in (b"\2\0", b"\10\0"):  # the preamble may be missing
         if re.fullmatch(r"(?i)\.(dcm|ima|\d+)", path.suffix) or (not path.suffix and b"\0" in head):
-            raise BadVolume(f"{path}: is no DICOM file but is named as one: copy it again, or remove it")
+            raise BadVolume("is no DICOM file but is named as one: copy it again, or remove it")
         return "other file", None
-    with reading_raw(path):
-        data = raw_library("pydicom").dcmread(path, stop_before_pixels=True, force=True)
-        kind = "" if (modality := str(data.get("Modality") or "CT")) == "CT" else f"{modality} image"
-        screen = "ImagePositionPatient" not in data and str(data.get("SOPClassUID")).startswith(SCREENSHOT)
-        if screen or data.get("SamplesPerPixel", 1) != 1:
-            kind = "screen picture"
-        elif "LOCALIZER" in (data.get("ImageType") or ()):
-            kind = "localizer"
-        return (kind if "Rows" in data else "other file"), data
+    read = partial(raw_library("pydicom").dcmread, path, force=True)
+    data = read(defer_size=1024)
+    if data.file_meta.get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99":  # packed as a whole
+        data = read()
+    kind = "" if (modality := str(data.get("Modality") or "CT")) == "CT" else f"{modality} image"
+    secondary = str(data.get("SOPClassUID")).startswith("1.2.840.10008.5.1.4.1.1.7")  # capture
+    if (secondary and "ImagePositionPatient" not in data) or data.get("SamplesPerPixel", 1) != 1:
+        kind = "screen picture"
+    elif "LOCALIZER" in (data.get("ImageType") or ()):
+        kind = "localizer"
+    return (kind if "Rows" in data else "other file"), data
 
 
-def look_into(folder: Path) -> tuple[dict[str, list[tuple[Path, Any]]], str]:
+def look_into(folder: Path) -> tuple[dict[str, list[Any]], str]:
     """The headers of the CT slices in a folder (or file) by series UID, and what else is there, counted."""
-    series: dict[str, list[tuple[Path, Any]]] = {}
+    series: dict[str, list[Any]] = {}
     others: Counter = Counter()
     for item in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
-        kind, data = slice_header(item)
+        with reading_scan(item):
+            kind, data = slice_header(item)
         if kind:
             others[kind] += 1
         else:
-            series.setdefault(str(data.get("SeriesInstanceUID") or ""), []).append((item, data))
+            series.setdefault(str(data.get("SeriesInstanceUID") or ""), []).append(data)
     return series, ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in others.items())
 
 
@@ -1741,52 +1699,48 @@ def find_scans(path: Path) -> list[tuple[str, str]]:
     return found
 
 
-def pick_series(folder: Path, wanted: str) -> list[tuple[Path, Any]]:
+def pick_series(folder: Path, wanted: str) -> list[Any]:
     """The slices of the only series in a folder, or of the one with the UID `wanted`; the rest is passed over."""
     series, others = look_into(folder)
     if not series:
         inside = next((f": img_path names a folder such as {item.parent}" for item in folder.glob("*/**/*.dcm")), "")
-        raise BadVolume(f"{folder}: holds no CT slices ({others or 'it is empty'}){inside}")
-    if (wanted or len(series) == 1) and (slices := series.get(wanted or next(iter(series)))):
-        if others:
-            say_once(f"{folder}: passed over beside the slices: {others}")
-        total = max(int(data.get("InConcatenationTotalNumber") or 0) for _, data in slices)
-        if total > len(slices):
-            raise BadVolume(
-                f"{folder}: holds {len(slices)} of the {total} files of a concatenation: copy the others too"
-            )
-        return slices
-    names = [f"{data.get('SeriesDescription', '')!r}: {folder}#{uid}" for uid, ((_, data), *_) in series.items()]
-    raise BadVolume(f"{folder}: holds {len(series)} series: img_path names one of them: {'; '.join(names)}")
+        raise BadVolume(f"holds no CT slices ({others or 'it is empty'}){inside}")
+    slices = series.get(wanted or next(iter(series)))
+    if not slices or (len(series) > 1 and not wanted):
+        names = [f"{data.get('SeriesDescription', '')!r}: {folder}#{uid}" for uid, (data, *_) in series.items()]
+        raise BadVolume(f"holds {len(series)} series: img_path names one of them: {'; '.join(names)}")
+    if others:
+        say_once(f"{folder}: passed over beside the slices: {others}")
+    total = max(int(data.get("InConcatenationTotalNumber") or 0) for data in slices)
+    if total > len(slices):
+        raise BadVolume(f"holds {len(slices)} of the {total} files of a concatenation: copy the others too")
+    return slices
 
 
-def frame_numbers(path: Path, data: Any) -> list[list[float]]:
+def frame_numbers(data: Any) -> list[list[float]]:
     """Of each frame of a DICOM file: position (3), orientation (6), spacing (2), size (2), slope and intercept."""
     count = int(data.get("NumberOfFrames") or 1)
     shared, each = (list(data.get(f"{kind}FunctionalGroupsSequence") or ()) for kind in ("Shared", "PerFrame"))
     if len(each) != count and (each or count > 1):
-        raise BadVolume(f"{path}: has {count} frames, but says where {len(each)} of them lie: export it again")
-
-    def value(i: int, group: str, keyword: str, usual: Any = None) -> Any:
-        sequences = [item.get(f"{group}Sequence") for item in (*each[i : i + 1], *shared)]
-        places = (*(sequence[0] for sequence in sequences if sequence), data)
-        return next((found for place in places if (found := place.get(keyword)) not in (None, "")), usual)
-
+        raise BadVolume(f"has {count} frames, but says where {len(each)} of them lie: export it again")
     frames = []
-    for i in range(count):
-        if (kind := value(i, RESCALING, "RescaleType")) in NOT_HU or value(i, RESCALING, "ModalityLUTSequence"):
-            raise BadVolume(f"{path}: its values are {kind or 'those of a look-up table'}, not HU: export it in HU")
-        numbers: list[Any] = []
-        for group, keyword, length in FRAME_TAGS:
-            numbers += value(i, group, keyword) or ()
-            if len(numbers) != length:
-                raise BadVolume(f"{path}: does not say its {keyword}: without it a slice has no place or size")
-        numbers += (data.Rows, data.Columns, value(i, RESCALING, "RescaleSlope", math.nan))
-        frames.append([float(number) for number in (*numbers, value(i, RESCALING, "RescaleIntercept", math.nan))])
+    for own in each or [()]:
+        groups = [group.value[0] for item in (*shared, own) for group in item if group.VR == "SQ" and group.value]
+        told: dict[str, Any] = {}
+        for place in (data, *groups):  # what a frame says of itself comes last
+            told |= {tag: place[tag].value for tag in (*PLACE_TAGS, *VALUE_TAGS) if place.get(tag) not in (None, "")}
+        if (kind := told.get("RescaleType")) in NOT_HU or told.get("ModalityLUTSequence"):
+            raise BadVolume(f"its values are {kind or 'those of a look-up table'}, not HU: export it in HU")
+        for tag, length in PLACE_TAGS.items():
+            if len(told.get(tag, ())) != length:
+                raise BadVolume(f"does not say its {tag}: without it a slice has no place or size")
+        numbers = [number for tag in PLACE_TAGS for number in told[tag]]
+        numbers += (data.Rows, data.Columns, *(told.get(tag, math.nan) for tag in VALUE_TAGS[:2]))
+        frames.append(list(map(float, numbers)))
     return frames
 
 
-def place_frames(folder: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def place_frames(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(the order of the frames by position, the steps of the volume they make) from their numbers.
 
     The line runs from the first frame to the last: positions are often rounded to 0.1 mm, so no two steps are equal.
@@ -1794,7 +1748,7 @@ def place_frames(folder: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarr
     row, column, (height, width) = np.split(np.mean(frames[:, 3:11], 0), (3, 6))
     normal = np.cross(row, column)
     if not np.abs([row @ row - 1, column @ column - 1, row @ column]).max() < 0.01:
-        raise BadVolume(f"{folder}: its ImageOrientationPatient is no pair of directions, but {[*row, *column]}")
+        raise BadVolume(f"its ImageOrientationPatient is no pair of directions, but {[*row, *column]}")
     order = np.argsort(frames[:, :3] @ normal, kind="stable")
     place = frames[order, :3]
     step = (place[-1] - place[0]) / (len(place) - 1)
@@ -1803,218 +1757,208 @@ def place_frames(folder: Path, frames: np.ndarray) -> tuple[np.ndarray, np.ndarr
     off[1:] = np.maximum(off[1:], np.abs(between - spacing))
     if not off.max() < 0.1 + 0.1 * spacing or between.min() < 0.01:
         at = place[off.argmax() if between.min() >= 0.01 else between.argmin()].round(1).tolist()
-        text = f"{folder}: {len(place)} slices {spacing:.2f} mm apart, but not at {at} mm: slices are missing or double"
+        text = f"{len(place)} slices {spacing:.2f} mm apart, but not at {at} mm: slices are missing or double"
         raise BadVolume(f"{text}, or of several acquisitions: copy the series again, into a folder of its own")
     if np.linalg.norm(step - spacing * normal) < 1e-3 * spacing:  # orientations of three decimals say no more
         step = spacing * normal
     return order, LPS_TO_RAS @ np.stack([step, column * height, row * width], 1)
 
 
-def read_dicom(folder: Path, series: str) -> RawScan:
-    """The frames of one series, whichever files they lie in, as a volume (slice, row, column)."""
-    numbers = {}
-    for path, data in pick_series(folder, series):
-        with reading_raw(path):
-            numbers[path] = frame_numbers(path, data)
-    owners = [path for path, rows in numbers.items() for _ in rows]
-    frames = np.array([frame for rows in numbers.values() for frame in rows])
-    for what, values in (
-        ("orientation", frames[:, 3:9]),
-        ("pixel spacing", frames[:, 9:11]),
-        ("size", frames[:, 11:13]),
-    ):
-        off = np.abs(values - np.median(values, 0)).max(1)
-        if not off.max() < 1.01e-3:  # writers round
-            raise BadVolume(f"{folder}: holds slices of different {what}, such as {owners[off.argmax()]}: remove them")
-    if len({(*lost,) for lost in np.isnan(frames[:, 13:])}) > 1:
-        raise BadVolume(f"{folder}: only some of its slices have a RescaleSlope and RescaleIntercept: export it again")
+def open_dicom(folder: Path, wanted: str) -> Opened:
+    """The frames of one series, whichever files they lie in; voxels (slice, row, column)."""
+    files, owners = [], []
+    for data in pick_series(folder, wanted):
+        with reading_scan(Path(data.filename)):
+            files.append((data, frame_numbers(data)))
+        owners += [data.filename] * len(files[-1][1])
+    frames = np.array([frame for _, rows in files for frame in rows])
     if len(frames) < 2:
-        raise BadVolume(f"{folder}: has one slice: img_path names the folder of a series, or a file of many frames")
-    order, steps = place_frames(folder, frames)
+        raise BadVolume("has one slice: img_path names the folder of a series, or a file of many frames")
+    for what, part in {"orientation": slice(3, 9), "pixel spacing": slice(9, 11), "size": slice(11, 13)}.items():
+        off = np.abs(frames[:, part] - np.median(frames[:, part], 0)).max(1)
+        if not off.max() < 1.01e-3:  # writers round
+            raise BadVolume(f"holds slices of different {what}, such as {owners[off.argmax()]}: remove them")
+    if len({(*lost,) for lost in np.isnan(frames[:, 13:])}) > 1:
+        raise BadVolume("only some of its slices have a RescaleSlope and RescaleIntercept: export it again")
+    order, steps = place_frames(frames)
     shape = (len(frames), *map(int, frames[0, 11:13]))
 
     def load() -> np.ndarray:
         volume = np.empty(shape, np.int16)
-        planes = (plane for path, rows in numbers.items() for plane in decode(path, rows))
+        planes = (plane for data, rows in files for plane in decode(data, rows))
         for at, plane in zip(np.argsort(order), planes, strict=True):
             volume = volume.astype(np.result_type(volume, plane), copy=False)
             volume[at] = plane
         return volume
 
-    return shape, steps, load
+    return oriented(shape, steps, load)
 
 
-def decode(path: Path, frames: list[list[float]]) -> Iterator[np.ndarray]:
+def decode(data: Any, frames: list[list[float]]) -> Iterator[np.ndarray]:
     """The frames of a DICOM file in HU. Presentation is left alone: MONOCHROME1 is only shown inverted."""
-    pydicom = raw_library("pydicom")
-    with reading_raw(path):
-        data = pydicom.dcmread(path, force=True)
+    path, pydicom = Path(data.filename), raw_library("pydicom")
+    with reading_scan(path):
+        if "PixelData" not in data:
+            raise BadVolume("holds no whole-numbered PixelData: export it as a CT in HU")
         usual = None if data.preamble else pydicom.uid.ExplicitVRLittleEndian
         syntax = data.file_meta.get("TransferSyntaxUID", usual)
         decoder = pydicom.pixels.get_decoder(syntax)
         if not decoder.is_available:
-            raise BadEnvironment(f"{path}: its compression, {syntax.name}, needs a decoder: pip install python-gdcm")
-        pixels = data.get_item("PixelData")  # before it is parsed: where its bytes lie
-        stored = decoder.as_array(data, raw=True)[0].reshape(len(frames), data.Rows, data.Columns)
+            raise BadEnvironment(f"its compression needs a decoder: {syntax.name}: {decoder.missing_dependencies}")
+        pixels = data.get_item("PixelData", keep_deferred=True)  # where its bytes lie
         last = max(data.keys()) == pixels.tag and not syntax.is_deflated
-        spare = os.path.getsize(path) - pixels.value_tell - pixels.length if last else 0
+        spare = path.stat().st_size - pixels.value_tell - pixels.length if last else 0
+        stored = decoder.as_array(data, raw=True)[0].reshape(len(frames), data.Rows, data.Columns)
+        del data.PixelData  # the volume holds it now
         if not syntax.is_compressed and (spare or pixels.length - stored.nbytes not in (0, 1)):
-            raise BadVolume(f"{path}: is damaged: it does not end with the pixels it promises: copy it again")
-        empty = np.zeros(stored.shape, bool)
+            raise BadVolume("is damaged: it does not end with the pixels it promises: copy it again")
+        hidden: Any = [None] * len(frames)
         if (padding := data.get("PixelPaddingValue")) is not None:  # writers give it unsigned where voxels are signed
             ends = np.array([padding, data.get("PixelPaddingRangeLimit", padding)], np.int64).astype(stored.dtype)
-            empty = (stored >= ends.min()) & (stored <= ends.max())
-        for plane, hidden, (*_, slope, intercept) in zip(stored, empty, frames, strict=True):
-            slope, intercept = (usual if math.isnan(told) else told for told, usual in ((slope, 1), (intercept, 0)))
-            yield to_hu(plane, slope, intercept, hidden if hidden.any() else None)
+            hidden = (stored >= ends.min()) & (stored <= ends.max())
+        for plane, empty, (*_, slope, intercept) in zip(stored, hidden, frames, strict=True):
+            slope, intercept = (1 if math.isnan(slope) else slope), (0 if math.isnan(intercept) else intercept)
+            yield to_hu(plane, slope, intercept, empty if np.any(empty) else None)
 
 
-def read_nifti(path: Path) -> RawScan:
+def open_nifti(path: Path) -> Opened:
     """A NIfTI-1 or NIfTI-2 file, by its first bytes packed or not, whatever its name says; voxels (x, y, z)."""
     nibabel = raw_library("nibabel")
-    with open_regular(path) as (file, size):
-        head = os.pread(file, 4096, 0)
+    with path.open("rb") as file:
+        head, size = file.read(4096), path.stat().st_size
     if packed := head[:2] == b"\x1f\x8b":
         head, size = zlib.decompressobj(31).decompress(head, 540), 1032 * size  # deflate packs no tighter
     kind = nibabel.Nifti1Header if nibabel.Nifti1Header.may_contain_header(head) else nibabel.Nifti2Header
     header = kind(head[: kind.sizeof_hdr])
     if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
-        raise BadVolume(f"{path}: refers to another file for its voxels: save it with nibabel as one .nii.gz")
+        raise BadVolume("refers to another file for its voxels: save it with nibabel as one .nii.gz")
     if not (header["sform_code"] or header["qform_code"]):
-        raise BadVolume(f"{path}: does not say how it lies in the patient (qform and sform code 0): set its sform")
-    shape = tuple(n for axis, n in enumerate(header.get_data_shape()) if axis < 3 or n != 1)
-    start, dtype = header.get_data_offset(), header.get_data_dtype()
+        raise BadVolume("does not say how it lies in the patient (qform and sform code 0): set its sform")
+    start, dtype, shape = header.get_data_offset(), header.get_data_dtype(), header.get_data_shape()
     end = start + math.prod(shape) * dtype.itemsize
-    if end > size or start < kind.sizeof_hdr + 4:
-        raise BadVolume(f"{path}: is cut short, or its vox_offset is wrong: copy it again")
+    if not kind.sizeof_hdr + 4 <= start < end <= size:
+        raise BadVolume("is cut short, or its vox_offset is wrong: copy it again")
     slope, intercept = header.get_slope_inter()
     unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
 
     def load() -> np.ndarray:
-        with open_regular(path) as (file, size):
-            data = read_exactly(file, size, 0, path)
-        stored = as_array(path, gunzip(data, end) if packed else data, start, dtype, shape)
-        return to_hu(stored, 1 if slope is None else slope, intercept or 0)
+        data = gunzip(path.read_bytes(), end) if packed else path.read_bytes()
+        stored = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
+        return to_hu(stored, slope or 1, intercept or 0)
 
-    return shape, unit * header.get_best_affine()[:3, :3], load
+    return oriented(shape, unit * header.get_best_affine()[:3, :3], load)
 
 
-def gunzip(packed: bytes | bytearray, length: int) -> bytes | bytearray:
+def gunzip(packed: bytes, length: int) -> bytes | bytearray:
     """What a gzip file holds; libdeflate takes half of zlib's time, but reads one part only."""
     claimed = int.from_bytes(packed[-4:], "little")
-    if find_spec("deflate") and length <= claimed <= 1032 * len(packed):
-        import deflate
-
+    if length <= claimed <= 1032 * len(packed):
         with suppress(deflate.DeflateError):
-            if len(data := deflate.gzip_decompress(packed, claimed)) >= length:
-                return data
+            return deflate.gzip_decompress(packed, claimed)
     return gzip.decompress(packed)
 
 
-def as_array(path: Path, data: bytes | bytearray, start: int, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
-    """The voxels (x, y, z) in the bytes of a file from `start` on, x running fastest."""
-    if min(shape) < 1 or len(data) < start + math.prod(shape) * dtype.itemsize:
-        raise BadVolume(f"{path}: is cut short: copy it again")
-    return np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
-
-
-def read_mha(path: Path) -> RawScan:
+def open_mha(path: Path) -> Opened:
     """A MetaImage with its voxels inside; voxels (x, y, z)."""
-    with open_regular(path) as (file, _):
-        head = os.pread(file, 1 << 16, 0)
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
     end = re.search(rb"(?m)^ElementDataFile *= *LOCAL *\r?\n", head)
     pairs = re.findall(r"(?m)^ *(\w+) *= *(.*?) *\r?$", head[: end.end() if end else 0].decode("latin-1"))
     fields = {MHA_ALIASES.get(key, key): value for key, value in pairs}
     if not end or fields.get("BinaryData", "True") != "True" or fields.get("HeaderSize", "0") != "0":
-        raise BadVolume(
-            f"{path}: is no MHA with its voxels inside, or has them in another file: save it with SimpleITK"
-        )
+        raise BadVolume("is no MHA with its voxels inside, or has them in another file: save it with SimpleITK")
     if not {"ElementSpacing", "TransformMatrix"} <= {*fields}:
-        raise BadVolume(f"{path}: does not say how it lies (ElementSpacing, TransformMatrix): convert it again")
-    shape, n = tuple(map(int, fields["DimSize"].split())), int(fields["NDims"])
+        raise BadVolume("does not say how it lies (ElementSpacing, TransformMatrix): convert it again")
     turn, spacing = (np.array(fields[name].split(), float) for name in ("TransformMatrix", "ElementSpacing"))
-    if not np.allclose(np.linalg.norm(turn.reshape(n, n), axis=1), 1, atol=0.01):
-        raise BadVolume(f"{path}: its TransformMatrix holds no directions: convert the original again")
-    steps = (turn.reshape(n, n) * spacing.reshape(n, 1))[:3, :3].T
+    turn = turn.reshape(len(spacing), -1)
+    if not np.allclose(np.linalg.norm(turn, axis=1), 1, atol=0.01):
+        raise BadVolume("its TransformMatrix holds no directions: convert the original again")
     packed, big = (fields.get(name, "")[:1] in ("T", "t", "1") for name in ("CompressedData", "BinaryDataByteOrderMSB"))
     dtype = np.dtype(MHA_TYPES[fields["ElementType"][4:]]).newbyteorder(">" if big else "<")
-    shape += (int(fields.get("ElementNumberOfChannels", 1)),)
+    shape = (*map(int, fields["DimSize"].split()), int(fields.get("ElementNumberOfChannels", 1)))
     slope, offset = (
-        float(fields.get(f"ElementToIntensityFunction{key}", key == "Slope")) for key in ("Slope", "Offset")
+        float(fields.get(f"ElementToIntensityFunction{key}", usual)) for key, usual in (("Slope", 1), ("Offset", 0))
     )
 
     def load() -> np.ndarray:
-        with open_regular(path) as (file, size):
-            data = read_exactly(file, size - end.end(), end.end(), path)
+        data = path.read_bytes()[end.end() :]
         data = zlib.decompress(data) if packed else data
-        if len(data) > math.prod(shape) * dtype.itemsize:
-            raise BadVolume(f"{path}: holds more voxels than it says: copy it again")
-        return to_hu(as_array(path, data, 0, dtype, shape[:3]), slope, offset)
+        return to_hu(np.frombuffer(data, dtype).reshape(shape, order="F"), slope, offset)
 
-    return tuple(size for axis, size in enumerate(shape) if axis < 3 or size != 1), LPS_TO_RAS @ steps, load
+    return oriented(shape, LPS_TO_RAS @ (turn * spacing[:, None])[:3, :3].T, load)
 
 
-def read_nrrd(path: Path) -> RawScan:
+def open_nrrd(path: Path) -> Opened:
     """An NRRD file with its voxels inside; voxels (x, y, z)."""
     nrrd = raw_library("nrrd")
-    with open_regular(path), path.open("rb") as stream:
+    with path.open("rb") as stream:
         header, start = nrrd.read_header(stream), stream.tell()
     if "data file" in header or "datafile" in header:
-        raise BadVolume(f"{path}: refers to another file for its voxels: write it as one file")
+        raise BadVolume("refers to another file for its voxels: write it as one file")
     space = re.sub(r"(\w)\w+(-|$)", r"\1", space) if "-" in (space := str(header.get("space")).lower()) else space
-    steps = np.array(header.get("space directions"), float)
-    if space not in ("lps", "ras", "las") or steps.shape != (3, 3):
-        raise BadVolume(f"{path}: does not say how it lies (space LPS, RAS or LAS, space directions): convert it again")
-    steps *= {"m": 1000.0, "cm": 10.0, "um": 0.001}.get(header.get("space units", [""])[0], 1.0)
+    steps = np.array(header.get("space directions", ()), float).reshape(-1, 3)
+    known = np.isfinite(steps).all(1)  # of axes in space
+    if space not in ("lps", "ras", "las") or known.sum() != 3:
+        raise BadVolume("does not say how it lies (space LPS, RAS or LAS, space directions): convert it again")
+    steps = steps[known] * {"m": 1000.0, "cm": 10.0, "um": 0.001}.get(header.get("space units", [""])[0], 1.0)
+    sizes = np.array(header["sizes"])
 
     def load() -> np.ndarray:
         with path.open("rb") as stream:
             stream.seek(start)
             return to_hu(nrrd.read_data(header, stream))
 
-    return tuple(map(int, header["sizes"])), np.diag([1 if side in "ras" else -1 for side in space]) @ steps.T, load
+    to_ras = np.diag([1 if side in "ras" else -1 for side in space])
+    return oriented((*sizes[known].tolist(), *sizes[~known].tolist()), to_ras @ steps.T, load)
 
 
-def read_raw(path: Path, voxels: bool = True) -> tuple[Header, Any]:
-    """Header and voxels (1, D, H, W), in SPL and HU, of a raw scan at its own spacing.
+# One scan of whatever format, on its way to the grid of the model.
 
-    Voxels are int16 or float32, NaN where there is no value (DICOM's padding). BadVolume where any is infinite.
-    """
+RAW_FORMATS = {".nii": open_nifti, ".nii.gz": open_nifti, ".mha": open_mha, ".nrrd": open_nrrd}
+
+
+def is_raw(path: Path) -> bool:
+    """Whether a scan is a folder of DICOM, FOLDER#SERIES_UID, or a file with its own geometry."""
+    source = scan_source(path)[0]
+    return source.name.lower().endswith((*RAW_FORMATS, ".dcm")) or source.is_dir()
+
+
+def read_volume(path: Path, voxels: bool = True) -> tuple[Header, Any]:
+    """Header and, if asked for, voxels of a scan in any format: (C, three stored axes) in the stored dtype; of a raw
+    scan (1, D, H, W) in SPL and HU at its own spacing, int16, or float32 with NaN where there is no value."""
     source, series = scan_source(path)
-    with reading_raw(path):
-        name, stored = source.name.lower(), np.empty(0, np.int16)
-        reader = {"mha": read_mha, "nrrd": read_nrrd}.get(name.rpartition(".")[2], read_nifti)
-        dicom = source.is_dir() or name.endswith(".dcm")
-        shape, steps, load = read_dicom(source, series) if dicom else reader(path)
-        code, spacing = patient_axes(path, shape, steps)
-        if voxels and (stored := load()).dtype.kind == "f" and np.isinf(stored).any():
-            raise BadVolume(f"{path}: holds infinite voxels: convert it again, without dividing by zero")
-    axes = spl_axes(code)[0]
-    mm = tuple(float(spacing[axis]) for axis in axes)
-    header = Header((1, *(shape[axis] for axis in axes)), stored.dtype, orientation="SPL", spacing=mm, raw=True)
-    return header, to_spl(stored[None], code) if voxels else None
+    with reading_scan(path):
+        mode, name = source.stat().st_mode, source.name.lower()
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise BadVolume("is not a regular file")
+        if stat.S_ISDIR(mode) or name.endswith(".dcm"):
+            header, load = open_dicom(source, series)
+        else:
+            header, load = next((o for end, o in RAW_FORMATS.items() if name.endswith(end)), open_stored)(source)
+        return header, load() if voxels else None
 
 
-def patient_axes(path: Path, shape: Sequence[int], steps: np.ndarray) -> tuple[str, np.ndarray]:
-    """(orientation code, spacing in mm) of the stored axes of a raw scan; BadVolume where they are not the body's."""
-    if len(shape) != 3 or min(shape) < 2:
-        raise BadVolume(f"{path}: has shape {tuple(shape)}: save the one volume of three axes that is meant")
-    spacing = np.linalg.norm(steps, axis=0)
-    if not (np.isfinite(steps).all() and ((spacing > 0.05) & (spacing < 50) & (spacing * shape < 3000)).all()):
-        raise BadVolume(
-            f"{path}: says its voxels are {spacing.tolist()} mm apart: its header is wrong: convert it again"
-        )
-    u, _, v = np.linalg.svd(steps / spacing)
-    turn = u @ v  # the nearest directions at right angles; then how far that moves the outermost voxels
-    moved = np.abs(turn.T @ steps - np.diag(spacing)) @ (np.array(shape) - 1) / 2 / spacing
-    if moved.max() > 0.1:
-        raise BadVolume(
-            f"{path}: its axes are not at right angles, by {moved.max():.1f} voxels (a tilted gantry?): {REMEDY}"
-        )
-    if np.abs(np.abs(turn) - np.rint(np.abs(turn))).max() > 0.17:
-        raise BadVolume(f"{path}: is turned by more than 10 degrees against the patient's axes: {REMEDY}")
-    sides = np.abs(turn).argmax(0)
-    return "".join(("LPI", "RAS")[int(turn[side, axis] > 0)][side] for axis, side in enumerate(sides)), spacing
+def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
+    """The voxels (C, D, H, W) in SPL, in the stored dtype, without copying; a raw scan in HU at its own spacing.
+
+    `orientation` names towards which side of the patient each stored axis rises; a file that says otherwise of itself,
+    and one that cannot be read whole, raises BadVolume. Raw scans know their orientation.
+    """
+    header, stored = read_volume(path := Path(path))
+    if header.raw:
+        return np.nan_to_num(stored, nan=AIR) if stored.dtype.kind == "f" else stored
+    with reading_scan(path):
+        check_facts(header, orientation)
+    return to_spl(stored, orientation)
+
+
+def check_facts(header: Header, orientation: str, spacing: Sequence[float] | None = None) -> None:
+    """BadVolume where a stored file says otherwise of itself; `spacing` is in the order of SPL."""
+    if header.orientation not in (None, orientation):
+        raise BadVolume(f"says it is stored {header.orientation}, not {orientation}: see --orientation")
+    own = [header.spacing[axis] for axis in spl_axes(orientation)[0]] if header.spacing else spacing
+    if spacing and not np.allclose(own, spacing, rtol=0.02):
+        raise BadVolume(f"says its spacing is {own} mm, not {list(spacing)} (D, H, W): prepare all scans alike")
 
 
 def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
@@ -2034,141 +1978,92 @@ def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
 
 
 def prepare_volume(
-    path: Path, spacing: Sequence[float], intensity: str = "auto", hu_range: Sequence[float] = DEFAULT_HU_RANGE
+    path: Path, spacing: Sequence[float] | None, intensity: str = "auto", hu_range: Sequence[float] = DEFAULT_HU_RANGE
 ) -> np.ndarray:
     """int16 HU (1, D, H, W) of a raw scan: SPL, at `spacing` mm (D, H, W), FIELD_OF_VIEW around the body.
 
     The values are judged as they were stored, before air fills what has none; `intensity` "hu" or "unit" (0 and 1 stand
     for `hu_range`) overrules that. BadVolume where they are no HU.
     """
-    header, volume = read_raw(path)
-    if intensity == "windowed":
-        raise BadVolume(f"{path}: is a raw scan, so --intensity windowed does not fit it: hu, unit or auto")
-    if intensity == "auto" and (reason := judge_voxels(header, volume)[1]):
-        raise BadVolume(f"{path}: {reason}")
-    lo, hi = hu_range
-    scale, offset = (hi - lo, lo) if intensity == "unit" else (1.0, 0.0)
-    floor = (AIR - offset) / scale
-    volume = np.fmax(volume, np.float32(floor) if volume.dtype.kind == "f" else np.int16(max(-32768, math.ceil(floor))))
-    size = [max(1, round(n * a / b)) for n, a, b in zip(header.shape[1:], header.spacing or (), spacing, strict=True)]
-    resampled = np.empty(size, np.int16)
-    low, high = resample_channel(volume[0], resampled, scale, offset)
-    if not (low >= -32768 and high <= 32767):
-        raise BadVolume(f"{path}: would have {low:g} to {high:g} HU: --intensity or --hu-range does not fit it")
+    with reading_scan(path):
+        if intensity == "windowed":
+            raise BadVolume("is a raw scan where windows are needed: make its windows as the others' were made")
+        if spacing is None:
+            raise BadVolume("is a raw scan among prepared volumes: convert it with --prepare")
+        header, volume = read_volume(path)
+        if intensity == "auto" and (reason := judge_voxels(header, volume)[1]):
+            raise BadVolume(reason)
+        scale, offset = (hu_range[1] - hu_range[0], hu_range[0]) if intensity == "unit" else (1.0, 0.0)
+        floor = (AIR - offset) / scale
+        floor = np.float32(floor) if volume.dtype.kind == "f" else np.int16(max(-32768, math.ceil(floor)))
+        size = [max(1, round(n * a / b)) for n, a, b in zip(volume.shape[1:], header.spacing, spacing, strict=True)]
+        resampled = np.empty(size, np.int16)
+        low, high = resample_channel(np.fmax(volume[0], floor), resampled, scale, offset)
+        if not (low >= -32768 and high <= 32767):
+            raise BadVolume(f"would have {low:g} to {high:g} HU: --intensity or --hu-range does not fit it")
     box = [round(mm / new) for mm, new in zip(FIELD_OF_VIEW, spacing, strict=True)]
-    result = np.full((1, *box), AIR, np.int16)
-    source, target = [], []
+    cut, missing = [], []
     for centre, n, kept in zip(body_centre(resampled, spacing), size, box, strict=True):
-        start = round(centre + 0.5 - kept / 2) if n > kept else (n - kept) // 2  # what fits is kept whole
-        start = min(max(start, 0), n - kept) if n > kept else start
-        source.append(slice(max(0, start), min(n, start + kept)))
-        target.append(slice(max(0, -start), max(0, -start) + source[-1].stop - source[-1].start))
-    result[0][tuple(target)] = resampled[tuple(source)]
-    return result
-
-
-# One scan of whatever format, and what all scans of a table have to agree on.
-
-
-def read_volume(path: Path, voxels: bool = True) -> tuple[Header, Any]:
-    """Header and voxels (C, three stored axes) of a scan in any format."""
-    return read_raw(path, voxels) if is_raw(path) else read_stored(path, voxels)
-
-
-def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
-    """The voxels (C, D, H, W) in SPL, in the stored dtype, without copying; a raw scan in HU at its own spacing.
-
-    `orientation` names towards which side of the patient each stored axis rises; a file that says otherwise of itself,
-    and one that cannot be read whole, raises BadVolume. Raw scans know their orientation.
-    """
-    path = Path(path)
-    header, stored = read_volume(path)
-    if header.raw and stored.dtype.kind == "f":
-        stored = np.nan_to_num(stored, nan=AIR)
-    return to_spl(stored, checked_orientation(header, orientation, None, path))
-
-
-def checked_orientation(header: Header, expected: str, spacing: Sequence[float] | None, path: Path) -> str:
-    """The orientation of the stored axes; what a file says of itself must agree with it, and with `spacing` (SPL)."""
-    if header.raw:
-        return "SPL"
-    if header.orientation not in (None, expected):
-        raise BadVolume(f"{path}: says it is stored {header.orientation}, not {expected}: see --orientation")
-    if header.spacing and spacing:
-        own = [header.spacing[axis] for axis in spl_axes(expected)[0]]
-        if not np.allclose(own, spacing, rtol=0.02):
-            raise BadVolume(
-                f"{path}: says its spacing is {own} mm, not {list(spacing)} (D, H, W): prepare all scans alike"
-            )
-    return expected
+        start = min(max(round(centre + 0.5 - kept / 2), 0), max(0, n - kept))
+        cut.append(slice(start, start + kept))  # what fits is kept whole
+        missing.append((max(0, kept - n + 1) // 2, max(0, kept - n) // 2))
+    return np.pad(resampled[tuple(cut)], missing, constant_values=AIR)[None]
 
 
 def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
     """int16 (C, S, H, W), SPL: HU, or 32767 times the value of a stored window. Raises BadVolume."""
-    path = Path(path)
-    if is_raw(path):
-        if prep.intensity == "windowed":
-            raise BadVolume(
-                f"{path}: is a raw scan where windows are needed: make its windows as the others' were made"
-            )
-        if prep.spacing is None:
-            raise BadVolume(f"{path}: is a raw scan among prepared volumes: convert it with --prepare")
-        stored = prepare_volume(path, prep.spacing, prep.intensity if prep.trusted else "auto", prep.hu_range)
-        header = Header(stored.shape, stored.dtype, raw=True)
-        prep = dataclasses.replace(prep, intensity="hu", trusted=True)  # it was judged before it was padded
-    else:
-        header, stored = read_stored(path)
-    orientation = checked_orientation(header, prep.orientation, prep.spacing, path)
-    if prep.intensity == "windowed" and len(stored) != prep.channels:
-        raise BadVolume(f"{path}: has {len(stored)} channels where the others have {prep.channels}")
-    lo, hi = prep.hu_range
-    scale, offset = {"hu": (1.0, 0.0), "unit": (hi - lo, lo), "windowed": (WINDOWED_SCALE, 0.0)}[prep.intensity]
-    size = [0, 0, 0]
-    for axis, length in zip(spl_axes(orientation)[0], prep.grid, strict=True):
-        size[axis] = length
-    voxels = np.empty((prep.channels, *size), np.int16)
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):  # infinite voxels are found in the range
-        warnings.simplefilter("ignore")  # torch's, that the file's bytes must not be changed
-        ranges = [resample_channel(channel, out, scale, offset) for channel, out in zip(stored, voxels, strict=False)]
-        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
-        unlike = "" if prep.trusted else unlike_the_others(header, stored, scale, offset, prep)
-    if unlike:
-        raise BadVolume(f"{path}: {unlike}")
-    if not (low >= -32768 and high <= 32767):  # NaN too
-        raise BadVolume(f"{path}: holds voxels that are not finite, or beyond ±32767: leave it out or convert it again")
-    if low == high:
-        raise BadVolume(f"{path}: has the same value in every voxel: it holds no scan")
-    return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, orientation)))
+    with reading_scan(path := Path(path)):
+        if is_raw(path):
+            how = prep.intensity if prep.trusted or prep.intensity == "windowed" else "auto"
+            stored = prepare_volume(path, prep.spacing, how, prep.hu_range)
+            prep = dataclasses.replace(prep, orientation="SPL", intensity="hu", trusted=True)  # it has been judged
+        else:
+            header, stored = read_volume(path)
+            check_facts(header, prep.orientation, prep.spacing)
+        if prep.intensity == "windowed" and len(stored) != prep.channels:
+            raise BadVolume(f"has {len(stored)} channels where the others have {prep.channels}")
+        lo, hi = prep.hu_range
+        scale, offset = {"hu": (1.0, 0.0), "unit": (hi - lo, lo), "windowed": (WINDOWED_SCALE, 0.0)}[prep.intensity]
+        if not prep.trusted and (prep.intensity == "windowed" or not shows_chest(thinned(stored[0]) * scale + offset)):
+            kind, reason = judge_voxels(header, stored, prep.hu_range)
+            if kind != prep.intensity:
+                advice = f"not {prep.intensity!r} as the others: convert it, or name --intensity for all"
+                raise BadVolume(reason or f"looks like {kind!r}, {advice}")
+        size = [0, 0, 0]
+        for axis, length in zip(spl_axes(prep.orientation)[0], prep.grid, strict=True):
+            size[axis] = length
+        voxels = np.empty((prep.channels, *size), np.int16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, that the file's bytes must not be changed
+            ranges = [resample_channel(*pair, scale, offset) for pair in zip(stored, voxels, strict=False)]
+        low, high = np.min(ranges), np.max(ranges)
+        if not (low >= -32768 and high <= 32767):  # NaN too
+            raise BadVolume("holds voxels that are not finite, or beyond ±32767: leave it out or convert it again")
+        if low == high:
+            raise BadVolume("has the same value in every voxel: it holds no scan")
+        return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, prep.orientation)))
 
 
-def unlike_the_others(header: Header, stored: np.ndarray, scale: float, offset: float, prep: Preprocessing) -> str:
-    """Why the values of one file stand for something else than those of the others, or ""."""
-    if prep.intensity != "windowed" and shows_chest(thinned(stored[0]) * scale + offset):
-        return ""
-    seen, reason = judge_voxels(header, stored, prep.hu_range)
-    advice = f"looks like {seen!r}, not {prep.intensity!r} as the others: convert it, or name --intensity for all"
-    return "" if seen == prep.intensity else reason or advice
+# What all scans of a table have to agree on.
 
 
 def read_headers(table: Table) -> list[Header]:
     """The header of every scan; BadInput names each one that is not as it should be."""
-    wrong, headers = Complaints(Path("the table")), []
-    with ThreadPoolExecutor(8) as pool:
-        for line, found in zip(table.line_numbers, pool.map(header_or_error, table.paths), strict=True):
-            if isinstance(found, BadVolume):
-                wrong.add("volume", line, str(found))
-            else:
-                headers.append(found)
+
+    def header_of(path: Path) -> Header | BadVolume:
+        try:
+            return read_volume(path, voxels=False)[0]
+        except BadVolume as error:
+            return error
+
+    wrong = Complaints(Path("the table"))
+    with ThreadPoolExecutor(8) as pool:  # a network disk takes its time
+        found = list(pool.map(header_of, table.paths))
+    for line, problem in zip(table.line_numbers, found, strict=True):
+        if isinstance(problem, BadVolume):
+            wrong.add("volume", line, str(problem))
     wrong.raise_if_any()
-    return headers
-
-
-def header_or_error(path: Path) -> Header | BadVolume:
-    """For mapping over paths: an error is a value here."""
-    try:
-        return read_volume(path, voxels=False)[0]
-    except BadVolume as error:
-        return error
+    return [header for header in found if isinstance(header, Header)]
 
 
 def spread(rows: Sequence[int], n: int) -> list[int]:
@@ -2183,19 +2078,14 @@ def decide_orientation(table: Table, headers: Sequence[Header], asked: str | Non
         raise BadInput(f"the volumes name several orientations ({', '.join(sorted(told))}): prepare them alike")
     orientation = asked or (told.pop() if told else usual)
     depth = spl_axes(orientation)[0][0]
-    wrong = []
-    for row, header in enumerate(headers):
-        across = [size for axis, size in enumerate(header.shape[1:]) if axis != depth]
-        if not (asked or header.orientation) and across[0] != across[1] and len(set(header.shape[1:])) == 2:
-            wrong.append(row)
-    if wrong:
-        first, mixed = wrong[0], "store all files alike, or " if len(wrong) < len(headers) else ""
-        raise BadInput(
-            f"{table.paths[first]} (row on line {table.line_numbers[first]}) has shape {headers[first].shape}: its two "
-            f"equal axes are not rows and columns under --orientation {orientation} ({len(wrong)} of {len(headers)} "
-            f"files): {mixed}name the order on purpose, "
-            f"{'--orientation RAS for (C, X, Y, Z)' if depth == 0 else '--orientation SPL'}"
-        )
+    for path, header in zip(table.paths, headers, strict=True):
+        first, second = (size for axis, size in enumerate(header.shape[1:]) if axis != depth)
+        if not (asked or header.orientation) and first != second and len(set(header.shape[1:])) == 2:
+            meant = "--orientation RAS for (C, X, Y, Z)" if depth == 0 else "--orientation SPL"
+            raise BadInput(
+                f"{path} has shape {header.shape}: its two equal axes are not rows and columns under --orientation "
+                f"{orientation}: store all files alike and name their order on purpose, {meant}"
+            )
     return orientation
 
 
@@ -2209,30 +2099,38 @@ def decide_intensity(table: Table, headers: Sequence[Header], hu_range: Sequence
         kinds.setdefault((header.raw, header.dtype.kind, header.shape[0]), []).append(path)
     paths = [group[row] for group in kinds.values() for row in spread(range(len(group)), max(2, 12 // len(kinds)))]
     seen: dict[str, list[str]] = {}
-    doubts: dict[str, list[tuple[Path, str]]] = {}
+    doubts: dict[str, list[str]] = {}
     for number, path in enumerate(paths, start=1):
         try:
             header, stored = read_volume(path)
-            verdict, reason = judge_voxels(header, stored, hu_range)
         except BadVolume:
             if skip and (seen or doubts or number < len(paths)):
                 continue
             raise
+        kind, reason = judge_voxels(header, stored, hu_range)
         if reason:
-            doubts.setdefault(re.sub(r"^has values from \S+ to [^:,]+", "", reason), []).append((path, reason))
+            doubts.setdefault(re.sub(r"^has values from \S+ to [^:,]+", "", reason), []).append(f"{path} {reason}")
         else:
-            seen.setdefault(verdict, []).append(f"{path} ({stored.dtype}, {stored.min():g} to {stored.max():g})")
+            seen.setdefault(kind, []).append(f"{path} ({stored.dtype}, {stored.min():g} to {stored.max():g})")
     if doubts:
-        raise BadInput(*(
-            f"{path} {reason}" + (f"; likewise {', '.join(str(other) for other, _ in others[:3])}" if others else "")
-            + f" ({len(others) + 1} of {len(paths)} files looked at)" for (path, reason), *others in doubts.values()
-        ))  # fmt: skip
+        raise BadInput(
+            *(f"{first} ({1 + len(others)} of {len(paths)} files looked at)" for first, *others in doubts.values())
+        )
     if len(seen) > 1:
-        examples = "; ".join(f"{verdict}: {files[0]}" for verdict, files in seen.items())
+        examples = "; ".join(f"{kind}: {files[0]}" for kind, files in seen.items())
         raise BadInput(f"the volumes are of different kinds ({examples}): convert them alike, or name --intensity")
-    verdict, files = seen.popitem()
-    log.info("intensity: %s, decided from %d files such as %s", verdict, len(files), files[0])
-    return verdict
+    kind, files = seen.popitem()
+    log.info("intensity: %s, decided from %d files such as %s", kind, len(files), files[0])
+    return kind
+
+
+def decide_spacing(headers: Sequence[Header], orientation: str, asked: Sequence[float]) -> tuple[float, ...] | None:
+    """mm (D, H, W): `--spacing` (columns, rows, slices) where there are raw scans, else what all files say alike."""
+    if any(header.raw for header in headers):
+        return tuple(map(float, reversed(asked)))
+    told = {header.spacing for header in headers}
+    spacing = told.pop() if len(told) == 1 else None
+    return tuple(spacing[axis] for axis in spl_axes(orientation)[0]) if spacing else None
 
 
 def decide_preprocessing(
@@ -2248,31 +2146,15 @@ def decide_preprocessing(
 ) -> Preprocessing:
     """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt."""
     headers = read_headers(table)
-    decided = decide_intensity(table, headers, hu_range, skip) if intensity == "auto" else intensity
-    channels = headers[0].shape[0] if decided == "windowed" else 1
+    kind = decide_intensity(table, headers, hu_range, skip) if intensity == "auto" else intensity
+    channels = headers[0].shape[0] if kind == "windowed" else 1
     odd = [path for path, header in zip(table.paths, headers, strict=True) if header.shape[0] != channels]
-    if decided == "windowed" and odd:
+    if kind == "windowed" and odd:
         raise BadInput(f"{odd[0]} and {len(odd) - 1} others have not {channels} channels as {table.paths[0]} has")
-    decided_orientation = decide_orientation(table, headers, orientation)
-    return Preprocessing(
-        orientation=decided_orientation,
-        intensity=decided,
-        hu_range=tuple(hu_range),
-        windows=tuple((float(lo), float(hi)) for lo, hi in windows),
-        grid=tuple(grid),
-        channels=channels,
-        spacing=decide_spacing(headers, decided_orientation, spacing),
-        trusted=intensity != "auto",
-    )
-
-
-def decide_spacing(headers: Sequence[Header], orientation: str, asked: Sequence[float]) -> tuple[float, ...] | None:
-    """mm (D, H, W): `--spacing` (columns, rows, slices) where there are raw scans, else what all files say alike."""
-    if any(header.raw for header in headers):
-        return tuple(map(float, reversed(asked)))
-    told = {header.spacing for header in headers}
-    spacing = told.pop() if len(told) == 1 else None
-    return tuple(spacing[axis] for axis in spl_axes(orientation)[0]) if spacing else None
+    code = decide_orientation(table, headers, orientation)
+    mm = decide_spacing(headers, code, spacing)
+    plain_windows = tuple((float(lo), float(hi)) for lo, hi in windows)
+    return Preprocessing(code, kind, tuple(hu_range), plain_windows, tuple(grid), channels, mm, intensity != "auto")
 
 
 def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespace) -> Preprocessing:
@@ -2281,11 +2163,10 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     Values are taken on trust only where a flag of this run names them, whatever the training run was told.
     """
     prep = dataclasses.replace(Preprocessing.from_dict(stored), trusted=args.intensity != "auto")
-    if prep.trusted:
-        if (args.intensity == "windowed") != (prep.intensity == "windowed"):
-            raise BadInput(f"--intensity {args.intensity}: the checkpoint was trained on {prep.intensity!r} volumes")
-        if args.intensity != prep.intensity or tuple(args.hu_range) != DEFAULT_HU_RANGE:
-            prep = dataclasses.replace(prep, intensity=args.intensity, hu_range=tuple(args.hu_range))
+    if prep.trusted and (args.intensity == "windowed") != (prep.intensity == "windowed"):
+        raise BadInput(f"--intensity {args.intensity}: the checkpoint was trained on {prep.intensity!r} volumes")
+    if prep.trusted and (args.intensity != prep.intensity or tuple(args.hu_range) != DEFAULT_HU_RANGE):
+        prep = dataclasses.replace(prep, intensity=args.intensity, hu_range=tuple(args.hu_range))
     headers = read_headers(table)
     if prep.spacing is None and any(header.raw for header in headers):
         prep = dataclasses.replace(prep, spacing=tuple(map(float, reversed(args.spacing))))
@@ -2296,13 +2177,13 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
         )  # fmt: skip
     orientation = decide_orientation(table, headers, args.orientation, prep.orientation)
     prep = dataclasses.replace(prep, orientation=orientation)
-    problems = []
-    for path in (paths := [table.paths[row] for row in spread(range(len(table)), 4)]):
+    problems, rows = [], spread(range(len(table)), 4)
+    for row in rows:
         try:
-            load_sample(path, prep)  # raises where the values are of another kind
+            load_sample(table.paths[row], prep)  # raises where the values are of another kind
         except BadVolume as problem:
             problems.append(str(problem))
-    if problems and (args.on_bad_volume == "stop" or len(problems) == len(paths)):
+    if problems and (args.on_bad_volume == "stop" or len(problems) == len(rows)):
         raise BadInput(*problems)
     return prep
 
@@ -2335,7 +2216,7 @@ def file_identity(path: Path) -> list:
 
 def sealed(entry: Path, voxels: np.ndarray) -> bytes:
     """The checksum at the end of an entry: of its voxels and its name, so that no other scan's is taken for it."""
-    return crc32(voxels.data, zlib.crc32(entry.name.encode())).to_bytes(4, "little")
+    return deflate.crc32(voxels.data, zlib.crc32(entry.name.encode())).to_bytes(4, "little")
 
 
 def fill_from(entry: Path, out: Tensor) -> bool:
@@ -2920,11 +2801,11 @@ class PrepareScans(torch.utils.data.Dataset):
             settings = json.dumps([file_identity(path), how, FIELD_OF_VIEW]).encode()
             source = hashlib.sha256(settings).digest()
             with suppress(BadVolume):
-                if read_stored(target, voxels=False)[0].source == source.hex():
+                if read_volume(target, voxels=False)[0].source == source.hex():
                     return None
             write = {"npz": write_npz, "b2nd": write_b2nd}[self.format]
             facts = {"orientation": "SPL", "spacing": list(self.spacing), "source": list(source)}
-            with reading_raw(path):
+            with reading_scan(path):
                 image = prepare_volume(path, *how)
             save_atomic(target, partial(write, image=image, facts=facts))
         except BadVolume as problem:
@@ -2950,7 +2831,7 @@ def write_b2nd(file: BinaryIO, image: np.ndarray, facts: dict[str, Any]) -> None
     blosc2 = raw_library("blosc2")
     cparams = {"codec": blosc2.Codec.LZ4, "filters": [blosc2.Filter.BITSHUFFLE], "clevel": 5, "nthreads": 1}
     array = blosc2.asarray(np.ascontiguousarray(image), cparams=cparams)
-    facts = facts | {"crc32": crc32(np.ascontiguousarray(image).data)}
+    facts = facts | {"crc32": deflate.crc32(np.ascontiguousarray(image).data)}
     array.schunk.vlmeta["scan"] = facts | {"check": facts_check(array, facts)}
     file.write(array.to_cframe())
 

@@ -22,8 +22,8 @@ from finetune_siglip import (
     load_volume,
     prepare_table,
     prepare_volume,
-    read_raw,
     read_table,
+    read_volume,
 )
 from helpers import CHEST
 from test_raw import CT, body, csv_of, needs_ct, write_dicom
@@ -87,7 +87,7 @@ def test_frames_in_any_order_and_number_of_files_are_sorted_by_position(
     for number, part in enumerate(np.array_split(order, files)):
         tags = {"ConcatenationUID": "1.5", "InConcatenationTotalNumber": files} if slopes else {}
         write_frames(tmp_path / f"scan/{number}.dcm", volume, part, slopes, **tags)
-    header, found = read_raw(tmp_path / "scan")
+    header, found = read_volume(tmp_path / "scan")
     np.testing.assert_array_equal(found[0], volume)
     assert header.spacing == pytest.approx(SPACING)
     if files == 1:
@@ -99,7 +99,7 @@ def test_frames_are_read_as_highdicom_reads_them(tmp_path: Path, volume: np.ndar
     tags = {"PatientID": "x", "StudyInstanceUID": "1.2", "Manufacturer": "x", "ImageType": ["ORIGINAL", "PRIMARY"]}
     write_frames(tmp_path / "scan/0.dcm", volume, np.arange(len(volume))[::-1], **tags)
     theirs = highdicom.imread(tmp_path / "scan/0.dcm").get_volume()
-    header, ours = read_raw(tmp_path / "scan")
+    header, ours = read_volume(tmp_path / "scan")
     turned = theirs.to_patient_orientation("HPL")  # head, posterior, left
     np.testing.assert_array_equal(ours[0], turned.array)
     assert header.spacing == pytest.approx(turned.spacing)
@@ -144,7 +144,7 @@ def test_rounding_within_a_series_is_no_fault(tmp_path: Path, volume: np.ndarray
         for tag, value in ROUNDING[name](i).items():
             setattr(data, tag, value)
         data.save_as(path)
-    header, found = read_raw(tmp_path / "scan")
+    header, found = read_volume(tmp_path / "scan")
     np.testing.assert_array_equal(found[0], volume)
     step = 11.9 / 19 if name == "positions of one decimal" else 7.5  # the first slice to the last
     assert header.spacing == pytest.approx((step, 5.5, 5.5), rel=1e-5)
@@ -295,7 +295,7 @@ def test_the_sform_decides_where_pixdim_disagrees(tmp_path: Path, volume: np.nda
     saved[80:92] = np.array([1, 2, 3], "<f4").tobytes()
     (tmp_path / "scan.nii").write_bytes(saved)
     assert nibabel.load(tmp_path / "scan.nii").header["pixdim"][1] == 1
-    assert read_raw(tmp_path / "scan.nii")[0].spacing == pytest.approx(SPACING)
+    assert read_volume(tmp_path / "scan.nii")[0].spacing == pytest.approx(SPACING)
 
 
 @pytest.mark.parametrize("shear", [0.00075, -0.00075, 0.5])
@@ -318,7 +318,7 @@ def test_units_of_a_nifti_are_minded(tmp_path: Path, volume: np.ndarray) -> None
     image = nibabel.Nifti1Image(volume.transpose(2, 1, 0), np.diag([-0.0055, -0.0055, 0.0075, 1]))
     image.header.set_xyzt_units("meter")
     nibabel.save(image, tmp_path / "scan.nii")
-    assert read_raw(tmp_path / "scan.nii")[0].spacing == pytest.approx(SPACING)
+    assert read_volume(tmp_path / "scan.nii")[0].spacing == pytest.approx(SPACING)
 
 
 @pytest.mark.parametrize(
@@ -345,12 +345,12 @@ def test_nrrd_files_of_pynrrd_are_read_in_each_space(tmp_path: Path, volume: np.
         header = {"space": space, "space directions": np.diag([5.5 * signs[0], 5.5 * signs[1], 7.5]),
                   "space origin": [0, 0, 0]}  # fmt: skip
         nrrd.write(str(tmp_path / "scan.nrrd"), volume.transpose(2, 1, 0), header)
-        found = read_raw(tmp_path / "scan.nrrd")
+        found = read_volume(tmp_path / "scan.nrrd")
         np.testing.assert_array_equal(found[1][0], volume)
         assert found[0].spacing == pytest.approx(SPACING)
     header |= {"space directions": np.diag([0.55, -0.55, 0.75]), "space units": ["cm"] * 3}
     nrrd.write(str(tmp_path / "scan.nrrd"), volume.transpose(2, 1, 0), header)
-    assert read_raw(tmp_path / "scan.nrrd")[0].spacing == pytest.approx(SPACING)
+    assert read_volume(tmp_path / "scan.nrrd")[0].spacing == pytest.approx(SPACING)
 
 
 # Archives

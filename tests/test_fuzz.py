@@ -36,8 +36,8 @@ from finetune_siglip import (
     main,
     pack_model,
     parse_args,
-    read_raw,
     read_table,
+    read_volume,
     save_checked,
 )
 from helpers import CHEST, SMALL_TOWER, small_classifier
@@ -250,7 +250,7 @@ def test_mangled_raw_scans_are_refused_by_name_or_read_as_they_now_stand(raw_fil
         target = path.parent if path.suffix == ".dcm" else path
         with no_hang():
             try:
-                header, found = read_raw(target)
+                header, found = read_volume(target)
             except BadInput as error:
                 assert names(error, target), error
                 assert "\n" not in error.messages[0]

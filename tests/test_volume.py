@@ -43,7 +43,7 @@ from finetune_siglip import (
     load_volume,
     move_volume,
     read_headers,
-    read_stored,
+    read_volume,
     resample_channel,
     stack_shared,
     write_b2nd,
@@ -386,7 +386,7 @@ def test_a_model_predicts_only_on_values_of_its_kind(tmp_path: Path, name: str) 
 
 def test_files_with_one_fault_are_told_in_one_line(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"odd{i}.npz", image=chest(8, 9, 9) + np.int16(1100)) for i in range(3)]
-    with pytest.raises(BadInput, match=r"odd0\.npz has.*likewise .*odd1\.npz, .*odd2\.npz \(3 of 4 files") as caught:
+    with pytest.raises(BadInput, match=r"odd0\.npz has.*\(3 of 4 files") as caught:
         decide_preprocessing(table_of(*paths, save(tmp_path / "good.npz", image=chest(8, 9, 9))), (8, 8, 8), CHEST)
     assert len(caught.value.messages) == 1
 
@@ -572,9 +572,9 @@ def test_a_header_costs_the_same_few_bytes_whatever_the_size(tmp_path: Path) -> 
         costs = []
         for size in (8, 96):
             path = save_as(tmp_path / f"{size}.{suffix}", chest(size, size, size))
-            read_stored(path, voxels=False)  # imports
+            read_volume(path, voxels=False)  # imports
             before = read_so_far()
-            read_stored(path, voxels=False)
+            read_volume(path, voxels=False)
             costs.append(read_so_far() - before - own)
         assert max(costs) < limit < path.stat().st_size
 
@@ -592,7 +592,7 @@ def save_as(path: Path, image: np.ndarray) -> Path:
 
 def test_prepared_files_of_both_formats_say_and_hold_the_same(tmp_path: Path) -> None:
     volume = chest(9, 20, 24)
-    one, other = (read_stored(save_as(tmp_path / f"v.{suffix}", volume)) for suffix in ("npz", "b2nd"))
+    one, other = (read_volume(save_as(tmp_path / f"v.{suffix}", volume)) for suffix in ("npz", "b2nd"))
     for header, voxels in (one, other):
         np.testing.assert_array_equal(voxels, volume)
         assert (header.shape, header.dtype, header.orientation) == ((1, 9, 20, 24), np.int16, "SPL")
@@ -649,7 +649,7 @@ def test_a_missing_blosc2_is_told_with_the_command_that_installs_it(
     path = save_as(tmp_path / "v.b2nd", chest(3, 4, 5))
     finetune_siglip.raw_library.cache_clear()
     monkeypatch.setitem(sys.modules, "blosc2", None)
-    with pytest.raises(BadEnvironment, match="pip install blosc2"):
+    with pytest.raises(BadEnvironment, match="needs blosc2: pip install"):
         load_volume(path)
 
 
@@ -662,16 +662,6 @@ def test_npy_files_and_three_dimensions_are_read(tmp_path: Path) -> None:
     (tmp_path / "v.npy").write_bytes((tmp_path / "v.npy").read_bytes()[:-1])
     with pytest.raises(BadVolume, match="does not match"):
         load_volume(tmp_path / "v.npy")
-
-
-def test_zlib_serves_where_libdeflate_is_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    volume = chest(6, 20, 20)
-    path = save(tmp_path / "v.npz", image=volume)
-    monkeypatch.setitem(sys.modules, "deflate", None)
-    np.testing.assert_array_equal(load_volume(path), volume)
-    path.write_bytes(path.read_bytes().replace(path.read_bytes()[300:310], bytes(10)))
-    with pytest.raises(BadVolume, match="damaged"):
-        load_volume(path)
 
 
 # Dataset and loader

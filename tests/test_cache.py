@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import multiprocessing
 import os
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ import torch
 
 import finetune_siglip
 from finetune_siglip import (
-    BadEnvironment,
     CTVolumeDataset,
     Preprocessing,
     Table,
@@ -24,6 +23,8 @@ from finetune_siglip import (
     build_loader,
     fill_from,
     load_sample,
+    say_why,
+    write_entry,
 )
 from helpers import CHEST
 from test_volume import CPU, chest, prep, save, table_of
@@ -36,16 +37,16 @@ def scans(tmp_path: Path) -> Table:
     return table_of(*(save(tmp_path / f"{i}.npz", image=chest(6, 8, 8, seed=i)) for i in range(5)))
 
 
-def cache_of(scans: Table, folder: Path, settings: Preprocessing | None = None, **options: float) -> VolumeCache:
-    return VolumeCache(folder / "cache", settings or prep(GRID), scans.paths, **options)
+def cache_in(folder: Path, settings: Preprocessing | None = None) -> VolumeCache:
+    return VolumeCache(folder / "cache", settings or prep(GRID))
 
 
 def test_the_second_read_is_the_first_one_mapped(scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = cache_of(scans, tmp_path)
+    cache = cache_in(tmp_path)
     expected = load_sample(scans.paths[0], prep(GRID))
     assert torch.equal(cache.load(scans.paths[0]), expected)
     monkeypatch.setattr(finetune_siglip, "load_sample", None)  # any use of it would fail
-    for again in (cache, cache_of(scans, tmp_path)):
+    for again in (cache, cache_in(tmp_path)):
         assert torch.equal(again.load(scans.paths[0]), expected)
 
 
@@ -56,16 +57,16 @@ def test_the_second_read_is_the_first_one_mapped(scans: Table, tmp_path: Path, m
 def test_a_setting_that_changes_voxels_never_meets_an_old_entry(scans: Table, tmp_path: Path, change: dict) -> None:
     settings = prep(GRID, intensity="unit", trusted=True)
     changed = prep(**({"grid": GRID, "intensity": "unit", "trusted": True} | change))
-    old, new = cache_of(scans, tmp_path, settings), cache_of(scans, tmp_path, changed)
+    old, new = cache_in(tmp_path, settings), cache_in(tmp_path, changed)
     assert old.entry(scans.paths[0]) != new.entry(scans.paths[0])
     windows = prep(
         GRID, intensity="unit", trusted=True, windows=CHEST[::-1]
     )  # made on the device, from the same voxels
-    assert cache_of(scans, tmp_path, windows).entry(scans.paths[0]) == old.entry(scans.paths[0])
+    assert cache_in(tmp_path, windows).entry(scans.paths[0]) == old.entry(scans.paths[0])
 
 
 def test_a_changed_file_never_meets_its_old_entry(scans: Table, tmp_path: Path) -> None:
-    cache, path = cache_of(scans, tmp_path), scans.paths[0]
+    cache, path = cache_in(tmp_path), scans.paths[0]
     before = cache.load(path)
     time.sleep(0.01)
     save(path, image=chest(6, 8, 8, seed=99))
@@ -77,7 +78,7 @@ def test_a_changed_file_never_meets_its_old_entry(scans: Table, tmp_path: Path) 
 
 
 def test_no_torn_entry_is_ever_read(scans: Table, tmp_path: Path) -> None:
-    cache, path = cache_of(scans, tmp_path), scans.paths[0]
+    cache, path = cache_in(tmp_path), scans.paths[0]
     expected, read = cache.load(path), torch.empty((1, *GRID), dtype=torch.int16)
     entry = cache.entry(path)
     whole = entry.read_bytes()
@@ -96,7 +97,7 @@ def test_no_torn_entry_is_ever_read(scans: Table, tmp_path: Path) -> None:
 
 def test_a_torn_entry_is_not_trained_on_and_is_made_again(scans: Table, tmp_path: Path) -> None:
     """A crash of the machine may leave the right length with wrong voxels: only reading them all tells."""
-    dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
+    dataset = CTVolumeDataset(scans, prep(GRID), cache_in(tmp_path))
     expected = torch.stack([dataset[row]["volume"] for row in range(5)])
     entry = dataset.cache.entry(scans.paths[3])
     whole = entry.read_bytes()
@@ -109,7 +110,7 @@ def test_a_torn_entry_is_not_trained_on_and_is_made_again(scans: Table, tmp_path
 
 
 def test_cached_scans_cost_a_worker_no_voxel(scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
+    dataset = CTVolumeDataset(scans, prep(GRID), cache_in(tmp_path))
     plain = [dataset[row]["volume"] for row in range(5)]
     with monkeypatch.context() as patched:
         for name in ("fill_from", "load_sample"):
@@ -126,27 +127,15 @@ def test_a_full_disk_warns_once_and_training_goes_on(
     scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(finetune_siglip.log, "propagate", True)
-    cache = cache_of(scans, tmp_path)
+    cache = cache_in(tmp_path)
     cache.load(scans.paths[0])
 
-    class FullDisk:
-        def __init__(self, stream: object):
-            self.stream = stream
+    def full_disk(path: Path, data: bytes) -> None:
+        with path.open("wb") as stream:
+            stream.write(data[:8])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-        def __enter__(self) -> FullDisk:
-            return self
-
-        def __exit__(self, *error: object) -> None:
-            self.stream.close()
-
-        def write(self, data: bytes) -> None:
-            self.stream.write(bytes(data)[:8])
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    real = builtins.open
-    monkeypatch.setattr(
-        builtins, "open", lambda p, m="r", *a, **k: FullDisk(real(p, m, *a, **k)) if m == "wb" else real(p, m, *a, **k)
-    )
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     dataset = CTVolumeDataset(scans, prep(GRID), cache)
     with caplog.at_level("WARNING", "finetune_siglip"):
         batches = list(build_loader(dataset, [[0, 1], [2, 3], [4]], 0, CPU))
@@ -159,7 +148,7 @@ def test_a_full_disk_warns_once_and_training_goes_on(
 
 def fill(folder: Path, scans: Table, times: int) -> None:
     for _ in range(times):
-        cache = cache_of(scans, folder)
+        cache = cache_in(folder)
         for path in scans.paths:
             if not torch.equal(cache.load(path), load_sample(path, prep(GRID))):
                 os._exit(1)
@@ -182,10 +171,10 @@ def test_processes_may_fill_and_clear_a_cache_at_once(scans: Table, tmp_path: Pa
 
 
 def write_for_ever(folder: Path, scans: Table) -> None:
-    cache = cache_of(scans, folder, prep((64, 64, 64)))
+    cache = cache_in(folder, prep((64, 64, 64)))
     volume = load_sample(scans.paths[0], prep((64, 64, 64)))
     while True:
-        cache.write(cache.entry(scans.paths[0]), volume.numpy())
+        write_entry(cache.entry(scans.paths[0]), volume.numpy())
 
 
 def test_a_kill_at_any_moment_leaves_no_entry_that_is_not_whole(scans: Table, tmp_path: Path) -> None:
@@ -197,67 +186,25 @@ def test_a_kill_at_any_moment_leaves_no_entry_that_is_not_whole(scans: Table, tm
         time.sleep(0.05 + np.random.default_rng().uniform(0, 0.02))
         os.kill(child.pid, signal.SIGKILL)
         child.join()
-        found = cache_of(scans, tmp_path, settings).load(scans.paths[0])
+        found = cache_in(tmp_path, settings).load(scans.paths[0])
         assert torch.equal(found, expected)
-    left = list((tmp_path / "cache").glob("*.part"))
-    for part in left:
-        os.utime(part, (0, 0))
-    cache_of(scans, tmp_path, settings)
-    assert not list((tmp_path / "cache").glob("*.part"))
-
-
-def test_the_limit_is_kept_by_the_same_volumes_in_every_process(scans: Table, tmp_path: Path) -> None:
-    size = cache_of(scans, tmp_path).nbytes
-    for _ in range(2):
-        cache = cache_of(scans, tmp_path, limit=3.5 * size)
-        kept = [cache.load(path) is not None and bool(cache.find(path)) for path in scans.paths]
-        assert sum(kept) == 3
-        assert len(list((tmp_path / "cache").iterdir())) == 3
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 3.5 * size
-    cache_of(scans, tmp_path, limit=2 * size)  # less than an earlier run had
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_entries_of_other_settings_give_way_to_the_limit(scans: Table, tmp_path: Path) -> None:
-    old = cache_of(scans, tmp_path, prep((4, 6, 8)))
-    for path in scans.paths:
-        old.load(path)
-    size = old.nbytes
-    (tmp_path / "cache" / "notes.txt").write_text("not ours")
-    kept = cache_of(scans, tmp_path, limit=5 * size + 100)
-    assert len(list((tmp_path / "cache").glob("*.ct"))) == 0
-    for path in scans.paths:
-        kept.load(path)
-    total = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
-    assert total <= 5 * size + 100
-    assert (tmp_path / "cache" / "notes.txt").exists()
-    none = cache_of(scans, tmp_path, limit=0)  # reads on, keeps nothing new
-    assert torch.equal(none.load(scans.paths[0]), load_sample(scans.paths[0], prep(GRID)))
-    assert not list((tmp_path / "cache").glob("*.ct"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_the_same_with_and_without_a_cache(scans: Table, tmp_path: Path, workers: int) -> None:
     plan = [[4, 0], [2, ~1], [3]]
     plain = list(build_loader(CTVolumeDataset(scans, prep(GRID)), plan, workers, CPU))
-    size = cache_of(scans, tmp_path).nbytes
-    for limit in (3 * size, 1e9):  # some volumes of a batch cached, others not; all of them
-        cached = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path, limit=limit))
-        for _ in range(2):
-            for one, other in zip(plain, build_loader(cached, plan, workers, CPU), strict=True):
-                assert torch.equal(one["volume"], other["volume"])
-                assert torch.equal(one["row"], other["row"])
-                assert (
-                    torch.equal(
-                        one["targets"],
-                        other["targets"],
-                    )
-                    or one["targets"].isnan().any()
-                )
+    cached = CTVolumeDataset(scans, prep(GRID), cache_in(tmp_path))
+    cached[2], cached[4]  # some volumes of a batch are cached then, others not; all of them later
+    for _ in range(3):
+        for one, other in zip(plain, build_loader(cached, plan, workers, CPU), strict=True):
+            assert torch.equal(one["volume"], other["volume"])
+            assert torch.equal(one["row"], other["row"])
+            assert torch.equal(one["targets"].nan_to_num(9), other["targets"].nan_to_num(9))
 
 
 def test_an_entry_that_vanishes_on_the_way_is_read_again(scans: Table, tmp_path: Path) -> None:
-    dataset = CTVolumeDataset(scans, prep(GRID), cache_of(scans, tmp_path))
+    dataset = CTVolumeDataset(scans, prep(GRID), cache_in(tmp_path))
     dataset[0]
     batch = dataset.collate(dataset.__getitems__([0, 1]))["volume"]
     for entry in (tmp_path / "cache").iterdir():
@@ -265,18 +212,28 @@ def test_an_entry_that_vanishes_on_the_way_is_read_again(scans: Table, tmp_path:
     assert torch.equal(batch.assemble()[0], load_sample(scans.paths[0], prep(GRID)))
 
 
-def test_a_folder_that_cannot_be_used_is_the_environments_fault(scans: Table, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_used_is_the_environments_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(finetune_siglip.log, "propagate", True)
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(BadEnvironment, match="--cache-dir"):
-        cache_of(scans, tmp_path)
+    with pytest.raises(OSError, match="exists") as caught:
+        cache_in(tmp_path)
+    assert say_why(caught.value) == 3
+    assert caplog.messages == [f"{tmp_path / 'cache'}: File exists"]
 
 
-def test_the_size_is_told_before_it_is_used(
+def test_the_size_is_told_and_the_disk_is_not_filled_to_the_brim(
     scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(finetune_siglip.log, "propagate", True)
+    spare = finetune_siglip.CACHE_SPARE
+    monkeypatch.setattr(finetune_siglip.shutil, "disk_usage", lambda _: Namespace(free=spare + 20_000_000))
     with caplog.at_level("INFO", "finetune_siglip"):
-        cache_of(scans, tmp_path, prep((64, 224, 224)), limit=20e6)
-    (message,) = [record.getMessage() for record in caplog.records]
-    assert "5 volumes of 6.4 MB" in message
-    assert "room for 3 of them" in message
+        cache = cache_in(tmp_path, prep((64, 224, 224)))
+    assert "6.4 MB a volume, room for 3 more" in caplog.messages[0]
+    monkeypatch.setattr(finetune_siglip.shutil, "disk_usage", lambda _: Namespace(free=spare - 1))
+    for path in scans.paths[:2]:
+        assert torch.equal(cache.load(path), load_sample(path, cache.prep))
+    assert not list((tmp_path / "cache").iterdir())
+    assert len(caplog.messages) == 2

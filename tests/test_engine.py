@@ -9,6 +9,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -708,20 +709,20 @@ def test_a_scan_that_cannot_be_read_has_no_features_and_counts_for_nothing(froze
 def test_a_full_disk_stops_before_or_between_features_and_loses_none(frozen, monkeypatch):
     model, dataset, folder = frozen
     with monkeypatch.context() as patch:
-        patch.setattr(fs.shutil, "disk_usage", lambda _: Namespace(free=2**20 + 6 * (3 * 32 * 2 + 16) - 1))
+        patch.setattr(fs.shutil, "disk_usage", lambda _: Namespace(free=2**20 + 6 * (3 * 32 * 2 + 4) - 1))
         with pytest.raises(fs.BadEnvironment, match="are needed there"):
             cache_features(folder, model, dataset, Recipe(2), CPU)
         assert not list(folder.iterdir())
     written = []
 
-    def two_fit(file, features, write=fs.write_features):
-        written.append(file.name)
-        write(file, features)
+    def two_fit(path, data, write=Path.write_bytes):
+        written.append(path.name)
+        write(path, data)
         if len(written) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fs, "write_features", two_fit)
+        patch.setattr(Path, "write_bytes", two_fit)
         with pytest.raises(fs.BadEnvironment, match="No space left"):
             cache_features(folder, model, dataset, Recipe(2), CPU)
     assert len(list(folder.iterdir())) == 2

@@ -272,8 +272,9 @@ def test_processes_that_read_stay_over_epochs_and_read_what_the_epoch_wants(tmp_
 
 def test_no_more_processes_read_than_there_are_cores(tmp_path, monkeypatch):
     monkeypatch.setattr(fs, "usable_cores", lambda: 1)
-    loader = fs.build_loader(small_scans(tmp_path, 2), [[0], [1]], 8, CPU.device)
-    assert loader.num_workers == 1
+    dataset = small_scans(tmp_path, 2)
+    fs.build_loader(dataset, [[0], [1]], 8, CPU.device, persist=True)
+    assert dataset.loader.num_workers == 1
     monkeypatch.undo()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert fs.usable_cores() == 1

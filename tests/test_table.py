@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune_siglip import BadInput, Complaints, line_ranges, read_table
+from finetune_siglip import BadInput, Complaints, read_table
 
 LABELS = ("Emphysema", "Lung nodule")
 
@@ -211,6 +211,8 @@ def test_patients_in_two_splits_are_listed_and_the_flag_makes_it_a_warning(
     assert "--allow-patient-overlap" in message
     with caplog.at_level("WARNING", "finetune_siglip"):
         assert len(read_table(folder / "table.csv", LABELS, allow_patient_overlap=True)) == 3
+    assert "1 patients or files are in two splits" in caplog.text
+    assert "patient 'train_12' is in train (line 2), val (line 3)" in caplog.text
 
 
 def test_the_same_file_in_two_splits_is_an_overlap(folder: Path) -> None:
@@ -249,12 +251,8 @@ def test_thousands_of_errors_of_one_kind_take_few_lines(folder: Path) -> None:
     rows = "".join(f"s{i},train,gone{i}.npz,1,0\n" for i in range(1000)) + "x,nowhere,a.npz,1,0\n"
     found = errors(write(folder, HEADER + rows))
     assert len(found) == Complaints.shown + 2
-    assert any("lines 22-1001" in message for message in found)
+    assert any("lines 22 to 1001" in message for message in found)
     assert any("line 1002" in message and "'nowhere'" in message for message in found)
-
-
-def test_line_ranges_join_neighbours() -> None:
-    assert line_ranges([2, 3, 4, 9, 11, 12]) == "2-4, 9, 11-12"
 
 
 names = st.text(st.characters(min_codepoint=32, exclude_categories=("Cs", "Cc")), min_size=1, max_size=8).filter(

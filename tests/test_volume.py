@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import math
 import os
@@ -37,7 +36,6 @@ from finetune_siglip import (
     build_loader,
     decide_preprocessing,
     decide_preprocessing_like,
-    fit_shared_memory,
     judge_voxels,
     load_sample,
     load_volume,
@@ -45,7 +43,6 @@ from finetune_siglip import (
     read_headers,
     read_volume,
     resample_channel,
-    stack_shared,
     write_b2nd,
     write_npz,
     write_skipped,
@@ -693,38 +690,34 @@ def test_the_loader_yields_exactly_the_plan(scans: Table, workers: int) -> None:
     assert batches[0]["volume"].dtype == torch.int16
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.float16])
-def test_volumes_are_stacked_in_shared_memory_as_torch_stacks_them(dtype: torch.dtype) -> None:
-    volumes = [
-        torch.randint(-1000, 1000, (1, 3, 5, 7)).to(dtype),
-        torch.ones((1, 5, 3, 7), dtype=dtype).transpose(1, 2),
-    ]
-    stacked = stack_shared(volumes)
-    assert torch.equal(stacked, torch.stack(volumes))
-    assert stacked.is_shared()
-    assert stacked.is_contiguous()
-
-
 def test_a_full_shared_memory_ends_the_run_in_one_line(
     scans: Table, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(size: int) -> None:
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)"
+        )
 
-    monkeypatch.setattr(os, "pwrite", full)
+    monkeypatch.setattr(torch.UntypedStorage, "_new_using_fd_cpu", full)
     monkeypatch.setattr(finetune_siglip.log, "propagate", True)
-    with pytest.raises(OSError, match="No space") as caught:
+    with pytest.raises(RuntimeError, match="No space") as caught:
         list(build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[0]], 1, CPU))
     assert finetune_siglip.say_why(caught.value) == 3
     assert "see /dev/shm" in caplog.messages[-1]
     assert "\n" not in caplog.messages[-1]
 
 
-def test_workers_are_as_many_as_shared_memory_has_room_for() -> None:
-    assert fit_shared_memory(10, 4, 1000) == (4, 2)  # 4 workers, 2 batches ahead, 1 in use: 90 of 800
-    assert fit_shared_memory(10, 4, 100) == (4, 1)  # 1 batch ahead: 50 of 80
-    assert fit_shared_memory(10, 4, 40) == (2, 1)
-    assert fit_shared_memory(10, 4, 10) == (0, 2)
+@pytest.mark.parametrize(("batches", "workers"), [(9, 4), (8, 3), (3, 1), (2, 0), (0, 0)])
+def test_workers_are_as_many_as_shared_memory_has_room_for(
+    scans: Table, monkeypatch: pytest.MonkeyPatch, batches: int, workers: int
+) -> None:
+    """Two batches wait at each worker, and one is in use."""
+    monkeypatch.setattr(finetune_siglip, "usable_cores", lambda: 4)
+    room = batches * 2 * (2 * 4 * 6 * 6) / 0.8 + 1
+    monkeypatch.setattr(finetune_siglip.shutil, "disk_usage", lambda _: Namespace(free=room))
+    dataset = CTVolumeDataset(scans, prep((4, 6, 6)))
+    build_loader(dataset, [[0, 1], [2]], 8, CPU, persist=True)
+    assert dataset.loader.num_workers == workers
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -101,8 +101,7 @@ def table_of(paths: list[Path]) -> fs.Table:
 
 def dataset_of(paths: list[Path], prep: fs.Preprocessing, cache: Path | None = None) -> fs.CTVolumeDataset:
     """The scans, each with a target."""
-    table = table_of(paths)
-    return fs.CTVolumeDataset(table, prep, fs.VolumeCache(cache, prep, table.paths) if cache else None)
+    return fs.CTVolumeDataset(table_of(paths), prep, fs.VolumeCache(cache, prep) if cache else None)
 
 
 def print_growth(ct_folder: Path, folder: Path, prep: fs.Preprocessing) -> None:
@@ -153,7 +152,7 @@ def main() -> None:
         sides: dict[str, tuple[int, Callable[[int], object]]] = {
             "usual": (1, lambda i: shared(usual(paths[i], np.float16))),
             "float32": (2, lambda i: shared(usual(paths[i], np.float32))),
-            "first": (10, lambda i: fs.stack_shared([fs.load_sample(paths[i], prep)])),
+            "first": (10, lambda i: shared(fs.load_sample(paths[i], prep))),
             "cached": (COPIES * 10, lambda i: cached.collate(cached.__getitems__([i % COPIES]))["volume"].assemble()),
         }
         times = interleaved(sides, args.rounds)

@@ -1317,15 +1317,14 @@ def refuse_bomb(size: int, packed: int) -> None:
         raise ValueError(f"would inflate to {size / max(1, packed):.0f} times its size: no CT does")
 
 
-def open_npz(path: Path) -> Opened:
-    """The member `image`, and what others say of it."""
-    told: dict[str, Any] = {}
+def open_npz(path: Path, told: dict[str, Any]) -> Opened:
+    """The member `image`; what others say of it goes to `told`."""
     with path.open("rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         if (image := members.get("image.npy")) is None:
             raise BadVolume(f"has no member 'image' (but {', '.join(sorted(members)[:9])}): savez_compressed(image=…)")
         if not len(members) == len(archive.infolist()) <= 64:
-            raise ValueError("its members are too many or double")
+            raise ValueError("its members are double, or too many")
         refuse_bomb(image.file_size, image.compress_size)
         with archive.open(image) as stream:
             header, as_array = parse_npy(stream.read(4096), image.file_size)
@@ -1345,14 +1344,14 @@ def open_npz(path: Path) -> Opened:
             raise ValueError("its bytes do not match their checksum")
         return as_array(data)
 
-    return with_facts(dataclasses.replace(header, crc=image.CRC), told), load
+    return dataclasses.replace(header, crc=image.CRC), load
 
 
-def open_b2nd(path: Path) -> Opened:
+def open_b2nd(path: Path, told: dict[str, Any]) -> Opened:
     """A blosc2 array. Files of others have no checksum; those of `--prepare` have."""
     array = raw_library("blosc2").open(str(path), mode="r", dparams={"nthreads": 1})
     refuse_bomb(array.nbytes, array.cbytes)
-    told = array.schunk.vlmeta.getall().get("scan", {})
+    told |= array.schunk.vlmeta.getall().get("scan", {})
     if told.pop("check", None) != (facts_check(array, told) if told else None):
         raise ValueError("its facts do not match their checksum")
 
@@ -1362,7 +1361,7 @@ def open_b2nd(path: Path) -> Opened:
             raise ValueError("its voxels do not match their checksum")
         return voxels
 
-    return with_facts(Header(tuple(array.shape), array.dtype, crc=told.get("crc32")), told), load
+    return Header(tuple(array.shape), array.dtype, crc=told.get("crc32")), load
 
 
 def facts_check(array: Any, facts: dict[str, Any]) -> int:
@@ -1370,26 +1369,15 @@ def facts_check(array: Any, facts: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps([list(array.shape), str(array.dtype), facts], sort_keys=True).encode())
 
 
-def with_facts(header: Header, told: dict[str, Any]) -> Header:
-    """The header with what a file says beside its voxels: orientation, spacing, source."""
-    letters = [letter.decode() if isinstance(letter, bytes) else str(letter) for letter in told.get("orientation", ())]
-    orientation, spacing = "".join(letters), told.get("spacing")
-    if letters and sorted(PATIENT_AXIS.get(letter, 9) for letter in orientation) != [0, 1, 2]:
-        raise BadVolume(f"its member 'orientation' is {orientation!r}, not a code such as SPL")
-    if spacing and not (len(spacing) == 3 and all(0.05 < mm < 50 for mm in spacing)):
-        raise BadVolume(f"its member 'spacing' is {spacing}, not mm along the three stored axes")
-    facts: dict[str, Any] = {"orientation": orientation or None, "spacing": tuple(map(float, spacing or ())) or None}
-    return dataclasses.replace(header, source=bytes(told["source"]).hex() if "source" in told else None, **facts)
-
-
 def open_stored(path: Path) -> Opened:
     """An NPZ, NPY or B2ND file, by its first bytes; voxels (C, three stored axes), C = 1 where it is left out."""
     with path.open("rb") as file:
         head = file.read(4096)
+    told: dict[str, Any] = {}
     if head[:4] == b"PK\3\4":
-        header, load = open_npz(path)
+        header, load = open_npz(path, told)
     elif head[2:9] == b"b2frame":
-        header, load = open_b2nd(path)
+        header, load = open_b2nd(path, told)
     elif head[:6] == b"\x93NUMPY":
         header, as_array = parse_npy(head, path.stat().st_size)
         load = lambda: as_array(path.read_bytes())  # noqa: E731
@@ -1402,7 +1390,13 @@ def open_stored(path: Path) -> Opened:
         raise BadVolume(f"has shape {shape}, not (C, D, H, W): drop axes of length 1 with np.squeeze(image)")
     if shape[-1] <= 4 < shape[0]:
         raise BadVolume(f"has shape {shape}, channels last: store np.moveaxis(image, -1, 0)")
-    return dataclasses.replace(header, shape=shape), lambda: load().reshape(shape)
+    code, spacing = "".join(map(str, told.get("orientation", ()))) or None, tuple(told.get("spacing", ())) or None
+    if code and sorted(PATIENT_AXIS.get(letter, 9) for letter in code) != [0, 1, 2]:
+        raise BadVolume(f"its member 'orientation' is {code!r}, not a code such as SPL")
+    if spacing and not (len(spacing) == 3 and all(0.05 < mm < 50 for mm in spacing)):
+        raise BadVolume(f"its member 'spacing' is {spacing}, not mm along the three stored axes")
+    source = bytes(told["source"]).hex() if "source" in told else None
+    return Header(shape, header.dtype, code, spacing, crc=header.crc, source=source), lambda: load().reshape(shape)
 
 
 def spl_axes(orientation: str) -> tuple[list[int], list[bool]]:
@@ -1423,6 +1417,7 @@ def to_spl(volume: np.ndarray, orientation: str) -> np.ndarray:
 # triangle as wide as the output's spacing where the axis shrinks, linear interpolation where it grows. Its matrix is a
 # narrow band, so a few outputs at a time are one small dense product. Below a million multiplications, and with nothing
 # transposed, OpenBLAS works on the operands as they lie; larger ones it copies first, which takes longer than these do.
+# The outputs of the first axis come in blocks whose buffers stay in the processor's cache.
 
 
 @lru_cache(maxsize=64)
@@ -1446,28 +1441,21 @@ def resample_channel(
 ) -> tuple[float, float]:
     """Resample one channel (three axes, any number type) into int16 `out`, as scale * value + offset, rounded.
 
-    Returns the range of the results; where a voxel is not finite, NaN. Works through the outputs of the first axis in
-    blocks whose buffers stay in the processor's cache.
+    Returns the range of the results; where a voxel is not finite, NaN.
     """
-    (depth, rows_in, columns_in), (_, n_rows, n_columns) = channel.shape, out.shape
-    bands = resample_bands(depth, len(out), 4)  # 4, 8 and 16 were the fastest of the sizes from 2 to 32
-    planes = np.empty((max(weights.shape[1] for _, _, weights in bands), rows_in, columns_in), np.float32)
+    (_, rows_in, columns_in), (_, n_rows, n_columns) = channel.shape, out.shape
     block, rows, final = (
-        np.zeros((4, *size), np.float32) for size in (channel.shape[1:], (n_rows, columns_in), out.shape[1:])
+        np.zeros((8, *size), np.float32) for size in ((rows_in, columns_in), (n_rows, columns_in), (n_rows, n_columns))
     )
     products = [(matrix, block[:, take], rows[:, to]) for to, take, matrix in resample_bands(rows_in, n_rows, 8)]
     for to, take, matrix in resample_bands(columns_in, n_columns, 16):
         products.append((rows[:, :, take], np.ascontiguousarray(matrix.T), final[:, :, to]))
-    low, high, first, last = math.inf, -math.inf, 0, 0
-    for outputs, inputs, weights in bands:
-        kept, (n, m) = last - inputs.start, weights.shape
-        planes[:kept] = planes[inputs.start - first : last - first]
-        if channel.dtype == np.float16:  # torch is 20 times as fast at these as NumPy
-            torch.from_numpy(planes[kept:m]).copy_(torch.from_numpy(channel[last : inputs.stop]))
-        else:
-            np.copyto(planes[kept:m], channel[last : inputs.stop], casting="unsafe")
-        first, last = inputs.start, inputs.stop
-        np.matmul(weights, planes[:m].transpose(1, 0, 2), out=block[:n].transpose(1, 0, 2))  # a product for each row
+    low, high = math.inf, -math.inf
+    for outputs, inputs, weights in resample_bands(len(channel), len(out), 8):
+        some, n = channel[inputs], len(weights)
+        half = some.dtype == np.float16  # torch is 20 times as fast at these as NumPy
+        planes = torch.from_numpy(some).float().numpy() if half else some.astype(np.float32)
+        np.matmul(weights, planes.transpose(1, 0, 2), out=block[:n].transpose(1, 0, 2))  # a product for each row
         for one, other, product in products:
             np.matmul(one, other, out=product)
         result = final[:n]
@@ -1497,19 +1485,14 @@ def thinned(volume: np.ndarray) -> np.ndarray:
     return volume[tuple(slice(None, None, max(1, n // 48)) for n in volume.shape)].astype(np.float32)
 
 
-def muscle_share(hu: np.ndarray) -> float:
-    """Part of the voxels that are muscle, blood or organs (-50 to 150 HU), 0 where lungs are missing: then it is no HU.
-
-    The lowest value and NaN, which may be padding, are left out.
-    """
+def shows_chest(hu: np.ndarray) -> float:
+    """Part of the voxels that are muscle, blood or organs (-50 to 150 HU); 0, which says no, where 2 % of the voxels
+    are not that, or not lungs. The lowest value and NaN, which may be padding, are left out."""
     body = hu[hu > np.nanmin(hu, initial=math.inf)]
-    lungs = (body > -990) & (body < -400)
-    return float(((body > -50) & (body < 150)).mean()) if body.size and lungs.mean() > 0.02 else 0.0
-
-
-def shows_chest(hu: np.ndarray) -> bool:
-    """Whether values can be the HU of a chest."""
-    return muscle_share(hu) > 0.02
+    lungs, muscle = (
+        float(((body > lo) & (body < hi)).sum()) / max(1, body.size) for lo, hi in ((-990, -400), (-50, 150))
+    )
+    return muscle if min(lungs, muscle) > 0.02 else 0.0
 
 
 def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] = DEFAULT_HU_RANGE) -> tuple[str, str]:
@@ -1526,7 +1509,7 @@ def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] =
         return "", f"has the value {low:g} in every voxel: it holds no scan"
     if max(-low, high) > HU_LIMIT:
         return "", f"{values}: beyond ±{HU_LIMIT} HU: convert it again, or name --intensity hu if that is meant"
-    small = stored.dtype.kind == "f" and low >= -1.001 and high <= 1.001
+    small = stored.dtype.kind == "f" and max(-low, high) <= 1.001
     if small and len(stored) > 1:
         return ("windowed", "") if low >= -1e-3 else ("", f"{values}: windows are 0-1: store (v + 1) / 2")
     if small and low >= -1e-3:
@@ -1537,9 +1520,9 @@ def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] =
         return "", f"{values}: 0-1, and {doubt}: {advice}"
     if shows_chest(some):
         return "hu", ""
-    shares = {what: muscle_share(lo + some * (hi - lo)) for what, (lo, hi) in KNOWN_SCALES.items()}
+    shares = {what: shows_chest(lo + some * (hi - lo)) for what, (lo, hi) in KNOWN_SCALES.items()}
     likely = max(shares, key=lambda what: shares[what])
-    if shares[likely] > 0.02:
+    if shares[likely]:
         lo, hi = KNOWN_SCALES[likely]
         return "", f"{values}, not HU: {likely}: --intensity unit --hu-range {lo:g} {hi:g} undoes that"
     scores = " (of z-scores the MEAN and MEAN+DEVIATION)" if high - low < 100 else ""
@@ -1598,23 +1581,20 @@ def oriented(shape: Sequence[int], steps: np.ndarray, load: Callable[[], np.ndar
     return Header((1, *(shape[axis] for axis in axes)), np.dtype(np.int16), "SPL", spacing, raw=True), turned
 
 
-def to_hu(stored: np.ndarray, slope: float = 1, intercept: float = 0, empty: np.ndarray | None = None) -> np.ndarray:
-    """slope * stored + intercept: int16 where that holds every value exactly, else float32; NaN where `empty`."""
+def to_hu(stored: np.ndarray, slope: float = 1, intercept: float = 0) -> np.ndarray:
+    """slope * stored + intercept: int16 where that holds every value exactly, else float32."""
     if stored.dtype.kind not in "iuf":
         raise TypeError(f"its voxels are {stored.dtype}, not numbers")
-    if stored.dtype == np.int16 and (slope, intercept) == (1, 0) and empty is None:
+    if stored.dtype == np.int16 and (slope, intercept) == (1, 0):
         return stored
-    if stored.dtype.kind != "f" and empty is None and slope % 1 == intercept % 1 == 0:
+    if stored.dtype.kind != "f" and slope % 1 == intercept % 1 == 0:
         ends = [int(end) * int(slope) + int(intercept) for end in (stored.min(), stored.max())]
         if max(map(abs, (*ends, slope, intercept))) <= 32767:  # what overflows on the way is right again at the end
             return stored.astype(np.int16) * np.int16(slope) + np.int16(intercept)
-    hu = stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
-    if empty is not None:
-        hu[empty] = math.nan
-    return hu
+    return stored.astype(np.float32) * np.float32(slope) + np.float32(intercept)
 
 
-def slice_header(path: Path) -> tuple[str, Any]:
+def what_is(path: Path) -> tuple[str, Any]:
     """("", the header) of a CT slice, its pixels still on the disk, or (what else an entry of a folder is, None)."""
     if path.is_dir():
         return "sub-folder", None
@@ -1622,23 +1602,25 @@ def slice_header(path: Path) -> tuple[str, Any]:
         raise BadVolume("is not a regular file")
     with path.open("rb") as file:
         head = file.read(132)
-    if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
+    hidden = path.name.startswith(".") or path.name.upper() == "DICOMDIR"
+    dicom = head[128:] == b"DICM" or head[:2] in (b"\2\0", b"\10\0")  # the preamble may be missing
+    named = re.fullmatch(r"(?i)\.(dcm|ima|\d+)", path.suffix) or (not path.suffix and b"\0" in head)
+    if named and not (dicom or hidden):
+        raise BadVolume("is no DICOM file but is named as one: copy it again, or remove it")
+    if hidden or not dicom:
         return "other file", None
-    if head[128:] != b"DICM" and head[:2] not in (b"\2\0", b"\10\0"):  # the preamble may be missing
-        if re.fullmatch(r"(?i)\.(dcm|ima|\d+)", path.suffix) or (not path.suffix and b"\0" in head):
-            raise BadVolume("is no DICOM file but is named as one: copy it again, or remove it")
-        return "other file", None
-    read = partial(raw_library("pydicom").dcmread, path, force=True)
-    data = read(defer_size=1024)
+    data = raw_library("pydicom").dcmread(path, defer_size=1024, force=True)
     if data.file_meta.get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99":  # packed as a whole
-        data = read()
-    kind = "" if (modality := str(data.get("Modality") or "CT")) == "CT" else f"{modality} image"
+        data = raw_library("pydicom").dcmread(path)
+    modality = str(data.get("Modality") or "CT")
     secondary = str(data.get("SOPClassUID")).startswith("1.2.840.10008.5.1.4.1.1.7")  # capture
-    if (secondary and "ImagePositionPatient" not in data) or data.get("SamplesPerPixel", 1) != 1:
-        kind = "screen picture"
-    elif "LOCALIZER" in (data.get("ImageType") or ()):
-        kind = "localizer"
-    return (kind if "Rows" in data else "other file"), data
+    kinds = {
+        "other file": "Rows" not in data,
+        "localizer": "LOCALIZER" in (data.get("ImageType") or ()),
+        "screen picture": (secondary and "ImagePositionPatient" not in data) or data.get("SamplesPerPixel", 1) != 1,
+        f"{modality} image": modality != "CT",
+    }
+    return next((kind for kind, found in kinds.items() if found), ""), data
 
 
 def look_into(folder: Path) -> tuple[dict[str, list[Any]], str]:
@@ -1647,7 +1629,7 @@ def look_into(folder: Path) -> tuple[dict[str, list[Any]], str]:
     others: Counter = Counter()
     for item in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
         with reading_scan(item):
-            kind, data = slice_header(item)
+            kind, data = what_is(item)
         if kind:
             others[kind] += 1
         else:
@@ -1783,13 +1765,13 @@ def decode(data: Any, frames: list[list[float]]) -> Iterator[np.ndarray]:
         del data.PixelData  # the volume holds it now
         if not syntax.is_compressed and (spare or pixels.length - stored.nbytes not in (0, 1)):
             raise BadVolume("is damaged: it does not end with the pixels it promises: copy it again")
-        hidden: Any = [None] * len(frames)
-        if (padding := data.get("PixelPaddingValue")) is not None:  # writers give it unsigned where voxels are signed
-            ends = np.array([padding, data.get("PixelPaddingRangeLimit", padding)], np.int64).astype(stored.dtype)
-            hidden = (stored >= ends.min()) & (stored <= ends.max())
-        for plane, empty, (*_, slope, intercept) in zip(stored, hidden, frames, strict=True):
-            slope, intercept = (1 if math.isnan(slope) else slope), (0 if math.isnan(intercept) else intercept)
-            yield to_hu(plane, slope, intercept, empty if np.any(empty) else None)
+        padding = data.get("PixelPaddingValue")  # writers give it unsigned where voxels are signed
+        ends = np.array([padding or 0, data.get("PixelPaddingRangeLimit", padding or 0)], np.int64).astype(stored.dtype)
+        for plane, (*_, slope, intercept) in zip(stored, frames, strict=True):
+            hu = to_hu(plane, 1 if math.isnan(slope) else slope, 0 if math.isnan(intercept) else intercept)
+            if padding is not None and (empty := (plane >= ends.min()) & (plane <= ends.max())).any():
+                hu = np.where(empty, np.float32(math.nan), hu)
+            yield hu
 
 
 def open_nifti(path: Path) -> Opened:
@@ -1813,20 +1795,16 @@ def open_nifti(path: Path) -> Opened:
     unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
 
     def load() -> np.ndarray:
-        data = gunzip(path.read_bytes(), end) if packed else path.read_bytes()
+        data = path.read_bytes()
+        claimed = int.from_bytes(data[-4:], "little")
+        if packed and end <= claimed <= 1032 * len(data):
+            with suppress(deflate.DeflateError):  # twice as fast as zlib, but it reads one part only
+                data = deflate.gzip_decompress(data, claimed)
+        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         stored = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
         return to_hu(stored, slope or 1, intercept or 0)
 
     return oriented(shape, unit * header.get_best_affine()[:3, :3], load)
-
-
-def gunzip(packed: bytes, length: int) -> bytes | bytearray:
-    """What a gzip file holds; libdeflate takes half of zlib's time, but reads one part only."""
-    claimed = int.from_bytes(packed[-4:], "little")
-    if length <= claimed <= 1032 * len(packed):
-        with suppress(deflate.DeflateError):
-            return deflate.gzip_decompress(packed, claimed)
-    return gzip.decompress(packed)
 
 
 def open_mha(path: Path) -> Opened:
@@ -1847,14 +1825,11 @@ def open_mha(path: Path) -> Opened:
     packed, big = (fields.get(name, "")[:1] in ("T", "t", "1") for name in ("CompressedData", "BinaryDataByteOrderMSB"))
     dtype = np.dtype(MHA_TYPES[fields["ElementType"][4:]]).newbyteorder(">" if big else "<")
     shape = (*map(int, fields["DimSize"].split()), int(fields.get("ElementNumberOfChannels", 1)))
-    slope, offset = (
-        float(fields.get(f"ElementToIntensityFunction{key}", usual)) for key, usual in (("Slope", 1), ("Offset", 0))
-    )
 
     def load() -> np.ndarray:
         data = path.read_bytes()[end.end() :]
         data = zlib.decompress(data) if packed else data
-        return to_hu(np.frombuffer(data, dtype).reshape(shape, order="F"), slope, offset)
+        return to_hu(np.frombuffer(data, dtype).reshape(shape, order="F"))
 
     return oriented(shape, LPS_TO_RAS @ (turn * spacing[:, None])[:3, :3].T, load)
 
@@ -1894,9 +1869,14 @@ def is_raw(path: Path) -> bool:
     return source.name.lower().endswith((*RAW_FORMATS, ".dcm")) or source.is_dir()
 
 
-def read_volume(path: Path, voxels: bool = True) -> tuple[Header, Any]:
+def read_volume(
+    path: Path, voxels: bool = True, orientation: str | None = None, spacing: Sequence[float] | None = None
+) -> tuple[Header, Any]:
     """Header and, if asked for, voxels of a scan in any format: (C, three stored axes) in the stored dtype; of a raw
-    scan (1, D, H, W) in SPL and HU at its own spacing, int16, or float32 with NaN where there is no value."""
+    scan (1, D, H, W) in SPL and HU at its own spacing, int16, or float32 with NaN where there is no value.
+
+    BadVolume where a stored file says that it has another orientation, or spacing (D, H, W), than the one expected.
+    """
     source, series = scan_source(path)
     with reading_scan(path):
         mode, name = source.stat().st_mode, source.name.lower()
@@ -1905,7 +1885,13 @@ def read_volume(path: Path, voxels: bool = True) -> tuple[Header, Any]:
         if stat.S_ISDIR(mode) or name.endswith(".dcm"):
             header, load = open_dicom(source, series)
         else:
-            header, load = next((o for end, o in RAW_FORMATS.items() if name.endswith(end)), open_stored)(source)
+            header, load = next((read for end, read in RAW_FORMATS.items() if name.endswith(end)), open_stored)(source)
+        if orientation and not header.raw:
+            if header.orientation not in (None, orientation):
+                raise BadVolume(f"says it is stored {header.orientation}, not {orientation}: see --orientation")
+            own = [header.spacing[axis] for axis in spl_axes(orientation)[0]] if header.spacing else spacing
+            if spacing and not np.allclose(own, spacing, rtol=0.02):
+                raise BadVolume(f"says its spacing is {own} mm, not {list(spacing)} (D, H, W): prepare all scans alike")
         return header, load() if voxels else None
 
 
@@ -1915,21 +1901,10 @@ def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
     `orientation` names towards which side of the patient each stored axis rises; a file that says otherwise of itself,
     and one that cannot be read whole, raises BadVolume. Raw scans know their orientation.
     """
-    header, stored = read_volume(path := Path(path))
+    header, stored = read_volume(Path(path), orientation=orientation)
     if header.raw:
         return np.nan_to_num(stored, nan=AIR) if stored.dtype.kind == "f" else stored
-    with reading_scan(path):
-        check_facts(header, orientation)
     return to_spl(stored, orientation)
-
-
-def check_facts(header: Header, orientation: str, spacing: Sequence[float] | None = None) -> None:
-    """BadVolume where a stored file says otherwise of itself; `spacing` is in the order of SPL."""
-    if header.orientation not in (None, orientation):
-        raise BadVolume(f"says it is stored {header.orientation}, not {orientation}: see --orientation")
-    own = [header.spacing[axis] for axis in spl_axes(orientation)[0]] if header.spacing else spacing
-    if spacing and not np.allclose(own, spacing, rtol=0.02):
-        raise BadVolume(f"says its spacing is {own} mm, not {list(spacing)} (D, H, W): prepare all scans alike")
 
 
 def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
@@ -1989,8 +1964,7 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
             stored = prepare_volume(path, prep.spacing, how, prep.hu_range)
             prep = dataclasses.replace(prep, orientation="SPL", intensity="hu", trusted=True)  # it has been judged
         else:
-            header, stored = read_volume(path)
-            check_facts(header, prep.orientation, prep.spacing)
+            header, stored = read_volume(path, True, prep.orientation, prep.spacing)
         if prep.intensity == "windowed" and len(stored) != prep.channels:
             raise BadVolume(f"has {len(stored)} channels where the others have {prep.channels}")
         lo, hi = prep.hu_range
@@ -2020,21 +1994,18 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
 
 def read_headers(table: Table) -> list[Header]:
     """The header of every scan; BadInput names each one that is not as it should be."""
+    wrong = Complaints(Path("the table"))
 
-    def header_of(path: Path) -> Header | BadVolume:
+    def header_of(line: int, path: Path) -> Any:
         try:
             return read_volume(path, voxels=False)[0]
         except BadVolume as error:
-            return error
+            return wrong.add("volume", line, str(error))
 
-    wrong = Complaints(Path("the table"))
     with ThreadPoolExecutor(8) as pool:  # a network disk takes its time
-        found = list(pool.map(header_of, table.paths))
-    for line, problem in zip(table.line_numbers, found, strict=True):
-        if isinstance(problem, BadVolume):
-            wrong.add("volume", line, str(problem))
+        headers = list(pool.map(header_of, table.line_numbers, table.paths))
     wrong.raise_if_any()
-    return [header for header in found if isinstance(header, Header)]
+    return headers
 
 
 def spread(rows: Sequence[int], n: int) -> list[int]:
@@ -2065,67 +2036,54 @@ def decide_intensity(table: Table, headers: Sequence[Header], hu_range: Sequence
 
     A damaged file raises BadVolume; with `skip` it is passed over while there are others.
     """
-    kinds: dict[tuple, list[Path]] = {}
+    groups: dict[tuple, list[Path]] = {}
     for path, header in zip(table.paths, headers, strict=True):
-        kinds.setdefault((header.raw, header.dtype.kind, header.shape[0]), []).append(path)
-    paths = [group[row] for group in kinds.values() for row in spread(range(len(group)), max(2, 12 // len(kinds)))]
-    seen: dict[str, list[str]] = {}
-    doubts: dict[str, list[str]] = {}
-    for number, path in enumerate(paths, start=1):
+        groups.setdefault((header.raw, header.dtype.kind, header.shape[0]), []).append(path)
+    paths = [group[row] for group in groups.values() for row in spread(range(len(group)), max(2, 12 // len(groups)))]
+    kinds: dict[str, list[str]] = {}
+    doubts: dict[str, list[str]] = {}  # by what they are about
+    damaged = []
+    for path in paths:
         try:
             header, stored = read_volume(path)
-        except BadVolume:
-            if skip and (seen or doubts or number < len(paths)):
-                continue
-            raise
+        except BadVolume as problem:
+            damaged.append(problem)
+            continue
         kind, reason = judge_voxels(header, stored, hu_range)
-        if reason:
-            doubts.setdefault(re.sub(r"^has values from \S+ to [^:,]+", "", reason), []).append(f"{path} {reason}")
+        if kind:
+            kinds.setdefault(kind, []).append(f"{path} ({stored.dtype}, {stored.min():g} to {stored.max():g})")
         else:
-            seen.setdefault(kind, []).append(f"{path} ({stored.dtype}, {stored.min():g} to {stored.max():g})")
+            doubts.setdefault(reason.partition(" to ")[2].lstrip("-.e0123456789"), []).append(f"{path} {reason}")
+    if damaged and not (skip and (kinds or doubts)):
+        raise damaged[0]
     if doubts:
-        raise BadInput(
-            *(f"{first} ({1 + len(others)} of {len(paths)} files looked at)" for first, *others in doubts.values())
-        )
-    if len(seen) > 1:
-        examples = "; ".join(f"{kind}: {files[0]}" for kind, files in seen.items())
+        raise BadInput(*(f"{told[0]} ({len(told)} of {len(paths)} files looked at)" for told in doubts.values()))
+    if len(kinds) > 1:
+        examples = "; ".join(f"{kind}: {files[0]}" for kind, files in kinds.items())
         raise BadInput(f"the volumes are of different kinds ({examples}): convert them alike, or name --intensity")
-    kind, files = seen.popitem()
+    kind, files = kinds.popitem()
     log.info("intensity: %s, decided from %d files such as %s", kind, len(files), files[0])
     return kind
 
 
-def decide_spacing(headers: Sequence[Header], orientation: str, asked: Sequence[float]) -> tuple[float, ...] | None:
-    """mm (D, H, W): `--spacing` (columns, rows, slices) where there are raw scans, else what all files say alike."""
-    if any(header.raw for header in headers):
-        return tuple(map(float, reversed(asked)))
-    told = {header.spacing for header in headers}
-    spacing = told.pop() if len(told) == 1 else None
-    return tuple(spacing[axis] for axis in spl_axes(orientation)[0]) if spacing else None
-
-
 def decide_preprocessing(
-    table: Table,
-    grid: Sequence[int],
-    windows: Sequence[Sequence[float]],
-    *,
-    orientation: str | None = None,
-    intensity: str = "auto",
-    hu_range: Sequence[float] = DEFAULT_HU_RANGE,
-    spacing: Sequence[float] = (1.5, 1.5, 3.0),
-    skip: bool = False,
+    table: Table, grid: Sequence[int], windows: Sequence[Sequence[float]], args: argparse.Namespace
 ) -> Preprocessing:
     """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt."""
     headers = read_headers(table)
-    kind = decide_intensity(table, headers, hu_range, skip) if intensity == "auto" else intensity
+    trusted = args.intensity != "auto"
+    kind = args.intensity if trusted else decide_intensity(table, headers, args.hu_range, args.on_bad_volume == "skip")
     channels = headers[0].shape[0] if kind == "windowed" else 1
     odd = [path for path, header in zip(table.paths, headers, strict=True) if header.shape[0] != channels]
     if kind == "windowed" and odd:
         raise BadInput(f"{odd[0]} and {len(odd) - 1} others have not {channels} channels as {table.paths[0]} has")
-    code = decide_orientation(table, headers, orientation)
-    mm = decide_spacing(headers, code, spacing)
-    plain_windows = tuple((float(lo), float(hi)) for lo, hi in windows)
-    return Preprocessing(code, kind, tuple(hu_range), plain_windows, tuple(grid), channels, mm, intensity != "auto")
+    code = decide_orientation(table, headers, args.orientation)
+    told = {header.spacing for header in headers}  # by the files
+    spacing = tuple(map(float, reversed(args.spacing))) if any(header.raw for header in headers) else None
+    if spacing is None and len(told) == 1 and (stored := told.pop()):
+        spacing = tuple(stored[axis] for axis in spl_axes(code)[0])
+    pairs = tuple((float(lo), float(hi)) for lo, hi in windows)
+    return Preprocessing(code, kind, tuple(args.hu_range), pairs, tuple(grid), channels, spacing, trusted)
 
 
 def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespace) -> Preprocessing:
@@ -2143,8 +2101,7 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
         prep = dataclasses.replace(prep, spacing=tuple(map(float, reversed(args.spacing))))
         log.warning(
             "the checkpoint was trained on files of unknown spacing: raw scans are assumed to fit when brought to "
-            "%g x %g x %g mm (columns, rows, slices; see --spacing) and %g x %g x %g mm around the body",
-            *args.spacing, *FIELD_OF_VIEW[::-1],
+            "%g x %g x %g mm (columns, rows, slices; see --spacing)", *args.spacing,
         )  # fmt: skip
     orientation = decide_orientation(table, headers, args.orientation, prep.orientation)
     prep = dataclasses.replace(prep, orientation=orientation)
@@ -6384,10 +6341,7 @@ def preprocessing_from(args: argparse.Namespace, table: Table, backbone: Backbon
     slices, *in_plane = backbone.default_grid if backbone else (64, 224, 224)
     grid = (args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane))
     windows = args.windows or (backbone.windows if backbone else WINDOW_PRESETS["chest"])
-    return decide_preprocessing(
-        table, grid, windows, orientation=args.orientation, intensity=args.intensity, hu_range=args.hu_range,
-        spacing=args.spacing, skip=args.on_bad_volume == "skip",
-    )  # fmt: skip
+    return decide_preprocessing(table, grid, windows, args)
 
 
 def show_data(table: Table, prep: Preprocessing, folder: Path, skip: bool) -> None:

@@ -20,6 +20,7 @@ from finetune_siglip import (
     build_backbone,
     build_optimizer,
 )
+from finetune_siglip import decide_preprocessing as decide
 
 ROOT = Path(__file__).parents[1]
 TINY_SIGLIP = ROOT / "tests" / "assets" / "tiny-siglip"
@@ -35,6 +36,12 @@ SMALL_RESNET3D = {
     "family": "resnet3d", "layers": [2, 1, 1, 1], "block_inplanes": [4, 8, 8, 16], "conv1_t_size": (3, 7, 7),
     "bias_downsample": False, "num_channels": 3, "image_size": 32,
 }  # fmt: skip
+
+
+def decide_preprocessing(table: Table, grid: tuple, windows: tuple, **flags: object) -> Preprocessing:
+    """What is decided where only these flags are given."""
+    usual = {"orientation": None, "intensity": "auto", "hu_range": (-1000.0, 1500.0), "spacing": (1.5, 1.5, 3.0)}
+    return decide(table, grid, windows, Namespace(**usual | {"on_bad_volume": "stop"} | flags))
 
 
 def small_resnet3d_classifier(labels: int = 2, **options: object) -> SiglipClassifier:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import finetune_siglip
-from finetune_siglip import BadInput, Table, check_data, decide_preprocessing, read_headers
-from helpers import CHEST
+from finetune_siglip import BadInput, Table, check_data, read_headers
+from helpers import CHEST, decide_preprocessing
 from phantoms import make_phantom
 from test_raw import CT, needs_ct
 from test_volume import chest, prep, save, table_of
@@ -126,12 +126,12 @@ def test_damaged_scans_are_warnings_where_they_may_be_skipped(phantom: np.ndarra
     table = table_of(damaged, good)
     with pytest.raises(BadInput, match="damaged"):
         decide_preprocessing(table, GRID, CHEST)
-    decided = decide_preprocessing(table, GRID, CHEST, skip=True)
+    decided = decide_preprocessing(table, GRID, CHEST, on_bad_volume="skip")
     assert decided.intensity == "hu"
-    assert decide_preprocessing(table_of(damaged, good, damaged), GRID, CHEST, skip=True) == decided
+    assert decide_preprocessing(table_of(damaged, good, damaged), GRID, CHEST, on_bad_volume="skip") == decided
     found = check_data(table, decided, tmp_path / "data_check.png", skip=True)
     assert any(line.startswith("warning: series 's0' (line 2): ") and "damaged" in line for line in found)
-    for alone in (lambda: decide_preprocessing(table_of(damaged), GRID, CHEST, skip=True),
+    for alone in (lambda: decide_preprocessing(table_of(damaged), GRID, CHEST, on_bad_volume="skip"),
                   lambda: check_data(table_of(damaged), decided, skip=True)):  # fmt: skip
         with pytest.raises(BadInput, match="damaged"):
             alone()

@@ -16,7 +16,6 @@ from finetune_siglip import (
     AIR,
     BadInput,
     BadVolume,
-    decide_preprocessing,
     find_scans,
     load_sample,
     load_volume,
@@ -25,7 +24,7 @@ from finetune_siglip import (
     read_table,
     read_volume,
 )
-from helpers import CHEST
+from helpers import CHEST, decide_preprocessing
 from test_raw import CT, body, csv_of, needs_ct, write_dicom
 from test_volume import table_of
 

@@ -20,7 +20,6 @@ from finetune_siglip import (
     BadVolume,
     Preprocessing,
     body_centre,
-    decide_preprocessing,
     load_sample,
     load_volume,
     prepare_table,
@@ -28,7 +27,7 @@ from finetune_siglip import (
     read_headers,
     read_table,
 )
-from helpers import CHEST
+from helpers import CHEST, decide_preprocessing
 from test_volume import CODES, chest, prep, save, table_of
 
 pydicom = pytest.importorskip("pydicom")

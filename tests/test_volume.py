@@ -34,7 +34,6 @@ from finetune_siglip import (
     Table,
     augment,
     build_loader,
-    decide_preprocessing,
     decide_preprocessing_like,
     judge_voxels,
     load_sample,
@@ -47,7 +46,7 @@ from finetune_siglip import (
     write_npz,
     write_skipped,
 )
-from helpers import CHEST, ROOT
+from helpers import CHEST, ROOT, decide_preprocessing
 
 CPU = torch.device("cpu")
 CODES = [

@@ -79,10 +79,10 @@ def run_arguments(scans, tower, out, *more):
 def test_whole_runs_of_one_and_two_processes_agree_and_predict_the_table_in_order(scans, tower, tmp_path):
     lines, tables = [], []
     for ranks in (1, 2):
-        out = tmp_path / str(ranks)
+        out, predicted = tmp_path / str(ranks), tmp_path / f"predicted_{ranks}"
         training = run_arguments(scans, tower, out, "--epochs", 2, "--batch-size", 6 // ranks)
         model = ["--test-only", out / "best_model.pth", "--csv", scans, "--label-columns", "Cardiomegaly",
-                 "Pleural effusion", "--output-dir", out, "--num-workers", 0]  # fmt: skip
+                 "Pleural effusion", "--output-dir", predicted, "--num-workers", 0]  # fmt: skip
         for argv in (training, model):
             if ranks == 1:
                 assert main([str(word) for word in argv]) == 0
@@ -91,7 +91,7 @@ def test_whole_runs_of_one_and_two_processes_agree_and_predict_the_table_in_orde
             done = subprocess.run(command, env=QUIET, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr[-3000:]
         lines.append([json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()])
-        tables.append((out / "test_predictions.csv").read_text().splitlines())
+        tables.append((predicted / "test_predictions.csv").read_text().splitlines())
     assert [row.split(",")[0] for row in tables[0]] == [row.split(",")[0] for row in tables[1]]
     for one, two in zip(*lines, strict=True):
         assert two["train_loss"] == pytest.approx(one["train_loss"], abs=1e-5)

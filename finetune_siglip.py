@@ -12,8 +12,7 @@ r"""Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel class
 
     python finetune_siglip.py --csv scans.csv --pretrained google/siglip-base-patch16-224 \
         --label-columns "Lung nodule" "Pleural effusion" --output-dir outputs/first --amp --use-ema
-    python finetune_siglip.py --csv scans.csv --test-only outputs/first/best_model.pth \
-        --label-columns "Lung nodule" "Pleural effusion" --test-output predictions.csv
+    python finetune_siglip.py --csv scans.csv --test-only outputs/first/best_model.pth --output-dir outputs/test
     python finetune_siglip.py --help
 
 The file is read from top to bottom, the way the data flows; a room calls only rooms above it:
@@ -54,7 +53,6 @@ import os
 import platform
 import random
 import re
-import resource
 import secrets
 import shlex
 import shutil
@@ -146,7 +144,6 @@ PATIENT_AXIS = {"R": 0, "L": 0, "A": 1, "P": 1, "S": 2, "I": 2}
 
 def numeric(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
     """Argument type: a finite int or float from `low`, or only above it, to `high`."""
-
     limits = f"{'above' if above else 'at least'} {low:g}" + ("" if high == math.inf else f" and at most {high:g}")
 
     def parse(text: str) -> float:
@@ -254,8 +251,7 @@ def build_parser() -> Parser:
     add("--label-columns", nargs="+", metavar="NAME",
         help="finding columns, names with spaces in quotes, or @FILE with one a line; only training needs them")
     add("--orientation", type=orientation_code, help="towards which side of the patient each stored axis rises [SPL]")
-    add("--intensity", choices=("auto", "hu", "unit", "windowed"), default="auto",
-        help="what a stored value means [auto]")
+    add("--intensity", choices=("auto", "hu", "unit", "windowed"), default="auto", help="what voxels hold [auto]")
     add("--hu-range", nargs=2, type=float, default=DEFAULT_HU_RANGE, metavar=("LO", "HI"),
         help="HU that 0 and 1 stand for with --intensity unit [-1000 1500]")
     add("--windows", type=window_list,
@@ -277,8 +273,7 @@ def build_parser() -> Parser:
     add("--check-data", action="store_true", help="report on table and volumes, draw data_check.png and stop")
     add("--prepare", type=Path, metavar="DIR",
         help="convert the raw scans of --csv to files and a CSV in this folder and stop; repeat to go on")
-    add("--format", choices=("npz", "b2nd"), default="npz",
-        help="of the files of --prepare: NumPy's, or blosc2's, which are read three times as fast [npz]")
+    add("--format", choices=("npz", "b2nd"), default="npz", help="what --prepare writes; b2nd is read faster [npz]")
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained", help="SigLIP checkpoint: a hub name, a folder, .bin, .pt, .pth or .safetensors")
@@ -312,8 +307,7 @@ def build_parser() -> Parser:
     add("--select", choices=("macro_f1", "macro_auc", "macro_average_precision", "val_loss"), default="macro_f1",
         help="figure on val that epochs are compared by; then macro average precision, then lower loss [macro_f1]")
     add("--use-ema", action="store_true", help="validate, save and predict with averaged weights")
-    add("--soup", action="store_true",
-        help="at the end try the mean of the three best epochs' weights, and keep it where it is better on val")
+    add("--soup", action="store_true", help="keep the mean of the three best epochs' weights where better on val")
     add("--amp", action="store_true", help="mixed precision: bf16 where the device has it, else fp16 with loss scaling")
     add("--compile", choices=("auto", "on", "off"), default="auto", help="compile the blocks; auto: on a GPU [auto]")
     add("--deterministic", choices=("on", "off"), default="on",
@@ -321,10 +315,8 @@ def build_parser() -> Parser:
     add("--slice-chunk", type=count, metavar="N", help="slices through the backbone at once [from free memory]")
     add("--grad-checkpointing", choices=("auto", "on", "off"), default="auto",
         help="compute activations again in the backward pass; auto: where they would not fit in memory [auto]")
-    add("--layer-decay", type=multiple, default=1.0,
-        help="each backbone block learns at this multiple of the rate of the one above [1.0]")
+    add("--layer-decay", type=multiple, default=1.0, help="each block's rate as a multiple of the next one's [1.0]")
     add("--backbone-lr-scale", type=multiple, default=1.0, help="multiple of --lr for the backbone [1.0]")
-    add("--unfreeze-epoch", type=whole_number, default=0, metavar="N", help="epochs in which the head alone trains [0]")
     add("--lora-rank", type=whole_number, default=0, metavar="R", help="train adapters, merged on saving; 0: none [0]")
     add("--skip-air", action="store_true", help="leave patches outside the body out of the ViT (SigLIP family)")
     add("--cache-features", type=Path, metavar="DIR", help="keep a frozen backbone's features there; no augmentation")
@@ -414,7 +406,7 @@ def conflicts(args: argparse.Namespace) -> list[str]:
     training = not (args.test_only or args.check_data or args.prepare or args.score)
     named = args.label_columns or []
     (lo, hi), repeated = args.hu_range, sorted({name for name in named if named.count(name) > 1})
-    frozen = args.freeze_up_to != 0 and not args.lora_rank and not args.unfreeze_epoch
+    frozen = args.freeze_up_to != 0 and not args.lora_rank
     return [message for wrong, message in (
         (not args.csv and not args.images, "--csv is required"),
         (args.images and not args.test_only, "--images needs --test-only"),
@@ -422,6 +414,7 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         (training and not named, "--label-columns is required"),
         (training and not args.pretrained, "--pretrained is required unless --test-only names a checkpoint"),
         (not -math.inf < lo < hi < math.inf, f"--hu-range needs LO < HI, not {lo:g} {hi:g}"),
+        (args.resume and args.overwrite, "--resume continues a run and --overwrite replaces it: leave out one of them"),
         (args.dropout_rate == 1, "--dropout-rate must be below 1"),
         (args.cache_features and not frozen,
          "--cache-features needs a backbone that stays as it is: no LoRA, --freeze-up-to all"),
@@ -2069,8 +2062,13 @@ def decide_intensity(table: Table, headers: Sequence[Header], hu_range: Sequence
 def decide_preprocessing(
     table: Table, grid: Sequence[int], windows: Sequence[Sequence[float]], args: argparse.Namespace
 ) -> Preprocessing:
-    """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt."""
+    """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt.
+
+    `grid` and `windows` are the backbone's, which arguments overrule.
+    """
     headers = read_headers(table)
+    slices, *in_plane = grid
+    grid = (args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane))
     trusted = args.intensity != "auto"
     kind = args.intensity if trusted else decide_intensity(table, headers, args.hu_range, args.on_bad_volume == "skip")
     channels = headers[0].shape[0] if kind == "windowed" else 1
@@ -2082,8 +2080,8 @@ def decide_preprocessing(
     spacing = tuple(map(float, reversed(args.spacing))) if any(header.raw for header in headers) else None
     if spacing is None and len(told) == 1 and (stored := told.pop()):
         spacing = tuple(stored[axis] for axis in spl_axes(code)[0])
-    pairs = tuple((float(lo), float(hi)) for lo, hi in windows)
-    return Preprocessing(code, kind, tuple(args.hu_range), pairs, tuple(grid), channels, spacing, trusted)
+    pairs = tuple((float(lo), float(hi)) for lo, hi in args.windows or windows)
+    return Preprocessing(code, kind, tuple(args.hu_range), pairs, grid, channels, spacing, trusted)
 
 
 def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespace) -> Preprocessing:
@@ -2644,39 +2642,46 @@ WEIGHT_FILES = (  # of a folder or hub model, in order of trust; BioViL's stand 
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 HUB_NAME = re.compile(
     r"(?:hf[-_]hub:|hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?P<name>[\w.-]+/[\w.-]+?)"
-    r"(?:(?:@|/(?:tree|blob|resolve|raw)/)(?P<revision>[^/?]+)(?:/(?P<file>[^?]+?))?)?/?(?:\?.*)?"
+    r"(?:@(?P<at>[\w.-]+)|/(?:tree|blob|resolve|raw)/(?P<revision>[^/?]+)(?:/(?P<file>[^?]+?))?)?/?(?:\?.*)?"
 )
-UNZERO = "of DeepSpeed ZeRO-3: run `python zero_to_fp32.py . FOLDER` in the checkpoint's folder, and name that folder"
-NOT_WEIGHTS = (  # pattern of a file's first bytes or, in a zip archive, of a member's name; what the file then is
-    (r"\A\Z|\A\s*[<{]|\Aversion https://git-lfs", "empty, or text instead of weights (a Git LFS pointer, a web page, "
-     "JSON): download it again, or run `git lfs pull` there"),
-    (r"\A(\x89HDF|GGUF|\x81\xa6params|\x08)", "an HDF5, GGUF, Flax or ONNX file: use the model's PyTorch weights"),
-    (r"\A\x1f\x8b|\A.{257}ustar|\.safetensors$", "an archive (gzip, tar or zip): unpack it first"),
-    (r"/constants\.pkl$", "a TorchScript program: save its state_dict() instead"),
-    (r"\.npy$", "a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy"),
-)  # fmt: skip
-NOT_A_MODEL = (  # pattern of a name in a folder without weights; what the folder then is
-    (".metadata", "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint.format_utils "
-     "dcp_to_torch {} model.pt`, and name that file"),
-    ("zero_to_fp32.py", f"a checkpoint {UNZERO}"),
-    ("*_optim_states.pt", f"a checkpoint {UNZERO}"),
-    ("models--*", "the hub's cache: name one of its models"),
-    ("snapshots/*", "several snapshots of a hub model: name one of them"),
-)  # fmt: skip
-UNFIT = (  # pattern of a tensor's name, type and shape; what an encoder that holds it is
-    (r"\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale\w*) | torch\.(q?u?int8|qint32|float8\w*) ",
-     "a quantised model: use the original weights"),
-    (r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.", "a model with LoRA adapters: merge it into its base model, "
-     "model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"),
-    (r" \(0,\)$", f"empty placeholders {UNZERO}"),
-    (r"conv1\.weight \S+ \(\d+, \d+, 7, 7, 7\)", "a 3D ResNet of MedicalNet's kind: other strides than Merlin's"),
-    (r"embeddings\.class_embedding ", "a CLIP model, not SigLIP"),
-)  # fmt: skip
-LOOKS = (  # the same, of a file without a known encoder
+MERGE = "merge it into its base model, model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"
+UNZERO = (
+    "holds the empty placeholders that DeepSpeed ZeRO-3 leaves, not weights: run `python zero_to_fp32.py . FOLDER` "
+    "in the checkpoint's folder, and name that folder"
+)
+UNDCP = (
+    "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+    "{} model.pt`, and name that file"
+)
+ORIGINAL = "a quantised model: use the original weights"
+FOREIGN_FILES = (  # first bytes, what the file then is
+    (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull` there"),
+    (b"<", "a web page, not weights: the download met a login or error page; download it again"),
+    (b"{", "JSON text, not weights"),
+    (b"\x89HDF", "an HDF5 file (TensorFlow, Keras): use the model's safetensors"),
+    (b"GGUF", "a GGUF file: use the original weights"),
+    (b"\x1f\x8b", "a gzip archive: unpack it first"),
+    (b"\x81\xa6params", "weights of Flax: use the model's safetensors"),
+    (b"\x08", "an ONNX graph: use the model's PyTorch weights"),
+)
+INSIDE_ZIP = (  # a member of the archive, what the file then is
+    ("/constants.pkl", "a TorchScript program: save its state_dict() instead"),
+    (".npy", "a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy"),
+    (".safetensors", "a zip archive of weights: unpack it first"),
+)
+NOT_PLAIN = (  # pattern of a tensor's name, what the weights then are instead of plain
+    (r"_packed_params|\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale(_inv)?)$", ORIGINAL),
+    (r"(^|\.)(lora_[A-Za-z_]+|base_layer|modules_to_save)\.", f"a model with LoRA adapters: {MERGE}"),
+)
+LOOKS = (  # pattern of a tensor's name, what the file then seems to be
     (r"^visual_transformer\.|enc_(spatial|temporal)_transformer\.", "CT-CLIP (a CTViT), which no library here builds"),
-    (r"\.resblocks\.", "a CLIP model, not SigLIP"),
-    (r"(^|\.)(cls|class)_token ", "a ViT without the config.json that describes it"),
-    (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight ", "a ResNet other than the 3D ResNet-152 and BioViL's"),
+    (r"(^|\.)(rpn|roi_heads|bbox_embed|(box|classification|regression)_head|box_predictor|dfl)\.", "a detection model"),
+    (r"class_embedding$|\.resblocks\.", "a CLIP model, not SigLIP"),
+    (r"(^|\.)(cls|class)_token$|embeddings\.patch_embeddings\.", "a ViT without the config.json that describes it"),
+    (r"word_embeddings|token_embedding|embed_tokens|(^|\.)wte\.|text_model", "a text model without an image tower"),
+    (r"decode_head|up_?blocks?\.|upconv|decoder\d*\.|swinViT", "a segmentation or generation model"),
+    (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight$", "a ResNet other than the 3D ResNet-152 and BioViL's"),
+    (r"exp_avg", "the state of an optimiser"),
 )
 SUPPORTED = (
     "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, DINOv2 "
@@ -2684,107 +2689,139 @@ SUPPORTED = (
 )
 
 
-def locate_weights(source: str) -> list[Path]:
-    """The weights file, or all its shards, that a path, a folder, a hub name or a hub address stands for."""
-    path, hub = Path(source.removeprefix("local-dir:")).expanduser(), HUB_NAME.fullmatch(source)
-    if os.path.exists(path):
-        return shards_of(weights_in(path) if path.is_dir() or path.suffix == ".distcp" else path)
-    if not hub or (path.suffix in WEIGHT_SUFFIXES and not hub["file"]):
-        raise BadInput(f"{source}: no such file or folder, and no name of a model on the Hugging Face hub")
-    return download_weights(**hub.groupdict())
-
-
-def weights_in(folder: Path) -> Path:
-    """The weights file, index or first shard in a folder (or beside a file), which may be of a hub's cache."""
-    folder = folder if folder.is_dir() else folder.parent
-    if len(snapshots := sorted(folder.glob("snapshots/*"))) == 1:
-        folder = snapshots[0]
-    named = [folder / name for name in WEIGHT_FILES if os.path.isfile(folder / name)]
-    others = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
-    if named or (others and set(others) <= set(shards_of(others[0]))):
-        return (named or others)[0]
-    for pattern, what in NOT_A_MODEL:
-        if any(folder.glob(pattern)):
-            raise BadInput(f"{folder}: {what.format(folder)}")
-    names = ", ".join(file.name for file in others[:5]) or "none"
-    raise BadInput(f"{folder}: a folder should hold one weights file, found {names}: name the file")
+def locate_weights(source: str) -> Path:
+    """The weights file that a path, a folder, a hub name or a hub address stands for, all its shards being there."""
+    path = Path(source.removeprefix("local-dir:")).expanduser()
+    if not os.path.exists(path):
+        hub = HUB_NAME.fullmatch(source)
+        if not hub or (source.endswith(WEIGHT_SUFFIXES) and not hub["file"]):
+            web = re.match(r"\w+://", source)
+            raise BadInput(f"{source}: " + ("download it and name the file" if web else "no such file or folder"))
+        return download_weights(hub["name"], hub["at"] or hub["revision"], hub["file"])
+    if not os.path.isdir(path):
+        shards_of(path)
+        return path
+    if (path / "snapshots").is_dir():  # of the hub's cache
+        refs = [ref.read_text().strip() for ref in (path / "refs").glob("main")]
+        found = [path / "snapshots" / ref for ref in refs] or sorted((path / "snapshots").iterdir())
+        if len(found) != 1:
+            raise BadInput(f"{path}: holds {len(found)} snapshots of a hub model: name one of its folders")
+        return locate_weights(str(found[0]))
+    named = [path / name for name in WEIGHT_FILES if os.path.isfile(path / name)]
+    found = named[:1] or [f for f in sorted(path.iterdir()) if f.suffix in WEIGHT_SUFFIXES and f.is_file()]
+    if found and (shards := shards_of(found[0])) and (named or set(found) <= set(shards)):
+        return found[0]
+    if (path / ".metadata").is_file():
+        raise BadInput(f"{path}: {UNDCP.format(path)}")
+    if (path / "zero_to_fp32.py").is_file() or any(path.glob("*_optim_states.pt")):
+        raise BadInput(f"{path}: a DeepSpeed checkpoint, {UNZERO}")
+    if models := sorted(path.glob("models--*")):
+        raise BadInput(f"{path}: the hub's cache: name one of its models, such as {models[0]}")
+    names = ", ".join(file.name for file in found[:5]) or "none"
+    raise BadInput(f"{path}: a folder should hold one weights file, found {names}: name the file")
 
 
 def shards_of(path: Path) -> list[Path]:
     """All files of the model that `path` is a shard or the index of, or itself; BadInput where one is missing."""
     names = [path.name]
     if path.name.endswith(".index.json"):
-        names = sorted({Path(name).name for name in dict(read_json(path).get("weight_map", {})).values()})
+        names = sorted({str(name) for name in dict(read_json(path).get("weight_map", {})).values()})
+        if not names or any(Path(name).name != name for name in names):
+            raise BadInput(f"{path}: not an index of weight files lying beside it")
     elif shard := SHARD.fullmatch(path.name):
         names = [f"{shard[1]}-{n:05}-of-{shard[3]}{shard[4]}" for n in range(1, int(shard[3]) + 1)]
-    missing = [name for name in names if not os.path.isfile(path.with_name(name))]
-    if missing == [path.name]:
-        raise BadInput(f"{path}: not a regular file")
-    if missing or not names:
+    if missing := [name for name in names if not os.path.isfile(path.with_name(name))]:
+        if len(names) == 1:
+            raise BadInput(f"{path}: not a regular file")
         raise BadInput(
             f"{path}: one of {len(names)} shards, and {', '.join(missing[:3])} is not beside it: get it there, "
-            f"`hf download NAME {' '.join(missing[:1])} --local-dir {path.parent}` if it came from the hub"
+            f"`hf download NAME {missing[0]} --local-dir {path.parent}` if it came from the hub"
         )
     return [path.with_name(name) for name in names]
 
 
-def download_weights(name: str, revision: str | None, file: str | None) -> list[Path]:
-    """The weights files of a hub model, its configuration beside them: from the local cache, else from the network."""
+def download_weights(name: str, revision: str | None, wanted: str | None) -> Path:
+    """The weights file of a hub model, its configuration beside it: from the local cache, else from the network."""
     from huggingface_hub import HfApi, errors, logging, snapshot_download
 
     logging.set_verbosity_error()  # it retries a dead network for 20 s, in ten lines of its own
     with suppress(errors.LocalEntryNotFoundError, BadInput):  # BadInput: a cached folder without all weights
-        cached = snapshot_download(name, revision=revision, local_files_only=True)
-        return locate_weights(f"{cached}/{file or ''}")
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+        return locate_weights(str(folder / wanted if wanted else folder))
     try:
         files = HfApi().list_repo_files(name, revision=revision)
-        file = file or next((known for known in WEIGHT_FILES if known in files), None)
-        if not file:
+        wanted = wanted or next((file for file in WEIGHT_FILES if file in files), None)
+        if not wanted:
             raise BadInput(f"{name}: this hub model has no weights file of a known name; download it and name the file")
-        shards = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+)(\.index\.json)?$", r"-*\2", file)
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[file, shards, "*.json"]))
-    except errors.RepositoryNotFoundError:  # a gated one is of this kind as well
-        raise BadInput(
-            f"{name}: neither a file or folder here nor a model on the Hugging Face hub that you may read: if it has "
-            f"terms, accept them on huggingface.co/{name}, then run `hf auth login`"
-        ) from None
+        shards = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+)(\.index\.json)?$", r"-*\2", wanted)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[wanted, shards, "*.json"]))
+    except errors.GatedRepoError:
+        raise BadInput(f"{name}: accept its terms on huggingface.co/{name}, then run `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise BadInput(f"{name}: neither a file or folder here nor a model on the Hugging Face hub") from None
     except (errors.HfHubHTTPError, OSError) as error:
-        why = f"neither here nor in the hub's cache, and the hub is out of reach ({first_line(error)})"
-        raise BadEnvironment(f"{name}: {why}") from None
-    return locate_weights(str(folder / file))
+        raise BadEnvironment(
+            f"{name}: neither here nor in the hub's cache, and the hub is out of reach ({first_line(error)})"
+        ) from None
+    return locate_weights(str(folder / wanted))
 
 
 def harmless_types() -> list[Any]:
-    """What trainers keep beside the weights, for PyTorch's allow-list: plain data, built without a file's code."""
-    array, dtypes = np.zeros(1), {type(np.dtype(kind)) for kind in "?bhilqBHILQefdUSOMm"}
-    kinds: list[Any] = [argparse.Namespace, datetime, date, timedelta, timezone, np.ndarray, np.dtype, *dtypes]
-    # The rest is named as files name it, so that another NumPy, Python or system than the writer's reads it too.
+    """What trainers keep beside the weights, for PyTorch's allow-list: plain data, built without running a file's code.
+
+    Some are named as the file names them, so that another NumPy, Python or system than the writer's reads it too.
+    """
+    array, dtype = np.zeros(1), {type(np.dtype(kind)) for kind in "?bhilqBHILQefdUSOMm"}
+    kinds: list[Any] = [argparse.Namespace, datetime, date, timedelta, timezone, np.ndarray, np.dtype, *dtype]
     for core in ("numpy.core", "numpy._core"):
         kinds += [(array.__reduce__()[0], f"{core}.multiarray._reconstruct")]
         kinds += [(array[0].__reduce__()[0], f"{core}.multiarray.scalar")]
     for module, pure in itertools.product(("pathlib", "pathlib._local"), ("", "Pure")):
         kinds += [(PurePosixPath, f"{module}.{pure}PosixPath"), (PureWindowsPath, f"{module}.{pure}WindowsPath")]
-    for module in ("pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data"):
-        kinds += [(dict, f"{module}.AttributeDict"), (dict, f"{module.replace('.fabric', '_fabric')}.AttributeDict")]
-    return kinds
+    modules = (
+        "pytorch_lightning.utilities.parsing",
+        "lightning.fabric.utilities.data",
+        "lightning_fabric.utilities.data",
+    )
+    return kinds + [(dict, f"{module}.AttributeDict") for module in modules]
 
 
 def open_weights(path: Path) -> dict[str, Any]:
     """The content of a weights file: names and tensors, perhaps nested; memory-mapped, and nothing in it is run."""
+    if (shards := shards_of(path)) != [path]:
+        return {name: tensor for shard in shards for name, tensor in flatten(open_one(shard)).items()}
+    return open_one(path)
+
+
+def open_one(path: Path) -> dict[str, Any]:
+    """The same for one file. Raises BadInput with what the file is where it holds no named tensors."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
-            from safetensors.torch import load_file
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+    if not head:
+        raise BadInput(f"{path}: is empty: the download or copy failed; get it again")
+    if head[257:262] == b"ustar":
+        raise BadInput(f"{path}: a tar archive: unpack it first")
+    if path.suffix == ".distcp":
+        raise BadInput(f"{path}: {UNDCP.format(path.parent)}")
+    safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+    for start, what in () if safetensors else FOREIGN_FILES:  # a safetensors header may start with any byte
+        if head.lstrip().startswith(start):
+            raise BadInput(f"{path}: {what}")
+    try:
+        if safetensors:
+            from safetensors import safe_open
 
-            return load_file(path)
-        zipped = head.startswith(b"PK")
-        text = "\n".join(zipfile.ZipFile(path).namelist()) if zipped else head.decode("latin-1")
-        for pattern, what in NOT_WEIGHTS:
-            if re.search(pattern, text, re.DOTALL | (re.MULTILINE if zipped else 0)):
+            with safe_open(path, framework="pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        names = zipfile.ZipFile(path).namelist() if head.startswith(b"PK") else []
+        for end, what in INSIDE_ZIP:
+            if any(name.endswith(end) for name in names):
                 raise BadInput(f"{path}: {what}")
         with torch.serialization.safe_globals(harmless_types()):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(names))
     except UserError:
         raise
     except Exception as error:  # the bytes can lead the readers anywhere
@@ -2793,7 +2830,7 @@ def open_weights(path: Path) -> dict[str, Any]:
                 f"{path}: reading it would run code that it names ({needs[1]}), which this script does not do: "
                 "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
             ) from None
-        reason = f"{type(error).__name__}: {first_line(error)[:120]}"
+        reason = str(error).splitlines()[0][:120] if " " in str(error) else type(error).__name__  # not a bare KeyError
         raise BadInput(f"{path}: not readable as weights, damaged or incomplete ({reason}): get it again") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: holds a {type(found).__name__}, not named tensors. {SUPPORTED}")
@@ -2818,21 +2855,19 @@ def flatten(root: dict) -> dict[str, Tensor]:
 
 @dataclass
 class Found:
-    """An image encoder's tensors, named as in the file without `prefix`, and what bears on its configuration."""
+    """An image encoder's tensors in a file, and what else bears on its configuration.
+
+    `tensors` are named as in the file without `prefix`, then as the built backbone's `net` names them.
+    """
 
     source: str
-    beside: dict[str, Any] = field(default_factory=dict)  # config, open_clip_config, preprocessor_config: JSON files
-    asked_heads: int | None = None
+    tensors: dict[str, Tensor]
+    sidecars: dict[str, Any]  # config, open_clip_config, preprocessor_config: the JSON files beside it
+    heads: int | None = None
     notes: list[str] = field(default_factory=list)
-    config: dict[str, Any] = field(default_factory=dict)
     prefix: str = ""
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # names in the file that belong to no part of the image encoder
-
-    def take(self, tensors: dict[str, Tensor], prefix: str) -> None:
-        """Of a file's tensors, those under this prefix are the encoder's."""
-        self.prefix, self.unused = prefix, [name for name in tensors if not name.startswith(prefix)]
-        self.tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     def blocks(self, pattern: str) -> int:
         """How many blocks there are, `pattern` finding the number of one in a tensor's name."""
@@ -2844,50 +2879,299 @@ class Found:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        with suppress(AttributeError, KeyError, TypeError, ValueError):
-            return AutoConfig.for_model(**self.beside.get("config", {}))
-        return None
+        try:
+            return AutoConfig.for_model(**self.sidecars.get("config", {}))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
 
-    def timm_model(self) -> tuple[str, dict[str, Any], int | None]:
-        """Name, arguments and image size, as far as the configuration of timm or open_clip states them."""
-        timm = self.beside.get("config", {})
-        clip = self.beside.get("open_clip_config", {}).get("model_cfg", {}).get("vision_cfg", {})
-        pixels = clip.get("image_size") or timm.get("pretrained_cfg", {}).get("input_size", [None])[-1]
-        return timm.get("architecture") or clip.get("timm_model_name") or "", timm.get("model_args") or {}, pixels
+    def clip_settings(self) -> dict[str, Any]:
+        """What open_clip's configuration says of the image tower."""
+        return self.sidecars.get("open_clip_config", {}).get("model_cfg", {}).get("vision_cfg", {})
 
-    def heads(self, width: int, act: str, stated: int | None = None) -> int:
-        """Attention heads from `--backbone-heads`, else as stated, else those of published towers, assumed aloud."""
-        heads = self.asked_heads or stated or {1152: 16, 1536: 16}.get(width, width / 64)
-        if width % heads or heads != int(heads):
-            raise BadInput(f"{self.source}: {heads:g} heads do not divide its width of {width}: see --backbone-heads")
-        if not (self.asked_heads or stated):
-            self.notes.append(f"assumed, without a config.json: {heads:g} heads (--backbone-heads), {act}")
-        return int(heads)
-
-    def normalisation(self, channels: int) -> dict[str, Any]:
-        """Windows in HU, and mean and deviation of what they show in [0, 1], None being those of each slice.
-
-        As the JSON files beside the weights say; else what such towers were trained with, aloud.
-        """
-        said = self.beside.get("preprocessor_config") or self.beside.get("config", {}).get("pretrained_cfg", {})
-        if said.get("image_processor_type") == "CuriaImageProcessor":  # HU as they are, air at the least
-            return {"mean": None, "std": None, "windows": [[-1000.0, 3071.0]] * 3}
-        mean, std = (said.get(f"image_{key}", said.get(key)) for key in ("mean", "std"))
-        windows = WINDOW_PRESETS["merlin" if channels == 1 else "chest"]
-        if not (mean and std):
-            usual = "DALE-CT" if channels == 1 else "ImageNet"
-            self.notes.append(f"assumed, nothing beside it saying otherwise: the normalisation of {usual}")
-            mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-            if channels == 1:  # Damron et al., 2026: HU in -997..888, less -142.39, over 360.97
-                mean, std, windows = [854.61 / 1885], [360.97 / 1885], ((-997.0, 888.0),) * 3
-        if channels == 1:  # a tower of one channel is often said to have the means of three
-            mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
-        return {"mean": mean, "std": std, "windows": windows}
+    def pixels(self) -> int | None:
+        """Image size that open_clip's or timm's configuration states."""
+        timm = self.sidecars.get("config", {}).get("pretrained_cfg", {})
+        return self.clip_settings().get("image_size") or timm.get("input_size", [None])[-1]
 
 
-# The encoders: their modules are the libraries', so that files fit; what is done with them is one interface. `read`
-# makes the configuration of what was found, the constructor the module of the configuration, with random weights, and
-# `adopt` names the file's tensors as that module does.
+TIMM_NAMES = (
+    (r"^(patch_embed|embeds)\.proj", "embeddings.patch_embedding"),
+    (r"^(embeds\.)?pos_embed", "embeddings.position_embedding.weight"),
+    (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
+    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
+    (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
+    (r"^norm\.", "post_layernorm."),
+    (r"^attn_pool\.latent", "head.probe"),
+    (r"^attn_pool\.proj", "head.attention.out_proj"),
+    (r"^attn_pool\.norm", "head.layernorm"),
+    (r"^attn_pool\.mlp", "head.mlp"),
+)
+
+
+def rename_timm_siglip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's and open_clip's names as Hugging Face's: qkv is fused in theirs, the pool's q and kv are in ours."""
+    kept = {}
+    for kind in ("weight", "bias"):
+        if f"attn_pool.q.{kind}" in theirs:
+            pool = [theirs.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
+            kept[f"head.attention.in_proj_{kind}"] = torch.cat(pool)
+    for name, tensor in theirs.items():
+        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                kept[f"encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}"] = rows
+        else:
+            for pattern, hf_name in TIMM_NAMES:
+                name = re.sub(pattern, hf_name, name)
+            kept[name] = tensor.flatten(0, -2) if "position" in name else tensor  # (1, P, E) to (P, E)
+    return kept
+
+
+def read_siglip(found: Found) -> None:
+    """Configuration from shapes; what shapes cannot tell comes from a fitting config.json, or is assumed and noted."""
+    timm = HF_SIGLIP not in found.tensors
+    if timm:
+        found.tensors = rename_timm_siglip(found.tensors)
+    kept, settings = found.tensors, {}
+    kept.pop("embeddings.position_ids", None)  # a counter that old files store
+    patch, positions = kept[HF_SIGLIP], kept["embeddings.position_embedding.weight"]
+    naflex = patch.ndim == 2  # a linear layer over flattened (p, p, C) patches is a convolution written otherwise
+    if naflex:
+        side = math.isqrt(patch.shape[1] // 3)
+        patch = kept[HF_SIGLIP] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+        found.notes.append("SigLIP 2 NaFlex: its tower is used at a fixed square size")
+    width, channels, size, _ = patch.shape
+    grid, head = math.isqrt(len(positions)), any(name.startswith("head.") for name in kept)
+    stated = found.pixels() if (found.pixels() or 0) // size == grid else None
+    # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
+    later = not timm or naflex or size == 32 or width == 1536 or (width, size) == (1152, 16)
+    act = "gelu_pytorch_tanh" if later or (width, len(positions)) == (1024, 1024) else "gelu"
+    found.config = {
+        "family": "siglip", "hidden_size": width, "num_hidden_layers": found.blocks(r"encoder\.layers\.(\d+)\."),
+        "num_attention_heads": {1152: 16, 1536: 16}.get(width, width // 64),
+        "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]), "num_channels": channels,
+        "patch_size": size, "image_size": stated or grid * size,
+        "hidden_act": act, "layer_norm_eps": 1e-6, "vision_use_head": head, "naflex": naflex,
+    }  # fmt: skip
+    if not head:
+        found.notes.append("no pooling head in the file: its feature is the mean of its tokens")
+    if (size, grid) == (14, 27) and not stated:
+        found.notes.append("assumed to be for images of 384 pixels; one of timm's ..._378 wants --image-size 378")
+        found.config["image_size"] = 384  # as published, though 384 = 27 * 14 + 6
+    if library := found.library_config():
+        vision = getattr(library, "vision_config", library).to_dict()
+        settings = {k: vision[k] for k in SIGLIP_KEYS if k in vision}
+        if vision.get("hidden_size") != width:
+            found.notes.append(f"config.json ignored: its tower is {vision.get('hidden_size')} wide, this one {width}")
+            settings = {}
+        elif settings.get("image_size", 0) // size != grid:
+            settings.pop("image_size", None)
+    found.config |= settings
+    found.config["num_attention_heads"] = check_heads(found, width, act, stated=bool(settings))
+
+
+def check_heads(found: Found, width: int, act: str, stated: bool = False) -> int:
+    """Attention heads from `--backbone-heads`, else as stated, else assumed aloud."""
+    if not (found.heads or stated) and width % 64:
+        raise BadInput(
+            f"{found.source}: without a config.json its width of {width} does not tell the number of attention heads: "
+            "name it with --backbone-heads"
+        )
+    heads = found.heads or found.config.get("num_attention_heads", width // 64)
+    if not (found.heads or stated):
+        found.notes.append(f"assumed, without a config.json: {heads} heads (--backbone-heads), {act}")
+    if width % heads:
+        raise BadInput(f"{found.source}: {heads} attention heads do not divide its width of {width} (--backbone-heads)")
+    return heads
+
+
+def read_timm(found: Found) -> None:
+    """A ViT that timm builds: by the name its configuration states, else by what its tensors show."""
+    tensors, stated = found.tensors, found.sidecars.get("config", {})
+    name = stated.get("architecture") or found.clip_settings().get("timm_model_name") or ""
+    registers = sum(tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors)
+    if "siglip" in name or not (name or "cls_token" in tensors or registers):
+        return read_siglip(found)
+    width, channels, patch, _ = tensors[TIMM_VIT].shape
+    settings: dict[str, Any] = stated.get("model_args") or {}
+    if not name and "pos_embed" not in tensors:  # rotary or relative positions, as in DINOv3 and BEiT
+        raise BadInput(f"{found.source}: a timm ViT without pos_embed: put its config.json, that names it, beside it")
+    if not name:  # DINOv2, of Meta's names or timm's, and plain ViTs differ by these alone
+        gated, positions = "blocks.0.mlp.w12.weight" in tensors, tensors["pos_embed"].shape[1]
+        hidden = len(tensors["blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight"])
+        gated |= hidden == 2 * tensors.get("blocks.0.mlp.fc2.weight", tensors[TIMM_VIT]).shape[1]
+        name = "vit_base_patch16_224" if "blocks.0.ls1.gamma" not in tensors else "vit_large_patch14_dinov2"
+        settings = {
+            "patch_size": patch, "img_size": math.isqrt(positions) * patch, "embed_dim": width,
+            "depth": found.blocks(r"blocks\.(\d+)\."), "mlp_ratio": hidden / width, "reg_tokens": registers,
+            "no_embed_class": bool(registers) or math.isqrt(positions) ** 2 == positions,
+            "pre_norm": "norm_pre.weight" in tensors, "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+            "num_heads": check_heads(found, width, "the exact GELU"),
+        }  # fmt: skip
+        name = "vit_giant_patch14_dinov2" if gated else name
+    found.config = {"family": "timm", "architecture": name, "arguments": settings}
+    found.config["image_size"] = settings.get("img_size") or found.pixels()
+    found.config |= {"num_channels": channels, "patch_size": patch, **normalisation(found, channels)}
+
+
+def read_transformers(found: Found) -> None:
+    """DINOv2 and its kind, as config.json describes them."""
+    library = found.library_config()
+    if getattr(library, "model_type", None) not in TRANSFORMERS_VITS:
+        said = found.sidecars.get("config", {}).get("model_type")
+        raise BadInput(f"{found.source}: {f'a {said} model' if said else 'a ViT of transformers'} {NEEDS_CONFIG}")
+    found.config = {"family": "transformers", "architecture": json.loads(library.to_json_string(use_diff=False))}
+    found.config |= {key: getattr(library, key) for key in ("image_size", "patch_size", "num_channels")}
+    found.config |= normalisation(found, library.num_channels)
+
+
+def normalisation(found: Found, channels: int) -> dict[str, Any]:
+    """Windows in HU and what is then done to their [0, 1]: mean and standard deviation, None being those of each slice.
+
+    As the JSON files beside the weights say; else what such towers were trained with, aloud.
+    """
+    said = found.sidecars.get("preprocessor_config") or found.sidecars.get("config", {}).get("pretrained_cfg", {})
+    mean, std = (said.get(f"image_{key}", said.get(key)) for key in ("mean", "std"))
+    if channels == 1 and mean and std:  # a tower of one channel is often said to have the means of three
+        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+    if said.get("image_processor_type") == "CuriaImageProcessor":  # HU as they are, air at the least, slice by slice
+        return {"mean": None, "std": None, "windows": [[-1000.0, 3071.0]] * 3}
+    if mean and std:
+        return {"mean": mean, "std": std, "windows": WINDOW_PRESETS["merlin" if channels == 1 else "chest"]}
+    if channels == 1:  # DALE-CT (Damron et al., 2026): HU in -997..888, less -142.39, over 360.97
+        found.notes.append("assumed, nothing beside it saying otherwise: the windows and normalisation of DALE-CT")
+        return {"mean": [854.61 / 1885], "std": [360.97 / 1885], "windows": [[-997.0, 888.0]] * 3}
+    found.notes.append("assumed, nothing beside it saying otherwise: the mean and standard deviation of ImageNet")
+    return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "windows": WINDOW_PRESETS["chest"]}
+
+
+def read_resnet3d(found: Found) -> None:
+    """Names as MONAI's, which are Merlin's."""
+    stem, channels, *kernel = found.tensors["conv1.weight"].shape
+    found.config = {
+        "family": "resnet3d", "layers": [found.blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+        "block_inplanes": [stem, stem * 2, stem * 4, stem * 8], "num_channels": channels, "conv1_t_size": kernel,
+        "bias_downsample": "layer1.0.downsample.0.bias" in found.tensors, "image_size": 224,
+    }  # fmt: skip
+
+
+def read_biovil(found: Found) -> None:
+    """The encoder of `health_multimodal`'s ImageModel, without what a single image does not use."""
+    wanted = re.compile(r"encoder\.(?!encoder\.fc\.|vit_pooler\.)")
+    found.tensors = {wanted.sub("", k, 1): t for k, t in found.tensors.items() if wanted.match(k)}
+    encoder, size = "resnet50" if "encoder.layer4.0.conv3.weight" in found.tensors else "resnet18", 480
+    if "backbone_to_vit.weight" in found.tensors:
+        encoder, size = f"{encoder}_multi_image", 448
+        found.notes.append("BioViL-T without its temporal pooler: there is no prior image")
+    channels = found.tensors["encoder.conv1.weight"].shape[1]
+    found.config = {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}
+
+
+def read_colipri(found: Found) -> None:
+    """The image encoder of `colipri`: a Primus, a projection of its tokens, attention pooling."""
+    width, channels, patch, *_ = found.tensors[COLIPRI].shape
+    projected = len(found.tensors["projector.weight"])
+    found.config = {
+        "family": "colipri", "embed_dim": width, "patch_size": patch, "num_channels": channels,
+        "eva_depth": found.blocks(r"backbone\.eva\.blocks\.(\d+)\."), "projection_dim": projected, "image_size": 192,
+    }  # fmt: skip
+    found.notes.append("trained on voxels of 2 mm: prepare scans with --spacing 2 2 2")
+
+
+HF_SIGLIP, DINOV3 = "embeddings.patch_embedding.weight", "embeddings.patch_embeddings.weight"
+HF_VIT = "embeddings.patch_embeddings.projection.weight"
+TIMM_VIT, TIMM_NAFLEX, COLIPRI = "patch_embed.proj.weight", "embeds.proj.weight", "backbone.down_projection.proj.weight"
+RESNET3D, BIOVIL = "layer3.35.conv3.weight", "encoder.encoder.layer4.1.conv2.weight"
+READERS: dict[str, Callable[[Found], None]] = {  # by the name that ends any prefix
+    **{HF_SIGLIP: read_siglip, TIMM_NAFLEX: read_siglip, TIMM_VIT: read_timm, HF_VIT: read_transformers},
+    **{DINOV3: read_transformers, COLIPRI: read_colipri, RESNET3D: read_resnet3d, BIOVIL: read_biovil},
+}
+TRANSFORMERS_VITS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "ijepa")
+NEEDS_CONFIG = f"that config.json beside it should describe as one of {', '.join(TRANSFORMERS_VITS)}"
+SIGLIP_KEYS = ("num_hidden_layers", "num_attention_heads", "image_size", "hidden_act", "layer_norm_eps")
+
+
+def is_encoder(anchor: str, prefix: str, tensors: dict[str, Tensor]) -> bool:
+    """Whether the tensors around an anchor are of its family; CLIP and other ResNets share a name with one."""
+    if anchor == RESNET3D:
+        stem = tensors.get(f"{prefix}conv1.weight", torch.empty(0))
+        return stem.ndim == 5 and stem.shape[2] != 7  # MedicalNet's stem; its last stages have other strides too
+    if anchor == BIOVIL:
+        return any(name.startswith((prefix + "projector.", prefix + "encoder.backbone_to_vit.")) for name in tensors)
+    return prefix + "embeddings.class_embedding" not in tensors
+
+
+def find_encoder(tensors: dict[str, Tensor], found: Found) -> str:
+    """The anchor found in a file, its prefix taken off `found`: the fullest candidate, averaged weights first."""
+    ends = [(a, name[: -len(a)]) for name in tensors for a in READERS if f".{name}".endswith(f".{a}")]
+    ends = [(a, prefix) for a, prefix in ends if is_encoder(a, prefix, tensors)]
+    if not ends:
+        looks = [what for pattern, what in (*NOT_PLAIN, *LOOKS) if any(re.search(pattern, name) for name in tensors)]
+        if any(name.endswith("conv1.weight") and t.ndim == 5 and t.shape[2] == 7 for name, t in tensors.items()):
+            looks = ["a 3D ResNet of MedicalNet's kind: a stem of 7 x 7 x 7, and other strides than Merlin's"]
+        seems = next(iter(looks), f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
+        raise BadInput(f"{found.source}: seems to be {seems}. {SUPPORTED}")
+    size = {prefix: sum(name.startswith(prefix) for name in tensors) for _, prefix in ends}
+    anchor, found.prefix = max(ends, key=lambda end: (size[end[1]], "ema" in re.split(r"[._]", end[1].lower())))
+    if others := ", ".join(repr(other) for _, other in ends if other != found.prefix):
+        found.notes.append(f"taken from {found.prefix!r}; also there: {others}")
+    inside = [name for name in tensors if name.startswith(found.prefix)]
+    for pattern, what in NOT_PLAIN:
+        if odd := next((name for name in inside if re.search(pattern, name)), None):
+            raise BadInput(f"{found.source}: {what} ({odd})")
+    if not tensors[found.prefix + anchor].numel():
+        raise BadInput(f"{found.source}: {UNZERO}")
+    found.tensors = {name[len(found.prefix) :]: tensors[name] for name in inside}
+    found.unused = [name for name in tensors if not name.startswith(found.prefix)]
+    return anchor
+
+
+def read_tensors(
+    tensors: dict[str, Tensor], source: str, sidecars: dict[str, Any] | None = None, heads: int | None = None
+) -> Found:
+    """Find the image encoder among named tensors (`meta` ones too) and what builds it."""
+    found = Found(source, {}, sidecars or {}, heads)
+    anchor = find_encoder(tensors, found)
+    try:
+        READERS[anchor](found)
+    except KeyError as error:
+        raise BadInput(f"{source}: incomplete: {found.prefix}{error.args[0]} is missing") from None
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{source}: tensors of unexpected shape under {found.prefix!r}: {error}") from None
+    for k, t in found.tensors.items():
+        if t.is_quantized or t.layout != torch.strided or (t.ndim and (t.itemsize < 2 or not t.is_floating_point())):
+            raise BadInput(f"{source}: {found.prefix}{k} is quantised or sparse ({t.dtype}): {ORIGINAL}")
+    return found
+
+
+def read_own_checkpoint(raw: dict[str, Any], source: str) -> Found:
+    """The backbone inside one of this script's own checkpoints."""
+    state, config = raw.get("model"), raw.get("backbone")
+    if raw["kind"] != "finetune_siglip":
+        raise BadInput(f"{source}: the state of a run; name its best_model.pth")
+    if raw.get("format") != 1 or not isinstance(state, dict) or not isinstance(config, dict):
+        raise BadInput(f"{source}: a checkpoint of this script in a format that this version does not read")
+    tensors, prefix = flatten(state), "backbone.net."
+    mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    unused = [name for name in tensors if not name.startswith(prefix)]
+    return Found(source, mine, {}, None, ["a checkpoint of this script"], prefix, config, unused)
+
+
+def read_pretrained(source: str | Path, heads: int | None = None) -> Found:
+    """Read a local file or folder, or a model of the Hugging Face hub; its tensors, not its name, tell the family.
+
+    Tensors stay memory-mapped where the file has them so. `heads` overrides the number of attention heads. Raises
+    BadInput with what the file seems to be where no known image encoder is in it.
+    """
+    path = locate_weights(str(source))
+    raw = open_weights(path)
+    if str(raw.get("kind")).startswith("finetune_siglip"):
+        return read_own_checkpoint(raw, str(path))
+    beside = {name: path.with_name(f"{name}.json") for name in ("config", "open_clip_config", "preprocessor_config")}
+    sidecars = {name: read_json(file) for name, file in beside.items() if file.is_file()}
+    return read_tensors(flatten(raw), str(path), sidecars, heads)
+
+
+# The encoders: their modules are the libraries', so that files fit; what is done with them is one interface.
 
 
 def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
@@ -2922,12 +3206,7 @@ class Backbone(nn.Module):
     orientation = "SPL"
     volumetric = False
     recompute = False  # each block of a volumetric one is computed again in the backward pass
-    prefix = 0  # class and register tokens, which come before those of patches
-    repeated = ""  # name in `net` of the list of its blocks, where that is not the longest of its lists
     net: Any  # the family's own module
-    # Images, and of SigLIP the patches kept, to all last features, (n, *grid, E) or (n, prefix + P, E), and which of
-    # these are no padding, (n, M), None being all.
-    encode: Callable[..., tuple[Tensor, Tensor | None]]
 
     def __init__(self, config: dict[str, Any], net: nn.Module, width: int, slices: int = 64):
         super().__init__()
@@ -2938,45 +3217,29 @@ class Backbone(nn.Module):
             if hasattr(module, "mask_token"):
                 setattr(module, "mask_token", None)  # noqa: B010
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks in forward order: units to compile or to recompute."""
+        return list(max((m for m in self.net.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))), key=len))
+
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """A file's tensors as `net` names and sizes them."""
         return found.tensors
 
-    def blocks(self) -> list[nn.Module]:
-        """The repeated blocks in forward order: units to compile or to recompute."""
-        if self.repeated:
-            return list(self.net.get_submodule(self.repeated))
-        return list(max((m for m in self.net.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))), key=len))
-
-    def run_blocks(self, x: Tensor, **options: Any) -> Tensor:
-        """One block after the other, computed again one by one where memory is short."""
-        for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
-            run = partial(block, **options)
-            x = recomputed(run, block)(x) if self.recompute else run(x)
-        return x
-
-    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """What `encode` gave to the image's feature (n, E): the mean, unless the family has something else."""
-        x = x.flatten(1, -2)
-        return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-
-    def summary(self, x: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
-        """What `encode` gave to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well."""
-        feature, tokens = self.pool(x, real), x.flatten(1, -2)[:, self.prefix :]
-        if not maxima:
-            return feature
-        tokens = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
-        return torch.cat([feature, tokens.amax(1)], dim=1)
-
-    def forward(self, images: Tensor, *kept: Any, maxima: bool = False) -> Tensor:
-        """(n, K, H, W) or (N, K, D, H, W) in [0, 1], of SigLIP what is `kept`, to (n, E), or with `maxima` (n, 2E)."""
-        x, real = self.encode(images, *kept)
-        return self.summary(x, maxima, real)
-
     def tokens(self, images: Tensor) -> Tensor:
         """Last spatial features, (n, *grid, E)."""
-        x, _ = self.encode(images)
-        return x if x.ndim > 3 else x[:, self.prefix :].unflatten(1, (images.shape[2] // self.config["patch_size"], -1))
+        raise NotImplementedError
+
+    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        """(n, *grid, E) to (n, E); where tokens are padded, `real` (n, M) names those that are no padding."""
+        raise NotImplementedError
+
+    def summary(self, tokens: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
+        """(n, *grid, E) to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well."""
+        return with_maxima(self.pool(tokens, real), tokens, maxima, real)
+
+    def forward(self, images: Tensor, *, maxima: bool = False) -> Tensor:
+        """(n, K, H, W) or (N, K, D, H, W) in [0, 1] to (n, E), or with `maxima` to (n, 2E)."""
+        return self.summary(self.tokens(images), maxima)
 
     def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Spatial features (n, *grid, E) that decide on what `forward` gives, and what makes that of them."""
@@ -3003,37 +3266,12 @@ class Backbone(nn.Module):
         return self
 
 
-HF_PATCHES, HF_POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
-TIMM_NAMES = (  # of SigLIP in timm and open_clip, and what they are in transformers
-    (r"^(patch_embed|embeds)\.proj", "embeddings.patch_embedding"),
-    (r"^(embeds\.)?pos_embed", HF_POSITIONS),
-    (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
-    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
-    (r"^blocks\.", "encoder.layers."),
-    (r"^norm\.", "post_layernorm."),
-    (r"^attn_pool\.latent", "head.probe"),
-    (r"^attn_pool\.proj", "head.attention.out_proj"),
-    (r"^attn_pool\.norm", "head.layernorm"),
-    (r"^attn_pool\.", "head."),
-)
-
-
-def rename_timm_siglip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's and open_clip's names as Hugging Face's: qkv is fused in theirs, the pool's q and kv are in ours."""
-    kept: dict[str, Tensor] = {}
-    for name, tensor in theirs.items():
-        for pattern, ours in TIMM_NAMES:
-            name = re.sub(pattern, ours, name)
-        if ".attn.qkv." in name:
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                kept[name.replace("attn.qkv", f"self_attn.{part}_proj")] = rows
-        else:
-            kept[name] = tensor.flatten(0, -2) if name == HF_POSITIONS else tensor  # (1, P, E) to (P, E)
-    for kind in ("weight", "bias"):
-        if f"head.q.{kind}" in kept:
-            pool = [kept.pop(f"head.{part}.{kind}") for part in ("q", "kv")]
-            kept[f"head.attention.in_proj_{kind}"] = torch.cat(pool)
-    return kept
+def with_maxima(feature: Tensor, tokens: Tensor, maxima: bool, real: Tensor | None = None) -> Tensor:
+    """Features (n, E), or with `maxima` (n, 2E): the largest of each feature of tokens (n, *grid, E) beside them."""
+    if not maxima:
+        return feature
+    seen = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
+    return torch.cat([feature, seen.flatten(1, -2).amax(1)], dim=1)
 
 
 class SiglipBackbone(Backbone):
@@ -3044,44 +3282,6 @@ class SiglipBackbone(Backbone):
 
     family = "siglip"
 
-    @staticmethod
-    def read(found: Found) -> None:
-        """Shapes tell the configuration; what they cannot comes from a fitting config.json, or is assumed and noted."""
-        timm = HF_PATCHES not in found.tensors
-        kept = found.tensors = rename_timm_siglip(found.tensors) if timm else found.tensors
-        kept.pop("embeddings.position_ids", None)  # a counter that old files store
-        patch, positions = kept[HF_PATCHES], len(kept[HF_POSITIONS])
-        naflex = patch.ndim == 2  # a linear layer over flattened (p, p, C) patches is a convolution written otherwise
-        if naflex:
-            side = math.isqrt(patch.shape[1] // 3)
-            patch = kept[HF_PATCHES] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
-            found.notes.append("SigLIP 2 NaFlex: its tower is used at a fixed square size")
-        width, channels, size, _ = patch.shape
-        library = found.library_config()
-        stated = getattr(library, "vision_config", library).to_dict() if library else {}
-        if stated and stated.get("hidden_size") != width:
-            found.notes.append(f"config.json ignored: its tower is {stated.get('hidden_size')} wide, this one {width}")
-            stated = {}
-        grid, pixels = math.isqrt(positions), stated.get("image_size") or found.timm_model()[2] or 0
-        if pixels // size != grid:
-            pixels = grid * size
-            if (size, grid) == (14, 27):  # published for 384 pixels, though that is 27 * 14 + 6
-                pixels = 384
-                found.notes.append("assumed to be for 384 pixels; one of timm's ..._378 wants --image-size 378")
-        # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
-        later = not timm or naflex or size == 32 or width == 1536 or (width, size) == (1152, 16)
-        act = "gelu_pytorch_tanh" if later or (width, positions) == (1024, 1024) else "gelu"
-        found.config = {
-            "family": "siglip", "hidden_size": width, "num_channels": channels, "patch_size": size,
-            "image_size": pixels, "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]),
-            "num_hidden_layers": stated.get("num_hidden_layers") or found.blocks(r"encoder\.layers\.(\d+)\."),
-            "num_attention_heads": found.heads(width, act, stated.get("num_attention_heads")),
-            "hidden_act": stated.get("hidden_act", act), "layer_norm_eps": stated.get("layer_norm_eps", 1e-6),
-            "vision_use_head": any(name.startswith("head.") for name in kept), "naflex": naflex,
-        }  # fmt: skip
-        if not found.config["vision_use_head"]:
-            found.notes.append("no pooling head in the file: its feature is the mean of its tokens")
-
     def __init__(self, config: dict[str, Any]):
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -3091,41 +3291,63 @@ class SiglipBackbone(Backbone):
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Position embeddings (P, E) interpolated to this size: for NaFlex bilinear, as in `transformers`."""
-        old, new = math.isqrt(len(found.tensors[HF_POSITIONS])), self.side
+        key, patch = "embeddings.position_embedding.weight", self.config["patch_size"]
+        old, new = math.isqrt(len(found.tensors[key])), self.side
+        if not new:
+            raise BadInput(f"--image-size {self.config['image_size']} is smaller than a patch of {patch} pixels")
+        if self.config["image_size"] != found.config["image_size"] and (rest := self.config["image_size"] % patch):
+            found.notes.append(f"the last {rest} rows and columns fall outside its patches of {patch}")
         if old == new:
             return found.tensors
         found.notes.append(f"position embeddings interpolated from {old} x {old} to {new} x {new}")
-        grid = found.tensors[HF_POSITIONS].float().T.reshape(1, -1, old, old)
-        mode = "bilinear" if found.config.get("naflex") else "bicubic"
+        grid, mode = (
+            found.tensors[key].float().T.reshape(1, -1, old, old),
+            "bilinear" if found.config.get("naflex") else "bicubic",
+        )
         grid = F.interpolate(grid, size=(new, new), mode=mode, antialias=True)
-        return found.tensors | {HF_POSITIONS: grid.flatten(2)[0].T.contiguous()}
+        return found.tensors | {key: grid.flatten(2)[0].T.contiguous()}
 
-    def encode(self, images: Tensor, *kept: Any) -> tuple[Tensor, Tensor | None]:
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.encode(images)[0].unflatten(1, (self.side, self.side))
+
+    def forward(self, images: Tensor, *kept: Any, maxima: bool = False) -> Tensor:
+        """(n, 3, H, W) in [0, 1] to (n, E), from the patches that `kept` names as in `encode`, or from all."""
+        x, real = self.encode(images, *kept)
+        return self.summary(x, maxima, real)
+
+    def encode(
+        self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens after the last norm (n, M, E), and which of them are no padding (n, M); None means all.
+
+        Only the patches that `keep` (n, P) names are seen, in row order; an image that keeps none keeps its first.
+        `counts` says how many each keeps, where the host knows.
+        """
         embeddings = self.net.embeddings
         x = embeddings.patch_embedding(images * 2 - 1).flatten(2).transpose(1, 2)  # (n, P, E); SigLIP sees [-1, 1]
-        x, real = pack_kept(x + embeddings.position_embedding.weight, *kept)
+        if x.shape[1] != self.side**2:
+            raise ValueError(f"images {tuple(images.shape)} make {x.shape[1]} patches, the tower has {self.side**2}")
+        x, real = pack_kept(x + embeddings.position_embedding.weight, keep, counts)
         for block in self.net.encoder.layers:
             x = block(x, None if real is None else real[:, None, None, :])
         return self.net.post_layernorm(x), real
 
-    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
         """The attention-pooling head, as in `transformers` but deaf to padding; the mean where a tower has none."""
+        x = tokens.flatten(1, -2)
         if not self.config["vision_use_head"]:
-            return super().pool(x, real)
-        x = x.flatten(1, -2)
+            return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         head, probe = self.net.head, self.net.head.probe.expand(len(x), -1, -1)
         padding = None if real is None else ~real
         x = head.attention(probe, x, x, key_padding_mask=padding, need_weights=False)[0][:, 0]
         return x + head.mlp(head.layernorm(x))
 
 
-def pack_kept(
-    x: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Of tokens (n, P, E) those to `keep` (n, P), in order: (n, M, E), and which are no padding (None: all).
+def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
+    """Pack the tokens to keep to the front, padded to the longest row: (n, P, E) to (n, M, E), and which are real.
 
-    Of an image that keeps none it is the first. M is the longest row, rounded up to a multiple of 8, which attention
-    kernels like. Without the `counts` that each row keeps the host waits for the device here.
+    M is rounded up to a multiple of 8, which attention kernels like. Without the `counts` of each row the host waits
+    for the device here.
     """
     if keep is None:
         return x, None
@@ -3141,29 +3363,51 @@ def pack_kept(
 
 
 class ViTBackbone(Backbone):
-    """A ViT whose feature may be a class token."""
+    """A ViT whose feature may be a class token: `encode` gives (n, prefix + P, E), P the patches."""
+
+    prefix: int  # class and register tokens, which come first
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images in [0, 1] less the mean and over the deviation that the tower was trained with, or their own."""
         mean, std = self.config["mean"], self.config["std"]
         if mean is None:
-            scale, shift = torch.std_mean(images, (2, 3), keepdim=True)
-            return (images - shift) / scale.clamp(min=1e-6)
+            centred = images - images.mean((2, 3), keepdim=True)
+            return centred / images.std((2, 3), keepdim=True).clamp(min=1e-6)
         if len(mean) != images.shape[1]:  # other channels than it was trained with have the same in common
             mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
         shift, scale = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         return (images - shift) / scale
 
+    def encode(self, images: Tensor) -> Tensor:
+        """All tokens after the last norm."""
+        raise NotImplementedError
+
+    def attend(self, x: Tensor) -> Tensor:
+        """The feature of `encode`'s tokens, as the library gives it."""
+        raise NotImplementedError
+
+    def tokens(self, images: Tensor) -> Tensor:
+        x = self.encode(images)[:, self.prefix :]
+        return x.unflatten(1, (images.shape[2] // self.config["patch_size"], -1))
+
+    def forward(self, images: Tensor, *, maxima: bool = False) -> Tensor:
+        x = self.encode(images)
+        return with_maxima(self.attend(x), x[:, self.prefix :], maxima)
+
     def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What the last block is given: a class token no longer depends on the patches that come out of it."""
         last, given = self.blocks()[-1], []
-        with last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
-            grid = self.tokens(images).shape[1:3]
+        hook = last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+        grid = self.tokens(images).shape[1:3]
+        hook.remove()
 
         def finish(tokens: Tensor) -> Tensor:
             x = torch.cat([given[0][:, : self.prefix], tokens.flatten(1, 2)], 1)
-            with last.register_forward_pre_hook(lambda _, inputs: (x, *inputs[1:])):
+            hook = last.register_forward_pre_hook(lambda _, inputs: (x, *inputs[1:]))
+            try:
                 return self(images, maxima=maxima)
+            finally:
+                hook.remove()
 
         return given[0][:, self.prefix :].unflatten(1, grid), finish
 
@@ -3171,32 +3415,7 @@ class ViTBackbone(Backbone):
 class TimmBackbone(ViTBackbone):
     """A ViT of `timm`: plain, DINOv2, DINOv3, DALE-CT, …"""
 
-    family, repeated = "timm", "blocks"
-
-    @staticmethod
-    def read(found: Found) -> None:
-        """By the name that its configuration states, else by what its tensors show."""
-        tensors, (name, arguments, pixels) = found.tensors, found.timm_model()
-        registers = sum(tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors)
-        if "siglip" in name or not (name or "cls_token" in tensors or registers):
-            return SiglipBackbone.read(found)
-        width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
-        if not name:  # DINOv2, of Meta's names or timm's, and plain ViTs differ by these alone
-            gated, positions = "blocks.0.mlp.w12.weight" in tensors, tensors["pos_embed"].shape[1]
-            hidden = len(tensors["blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight"])
-            gated = gated or hidden == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
-            dinov2 = "vit_giant_patch14_dinov2" if gated else "vit_large_patch14_dinov2"
-            name = dinov2 if "blocks.0.ls1.gamma" in tensors else "vit_base_patch16_224"
-            arguments = {
-                "patch_size": patch, "img_size": math.isqrt(positions) * patch, "embed_dim": width,
-                "depth": found.blocks(r"blocks\.(\d+)\."), "mlp_ratio": hidden / width, "reg_tokens": registers,
-                "no_embed_class": bool(registers) or math.isqrt(positions) ** 2 == positions,
-                "pre_norm": "norm_pre.weight" in tensors, "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
-                "num_heads": found.heads(width, "the exact GELU"),
-            }  # fmt: skip
-        found.config = {"family": "timm", "architecture": name, "arguments": arguments, "patch_size": patch}
-        found.config |= {"image_size": arguments.get("img_size") or pixels, "num_channels": channels}
-        found.config |= found.normalisation(channels)
+    family = "timm"
 
     def __init__(self, config: dict[str, Any]):
         import timm
@@ -3204,18 +3423,23 @@ class TimmBackbone(ViTBackbone):
         size = {"img_size": config["image_size"]} if config["image_size"] else {}
         arguments = config["arguments"] | size | {"in_chans": config["num_channels"], "num_classes": 0}
         net: Any = timm.create_model(config["architecture"], **arguments)
+        if not hasattr(net, "num_prefix_tokens") or not hasattr(net, "blocks"):
+            raise ValueError(f"timm's {config['architecture']} is no ViT")
         super().__init__(config | {"image_size": net.patch_embed.img_size[0]}, net, net.num_features)
         self.prefix = net.num_prefix_tokens
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.blocks)
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed and resized by the function that timm itself has for published files."""
         convert = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn")  # noqa: B009
         return convert({name: t.float() if t.is_floating_point() else t for name, t in found.tensors.items()}, self.net)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, None]:
-        return self.net.forward_features(self.normalised(images)), None
+    def encode(self, images: Tensor) -> Tensor:
+        return self.net.forward_features(self.normalised(images))
 
-    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+    def attend(self, x: Tensor) -> Tensor:
         return self.net.forward_head(x, pre_logits=True)
 
 
@@ -3224,16 +3448,6 @@ class TransformersBackbone(ViTBackbone):
 
     family = "transformers"
 
-    @staticmethod
-    def read(found: Found) -> None:
-        """As config.json describes it."""
-        library, known = found.library_config(), ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
-        if getattr(library, "model_type", None) not in known:
-            raise BadInput(f"{found.source}: needs beside it the config.json that says which it is of {known}")
-        found.config = {"family": "transformers", "architecture": json.loads(library.to_json_string(use_diff=False))}
-        found.config |= {key: getattr(library, key) for key in ("image_size", "patch_size", "num_channels")}
-        found.config |= found.normalisation(library.num_channels)
-
     def __init__(self, config: dict[str, Any]):
         from transformers import AutoConfig, AutoModel
 
@@ -3241,7 +3455,7 @@ class TransformersBackbone(ViTBackbone):
         options = {"add_pooling_layer": False} if self.library.model_type == "vit" else {}
         net = AutoModel.from_config(self.library, attn_implementation="sdpa", **options)
         super().__init__(config, net, self.library.hidden_size)
-        self.prefix = 1 + getattr(self.library, "num_register_tokens", 0)
+        self.prefix = 0 if self.library.model_type == "ijepa" else 1 + getattr(self.library, "num_register_tokens", 0)
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed by the library itself: names in published files and in memory differ from release to release."""
@@ -3252,32 +3466,35 @@ class TransformersBackbone(ViTBackbone):
         found.unused += [found.prefix + name for name in told["unexpected_keys"]]
         return {name: tensor for name, tensor in net.state_dict().items() if name not in missing}
 
-    def encode(self, images: Tensor) -> tuple[Tensor, None]:
-        options = {"interpolate_pos_encoding": True} if self.library.model_type == "vit" else {}
-        return self.net(self.normalised(images), **options).last_hidden_state, None
+    def encode(self, images: Tensor) -> Tensor:
+        options = {"interpolate_pos_encoding": True} if self.library.model_type in ("vit", "ijepa") else {}
+        return self.net(self.normalised(images), **options).last_hidden_state
 
-    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        return x[:, 0]
+    def attend(self, x: Tensor) -> Tensor:
+        return x[:, 0] if self.prefix else x.mean(1)
 
 
-class ColipriBackbone(Backbone):
-    """The image encoder of COLIPRI: a Primus, a projection of its tokens, attention pooling.
+class VolumeBackbone(Backbone):
+    """An encoder of whole volumes, computed again block by block where memory is short."""
 
-    Wald et al., "Comprehensive language-image pre-training for 3D medical image understanding", 2025. Voxels of 2 mm,
-    HU in -1000..1000, and axes as in the package `colipri` from 0.1.2 on (before, and in its model card still: SAR).
+    volumetric = True
+
+    def run_blocks(self, x: Tensor, **options: Any) -> Tensor:
+        for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
+            run = partial(block, **options)
+            x = recomputed(run, block)(x) if self.recompute else run(x)
+        return x
+
+
+class ColipriBackbone(VolumeBackbone):
+    """The image encoder of COLIPRI: 2 mm voxels, axes towards R, A and S, HU in -1000..1000.
+
+    Wald et al., "Comprehensive language-image pre-training for 3D medical image understanding", 2025. The axes are
+    those of the package `colipri` from 0.1.2 on (before, and in its model card still: S, A, R).
     """
 
-    family, volumetric, orientation, repeated = "colipri", True, "RAS", "backbone.eva.blocks"
-
-    @staticmethod
-    def read(found: Found) -> None:
-        width, channels, patch, *_ = found.tensors["backbone.down_projection.proj.weight"].shape
-        found.config = {
-            "family": "colipri", "embed_dim": width, "patch_size": patch, "num_channels": channels, "image_size": 192,
-            "eva_depth": found.blocks(r"backbone\.eva\.blocks\.(\d+)\."),
-            "projection_dim": len(found.tensors["projector.weight"]),
-        }  # fmt: skip
-        found.notes.append("trained on voxels of 2 mm: prepare scans with --spacing 2 2 2")
+    family = "colipri"
+    orientation = "RAS"
 
     def __init__(self, config: dict[str, Any]):
         from dynamic_network_architectures.architectures.primus import Primus
@@ -3294,7 +3511,10 @@ class ColipriBackbone(Backbone):
         net.pooler.attn = nn.MultiheadAttention(width, 12, batch_first=True)
         super().__init__(config | {"windows": WINDOW_PRESETS["merlin"]}, net, width, 192)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, None]:
+    def blocks(self) -> list[nn.Module]:
+        return list(self.net.backbone.eva.blocks)
+
+    def tokens(self, images: Tensor) -> Tensor:
         eva, x = self.net.backbone.eva, self.net.backbone.down_projection(images * 2 - 1)
         grid = x.shape[2:]
         if list(grid) != self.cube:  # a patch is as far from the next in a volume of any size
@@ -3302,10 +3522,10 @@ class ColipriBackbone(Backbone):
             shapes = {"feat_shape": self.cube, "ref_feat_shape": self.cube}
             eva.rope = type(eva.rope)(eva.rope.dim, in_pixels=False, device=x.device, **shapes)
         x = eva.norm(self.run_blocks(x.flatten(2).transpose(1, 2), rope=eva.rope.get_embed()))
-        return self.net.projector(x.transpose(1, 2).unflatten(2, grid)).movedim(1, -1), None
+        return self.net.projector(x.transpose(1, 2).unflatten(2, grid)).movedim(1, -1)
 
-    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        x = x.flatten(1, -2)
+    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        x = tokens.flatten(1, -2)
         return self.net.pooler.attn(x.mean(1, keepdim=True), x, x, need_weights=False)[0][:, 0]
 
 
@@ -3318,30 +3538,31 @@ def channels_last(images: Tensor) -> Tensor:
     return images
 
 
-class ConvBackbone(Backbone):
+class ConvBackbone(VolumeBackbone):
     """A convolutional encoder; its features are the mean over its last map."""
 
     def blocks(self) -> list[nn.Module]:
         trunk = getattr(self.net, "encoder", self.net)
         return [block for stage in (1, 2, 3, 4) for block in getattr(trunk, f"layer{stage}")]
 
+    def adopt(self, found: Found) -> dict[str, Tensor]:
+        steps = (
+            name.replace("running_mean", "num_batches_tracked") for name in found.tensors if "running_mean" in name
+        )
+        return {name: torch.tensor(0) for name in steps} | found.tensors  # old files lack BatchNorm's step counter
+
+    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+        return tokens.flatten(1, -2).mean(1)
+
 
 class ResNet3DBackbone(ConvBackbone):
-    """MONAI's ResNet as in Merlin: whole volumes, whose axes rise towards S, R and A; names are Merlin's as well.
+    """MONAI's ResNet as in Merlin: whole volumes, whose axes rise towards S, R and A.
 
     Blankemeier et al., "Merlin: A Vision Language Foundation Model for 3D Computed Tomography", 2024.
     """
 
-    family, volumetric, orientation = "resnet3d", True, "SRA"
-
-    @staticmethod
-    def read(found: Found) -> None:
-        stem, channels, *kernel = found.tensors["conv1.weight"].shape
-        found.config = {
-            "family": "resnet3d", "layers": [found.blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
-            "block_inplanes": [stem, stem * 2, stem * 4, stem * 8], "num_channels": channels, "conv1_t_size": kernel,
-            "bias_downsample": "layer1.0.downsample.0.bias" in found.tensors, "image_size": 224,
-        }  # fmt: skip
+    family = "resnet3d"
+    orientation = "SRA"
 
     def __init__(self, config: dict[str, Any]):
         from monai.networks.nets import ResNet
@@ -3351,9 +3572,10 @@ class ResNet3DBackbone(ConvBackbone):
         settings |= {"block": "bottleneck", "conv1_t_stride": (1, 2, 2), "feed_forward": False}
         super().__init__(config, ResNet(**settings), config["block_inplanes"][3] * 4, 160)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, None]:
-        x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(channels_last(images)))))
-        return self.run_blocks(x).movedim(1, -1), None
+    def tokens(self, images: Tensor) -> Tensor:
+        images = channels_last(images)
+        x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(images))))
+        return self.run_blocks(x).movedim(1, -1)
 
 
 class BiovilBackbone(ConvBackbone):
@@ -3362,20 +3584,7 @@ class BiovilBackbone(ConvBackbone):
     Boecking et al., 2022; Bannur et al., "Learning to Exploit Temporal Structure for Biomedical VLP", 2023.
     """
 
-    family = "biovil"
-
-    @staticmethod
-    def read(found: Found) -> None:
-        if "projector.model.0.weight" not in found.tensors:
-            raise KeyError("projector.model.0.weight")  # a ResNet of somebody else's, normalised otherwise
-        wanted = re.compile(r"encoder\.(?!encoder\.fc\.|vit_pooler\.)")  # what a single image uses
-        found.tensors = {wanted.sub("", k, 1): t for k, t in found.tensors.items() if wanted.match(k)}
-        encoder, size = "resnet50" if "encoder.layer4.0.conv3.weight" in found.tensors else "resnet18", 480
-        if "backbone_to_vit.weight" in found.tensors:
-            encoder, size = f"{encoder}_multi_image", 448
-            found.notes.append("BioViL-T without its temporal pooler: there is no prior image")
-        channels = found.tensors["encoder.conv1.weight"].shape[1]
-        found.config = {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}
+    family, volumetric = "biovil", False
 
     def __init__(self, config: dict[str, Any]):
         with warnings.catch_warnings():
@@ -3390,71 +3599,14 @@ class BiovilBackbone(ConvBackbone):
             net.encoder.conv1 = nn.Conv2d(config["num_channels"], 64, 7, stride=2, padding=3, bias=False)
         super().__init__(config, net, 2048 if config["encoder"] == "resnet50" else 512)
 
-    def encode(self, images: Tensor) -> tuple[Tensor, None]:
-        return self.net(channels_last(images), return_patch_embeddings=True)[0].movedim(1, -1), None
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.net(channels_last(images), return_patch_embeddings=True)[0].movedim(1, -1)
 
 
-ANCHORS: tuple[tuple[str, Any], ...] = (  # pattern of a tensor that ends any prefix, and whose it is
-    (r"embeddings\.patch_embedding\.weight ", SiglipBackbone),
-    (r"embeds\.proj\.weight ", SiglipBackbone),  # timm's NaFlex
-    (r"patch_embed\.proj\.weight ", TimmBackbone),
-    (r"embeddings\.patch_embeddings\.(projection\.)?weight ", TransformersBackbone),
-    (r"backbone\.down_projection\.proj\.weight ", ColipriBackbone),
-    (r"layer3\.35\.conv3\.weight \S+ \(\d+, \d+, 1, 1, 1\)", ResNet3DBackbone),
-    (r"encoder\.encoder\.layer4\.1\.conv2\.weight ", BiovilBackbone),
-)
-FAMILIES: dict[str, Callable[..., Backbone]] = {kind.family: kind for _, kind in ANCHORS}
-
-
-def read_tensors(tensors: dict[str, Tensor], found: Found) -> Found:
-    """Find the image encoder among named tensors (`meta` ones too), and what builds it.
-
-    Of several the fullest is taken, averaged weights first.
-    """
-    ends: dict[str, Any] = {}
-    facts = {name: f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items()}
-    for (anchor, kind), fact in itertools.product(ANCHORS, facts.values()):
-        if match := re.search(rf"(?<![^.]){anchor}", fact):
-            ends[fact[: match.start()]] = kind
-    size = {prefix: sum(name.startswith(prefix) for name in tensors) for prefix in ends}
-    prefix = max(ends, key=lambda end: (size[end], "ema" in re.split(r"[._]", end.lower())), default="")
-    found.take(tensors, prefix)
-    inside = "\n".join(fact for fact in facts.values() if fact.startswith(prefix))
-    unknown = (r"", f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
-    for pattern, what in UNFIT if ends else (*UNFIT, *LOOKS, unknown):
-        if re.search(pattern, inside, re.MULTILINE):
-            raise BadInput(f"{found.source}: seems to be {what}. {SUPPORTED}")
-    if others := ", ".join(repr(other) for other in ends if other != prefix):
-        found.notes.append(f"taken from {prefix!r}; also there: {others}")
-    try:
-        ends[prefix].read(found)
-    except KeyError as error:
-        missing = f"{found.source}: {prefix}{error.args[0]} is missing"
-        raise BadInput(f"{missing}: incomplete, or without the config.json that names it") from None
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{found.source}: tensors of unexpected shape under {prefix!r}: {error}") from None
-    return found
-
-
-def read_pretrained(source: str | Path, heads: int | None = None) -> Found:
-    """Read a local file or folder, or a model of the Hugging Face hub; its tensors, not its name, tell the family.
-
-    Tensors stay memory-mapped where the file has them so. `heads` overrides the number of attention heads. Raises
-    BadInput with what the file seems to be where no known image encoder is in it.
-    """
-    path, *more = locate_weights(str(source))
-    raw = open_weights(path)
-    for shard in more:
-        raw |= open_weights(shard)
-    if str(raw.get("kind")).startswith("finetune_siglip"):
-        if raw["kind"] != "finetune_siglip" or raw.get("format") != 1 or not raw.get("backbone"):
-            raise BadInput(f"{path}: of this script, but no model that this version reads; name its best_model.pth")
-        found = Found(str(path), notes=["a checkpoint of this script"], config=raw["backbone"])
-        found.take(flatten(raw), "model.backbone.net.")
-        return found
-    files = {name: path.with_name(f"{name}.json") for name in ("config", "open_clip_config", "preprocessor_config")}
-    beside = {name: read_json(file) for name, file in files.items() if file.is_file()}
-    return read_tensors(flatten(raw), Found(str(path), beside, heads))
+FAMILIES: dict[str, Callable[[dict[str, Any]], Backbone]] = {
+    "siglip": SiglipBackbone, "timm": TimmBackbone, "transformers": TransformersBackbone, "colipri": ColipriBackbone,
+    "resnet3d": ResNet3DBackbone, "biovil": BiovilBackbone,
+}  # fmt: skip
 
 
 def build_backbone(config: dict[str, Any]) -> Backbone:
@@ -3464,7 +3616,10 @@ def build_backbone(config: dict[str, Any]) -> Backbone:
 
 @torch.no_grad()
 def adapt_channels(backbone: Backbone, channels: int) -> None:
-    """Give the first convolution another number of input channels, in place: its weights in turn, their sum kept."""
+    """Give the first convolution another number of input channels, in place: its weights in turn, their sum kept.
+
+    Equal values in all channels then give the same features as before.
+    """
     conv = next(m for m in backbone.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     weight, stored = conv.weight, conv.in_channels
     if channels == stored:
@@ -3494,47 +3649,52 @@ def load_backbone(
     if image_size and image_size != config.get("image_size"):
         found.notes.append(f"image size {image_size} instead of the checkpoint's {config.get('image_size')}")
         config["image_size"] = image_size
-        if rest := image_size % config.get("patch_size", 1):
-            found.notes.append(f"the last {rest} rows and columns fall outside its patches of {config['patch_size']}")
     try:
         from accelerate import init_empty_weights
 
         # No memory and no random numbers, for all values come from the file; BioViL's constructor computes with them.
         with nullcontext() if family == "biovil" else init_empty_weights(include_buffers=False):
             backbone = build_backbone(config)
-        adopted = backbone.adopt(found)
+        tensors = backbone.adopt(found)
     except ImportError as error:
-        raise BadEnvironment(f"{found.source}: needs {error.name}: pip install -r requirements.txt") from None
-    except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        why = f"no {family} backbone can be built as it and --image-size say ({first_line(error)})"
-        raise BadInput(f"{found.source}: {why}") from None
-    fill_backbone(backbone, adopted, found)
-    parts = ", ".join(list(dict.fromkeys(name.split(".")[0] for name in found.unused))[:5])
-    others = f": not part of the image tower, so not used ({parts})" if parts else ""
-    millions, matched = sum(p.numel() for p in backbone.parameters()) / 1e6, len(backbone.net.state_dict())
+        raise BadEnvironment(
+            f"{found.source}: a {family} backbone needs {error.name}: pip install -r requirements.txt"
+        ) from None
+    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{found.source}: no {family} backbone can be built as it says ({first_line(error)})") from None
+    expected = backbone.net.state_dict()
+    parts = {name.split(".")[0] for name in expected}
+    mine = {name: t for name, t in tensors.items() if name.split(".")[0] in parts and not name.endswith("mask_token")}
+    found.unused += [found.prefix + name for name in tensors if name not in mine]
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in mine.items()}
+    require_all(found.source, family, expected, tensors)
+    backbone.net.load_state_dict(tensors, assign=True)
+    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
+    left = Counter(name.split(".")[0] for name in found.unused).most_common(5)
+    listed = ", ".join(f"{n} of {part}" if n > 1 else part for part, n in left)
+    others = f": not part of the image tower, so not used ({listed})" if left else ""
     log.info("backbone: %s, %.1f M parameters, %d features", family, millions, backbone.width)
     log.info("  from %s", "; ".join([found.source, *found.notes]))
-    log.info("  %d tensors matched, 0 missing, %d unexpected%s", matched, len(found.unused), others)
+    log.info("  %d tensors matched, 0 missing, %d unexpected%s", len(expected), len(found.unused), others)
     adapt_channels(backbone, channels)
     return backbone
 
 
-def fill_backbone(backbone: Backbone, adopted: dict[str, Tensor], found: Found) -> None:
-    """Have the tensors of a file as the backbone's; those of no part of it join `found.unused`. Raises BadInput."""
-    parts = {name.split(".")[0] for name in backbone.net.state_dict()}
-    mine = {k: t for k, t in adopted.items() if k.split(".")[0] in parts and not k.endswith("mask_token")}
-    found.unused += [found.prefix + name for name in adopted if name not in mine]
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in mine.items()}
-    try:
-        backbone.net.load_state_dict(tensors, assign=True)
-    except RuntimeError as error:
-        said = " ".join(str(error).partition("\n")[2].split())[:400]
-        raise BadInput(
-            f"{found.source}: seems to be a {backbone.family} encoder, but is incomplete or of a variant that this "
-            f"script does not know: {said}"
-        ) from None
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]:
-        raise BadInput(f"{found.source}: not finite: {', '.join(broken[:10])}")
+def require_all(source: str, family: str, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Raises BadInput unless a file's tensors are just those expected, of the same shapes and finite."""
+    shared = [k for k in expected if k in tensors]
+    wrong = {
+        "missing": [k for k in expected if k not in tensors],
+        "of another shape": [k for k in shared if tensors[k].shape != expected[k].shape],
+        "unknown to it": [k for k in tensors if k not in expected],
+        "not finite": [k for k in shared if not torch.isfinite(tensors[k].sum())],
+    }
+    for what, names in wrong.items():
+        if names:
+            raise BadInput(
+                f"{source}: seems to be a {family} encoder of {len(expected)} tensors, but {len(names)} are {what}: "
+                f"{', '.join(names[:10])}. It is incomplete, or of a variant that this script does not know"
+            )
 
 
 # What of a backbone is trained: all, what lies above a layer, or adapters of low rank; and how it leaves again.
@@ -3543,8 +3703,10 @@ def fill_backbone(backbone: Backbone, adopted: dict[str, Tensor], found: Found) 
 def backbone_layers(backbone: Backbone) -> list[tuple[str, nn.Module]]:
     """Modules that own parameters directly, in forward order: what `--freeze-up-to N` counts."""
     owners = [(k, m) for k, m in backbone.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    # BioViL-T's own parameter comes after its convolutions
-    return sorted(owners, key=lambda owner: backbone.family == "biovil" and owner[1] is backbone.net)
+    late = (
+        backbone.net if backbone.family == "biovil" else None
+    )  # BioViL-T's own parameter comes after its convolutions
+    return sorted(owners, key=lambda owner: owner[1] is late)
 
 
 def freeze_up_to(backbone: Backbone, n: int | str) -> int:
@@ -3557,9 +3719,12 @@ def freeze_up_to(backbone: Backbone, n: int | str) -> int:
     backbone.train(backbone.training)
     if n != "all" and frozen == len(layers):
         log.warning("--freeze-up-to %s freezes the whole backbone of %d layers; `all` says so on purpose", n, frozen)
-    names = ["none", *(name for name, _ in layers), "none"]
-    counted = f"{frozen} of {len(layers)} layers frozen (--freeze-up-to counts layers, not tensors)"
-    log.info("backbone: %s, last frozen %s, first trained %s", counted, names[frozen], names[frozen + 1])
+    last = layers[frozen - 1][0] if frozen else "none"
+    first = layers[frozen][0] if frozen < len(layers) else "none"
+    how = (
+        "backbone: %d of %d layers frozen (--freeze-up-to counts layers, not tensors), last frozen %s, first trained %s"
+    )
+    log.info(how, frozen, len(layers), last, first)
     return frozen
 
 
@@ -4347,19 +4512,6 @@ class Later:
         if self.copied:
             self.copied.synchronize()
         return self.host.item()
-
-
-def train_backbone(state: TrainState, wanted: bool, runtime: Runtime) -> None:
-    """Let the optimiser's part of the backbone learn, or hold it: it then has no gradient, no moments, no traffic."""
-    model = unwrap(state.model)
-    known = {p for group in state.optimizer.param_groups for p in group["params"]}
-    changed = [p for p in model.backbone.parameters() if p in known and p.requires_grad != wanted]
-    for parameter in changed:
-        parameter.requires_grad_(wanted)
-    if changed:
-        state.model = model  # the old wrapper goes first, and its hooks with it
-        state.model = distribute(model, runtime)
-        log.info("the backbone %s", "learns from here on" if wanted else "is held while the head learns")
 
 
 def forward_backward(
@@ -6082,99 +6234,27 @@ def split_media(e: dict, wandb: Any, points: int = 200) -> dict[str, Any]:
 
 
 # ── 13 Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A run as a table of contents.
+# A run as a table of contents: training, then prediction, then what needs no model.
 
 
-@dataclass
-class Run:
-    """The parts of a training run, once all of them are built."""
-
-    args: argparse.Namespace
-    runtime: Runtime
-    stop: StopRequest
-    folder: RunFolder
-    table: Table
-    train: CTVolumeDataset
-    val: CTVolumeDataset
-    test: CTVolumeDataset
-    state: TrainState
-    history: History
-    loss_fn: MultilabelBCELoss
-    recipe: Recipe
-    setup: dict[str, Any]
-    identity: dict[str, Any]
-    facts: dict[str, Any]
-    tracker: Tracker = field(default_factory=Tracker)
-    saved_at: float = field(default_factory=time.monotonic)
-    saved: tuple[int, ...] = ()  # the position that the last commit holds
-    said: set[str] = field(default_factory=set)  # warnings that are not repeated
-
-    def warn_once(self, message: str, *values: object) -> None:
-        if message not in self.said:
-            self.said.add(message)
-            log.warning(message, *values)
-
-    def poll(self) -> None:
-        """Leave by Interrupted, on all ranks, if a signal has come to one of them."""
-        (signal_number,) = agree(self.runtime, self.stop.signal_number)
-        if signal_number:
-            raise Interrupted(signal_number)
-
-    def waiting(self) -> AbstractContextManager:
-        """Where a stop need not wait for data; with several ranks it does, for the others go on to the next step."""
-        return self.stop.waiting() if self.runtime.world_size == 1 else nullcontext()
-
-    def predict(self, dataset: CTVolumeDataset, title: str) -> np.ndarray:
-        """Logits (n, L) of the model as it is now; may end in Interrupted."""
-        how = self.recipe, self.runtime, title, self.poll, self.waiting, dataset is self.val  # which is read each epoch
-        logits = predict(self.state.model, dataset, *how)
-        self.poll()
-        return logits
-
-    @property
-    def position(self) -> tuple[int, ...]:
-        return self.state.epoch, self.state.micro, self.state.schedule.steps, self.state.skipped
-
-    def save(self) -> None:
-        """Commit the state as it is now, between two steps, unless the last commit is of this very step."""
-        self.state.settle()
-        if self.position != self.saved:
-            losses = rank_losses(self.state, self.runtime)
-            if self.runtime.is_main:
-                self.folder.commit(pack_state(self.state, losses, self.history, self.identity))
-            self.saved = self.position
-        self.saved_at = time.monotonic()
-
-    def after_step(self) -> None:
-        """Stop or save, on all ranks at the same step."""
-        due = time.monotonic() - self.saved_at > 60 * self.args.save_every_minutes > 0
-        signal_number, due = agree(self.runtime, self.stop.signal_number, due)
-        if signal_number:
-            raise Interrupted(signal_number)
-        if due:
-            self.save()
-
-    def redo_files(self) -> None:
-        """Bring what follows from the last commit in line with it; a picture is no reason to stop."""
-        if self.runtime.is_main:
-            self.folder.derive(self.history)
-            with optional("progress.png"):
-                plot_progress(self.folder.path, [json.loads(line) for line in self.history.lines], self.args.select)
-
-    @property
-    def peak_bytes(self) -> int:
-        """What the largest moment of this run takes on the disk: three states, the top k, one more and the best."""
-        weights, trained = tensor_bytes(self.state.model.state_dict()), tensor_bytes(optimized(self.state))
-        moments = 2 if self.args.optimizer == "adamw" else 1
-        return 3 * (weights + trained * (moments + bool(self.state.ema))) + weights * (self.history.top.k + 2)
-
-
-def preprocessing_from(args: argparse.Namespace, table: Table, backbone: Backbone | None = None) -> Preprocessing:
-    """How the volumes of this table are read, as the arguments say, the files show or the backbone is best given."""
-    slices, *in_plane = backbone.default_grid if backbone else (64, 224, 224)
-    grid = (args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane))
-    windows = args.windows or (backbone.windows if backbone else WINDOW_PRESETS["chest"])
-    return decide_preprocessing(table, grid, windows, args)
+def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, str]) -> dict[str, Any]:
+    """The facts in log, run.json and report that tell two runs apart; `weights` holds names and digests."""
+    facts = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": args.command, **weights, "version": __version__}
+    for name, path in (("table", args.csv), ("script", Path(__file__))):
+        if path:
+            facts |= {name: path.name, f"{name} SHA-256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    facts |= {
+        "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU",
+        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
+        "processes": runtime.world_size,
+        "threads": torch.get_num_threads(),
+        "Python": platform.python_version(),
+    }
+    packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
+    facts |= {name: importlib.metadata.version(name) for name in packages}
+    for name, value in facts.items():
+        log.log(DETAIL, "%s: %s", name, value)
+    return facts
 
 
 def show_data(table: Table, prep: Preprocessing, folder: Path, skip: bool) -> None:
@@ -6191,94 +6271,142 @@ def build_datasets(args: argparse.Namespace, tables: Sequence[Table], prep: Prep
     return [CTVolumeDataset(table, prep, cache, args.on_bad_volume) for table in tables]
 
 
-def build_model(args: argparse.Namespace, table: Table) -> tuple[SiglipClassifier, Preprocessing]:
+def build_model(args: argparse.Namespace, table: Table, runtime: Runtime) -> tuple[SiglipClassifier, Preprocessing]:
     """The classifier on its pretrained backbone, partly frozen as asked, and the way from file to input."""
     backbone = load_backbone(args.pretrained, image_size=args.image_size, heads=args.backbone_heads)
-    preprocessing = preprocessing_from(args, table, backbone)
-    if preprocessing.intensity == "windowed":
-        adapt_channels(backbone, preprocessing.channels)
+    prep = decide_preprocessing(table, backbone.default_grid, backbone.windows, args)
+    if prep.intensity == "windowed":
+        adapt_channels(backbone, prep.channels)
     freeze_up_to(backbone, args.freeze_up_to)
-    seed_everything(args.seed)
+    seed_everything(args.seed)  # whatever the backbone's construction drew, what is new starts the same
     if args.lora_rank:
-        if not find_spec("peft"):
-            raise BadInput("--lora-rank needs the package peft: pip install peft")
         add_lora(backbone, args.lora_rank)
-    seed_everything(args.seed)  # whatever the backbone's construction drew, the head starts the same
     head = len(table.labels), args.slice_pooling, args.dropout_rate, args.skip_air
-    model = SiglipClassifier(backbone, preprocessing.windows, preprocessing.intensity, *head)
+    model = SiglipClassifier(backbone, prep.windows, prep.intensity, *head)
     targets = table.split("train").targets
     known, positive = (~np.isnan(targets)).sum(0), (targets == 1).sum(0)
-    for label, n in zip(table.labels, known, strict=True):
-        if n == 0:
-            log.warning("%s: no training scan has a known value, so this output will not learn", label)
+    for label in np.array(table.labels)[known == 0]:
+        log.warning("%s: no training scan has a known value, so this output will not learn", label)
     model.set_prevalence(torch.from_numpy(np.where(known > 0, positive / np.maximum(known, 1), 0.5)).float())
-    return model, preprocessing
+    return model.to(runtime.device), prep
 
 
-def read_training_table(args: argparse.Namespace) -> Table:
-    """The CSV with all that training needs: rows to train on, and something to rank epochs by."""
-    table = read_table(args.csv, args.label_columns, allow_patient_overlap=args.allow_patient_overlap)
-    for name in ("train", "val"):
-        if len(table.split(name)) == 0:
-            raise BadInput(f"{args.csv}: no row has split {name}; training needs both train and val")
-        if not (table.split(name).targets == 1).any():
-            raise BadInput(f"{args.csv}: split {name} holds no positive label, so nothing can be learnt or ranked")
-    return table
+class Run:
+    """A training run with all its parts. Once they are read, checked and built, only time can go wrong."""
 
+    def __init__(self, args: argparse.Namespace, runtime: Runtime, stop: StopRequest, folder: RunFolder):
+        self.args, self.runtime, self.stop, self.folder, self.tracker = args, runtime, stop, folder, Tracker()
+        self.table = read_table(args.csv, args.label_columns, allow_patient_overlap=args.allow_patient_overlap)
+        for name in ("train", "val"):
+            if not (self.table.split(name).targets == 1).any():
+                raise BadInput(f"{args.csv}: no row of split {name} has a positive label; training needs train and val")
+        model, prep = build_model(args, self.table, runtime)
+        shape = (prep.channels, *prep.grid)
+        if runtime.device.type == "cuda" and args.deterministic == "on":
+            add_in_fixed_order(model, sample_volume(model, shape, runtime), runtime)
+        plan = plan_memory(args, model, shape, runtime)
+        maybe_compile(model, args.compile, runtime)
+        if runtime.is_main:
+            show_data(self.table, prep, folder.path, args.on_bad_volume == "skip")
+        parts: Sequence[CTVolumeDataset] = build_datasets(args, [self.table.split(name) for name in SPLITS], prep)
+        self.recipe = Recipe(
+            args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
+            augment=args.augment, intensity=prep.intensity, seed=args.seed, log_interval=args.log_interval,
+        )  # fmt: skip
+        if args.cache_features:
+            apply_memory_plan(model, *plan)
+            parts = [cache_features(args.cache_features, model, part, self.recipe, runtime) for part in parts]
+            self.recipe = dataclasses.replace(self.recipe, num_workers=0, augment="none")
+        self.train, self.val, self.test = parts
+        self.history = History(skipped={name: part.skipped for name, part in zip(SPLITS, parts, strict=True)})
+        self.loss_fn = build_loss(args, self.train.table.targets).to(runtime.device)
+        steps_per_epoch = len(plan_epoch(self.train.table.targets, self.recipe, runtime, 0))
+        self.state = TrainState(
+            distribute(model, runtime), build_optimizer(args, model), build_scheduler(args, steps_per_epoch),
+            torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16),
+            Ema(model) if args.use_ema else None,
+            loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device),
+        )  # fmt: skip
+        effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
+        log.info(
+            "%d training, %d validation scans; effective batch %d = %d x %d processes x %d accumulated",
+            len(self.train), len(self.val), effective, args.batch_size, runtime.world_size,
+            args.gradient_accumulation_steps,
+        )  # fmt: skip
+        announce_steps(self.state.schedule, steps_per_epoch, args.early_stopping_patience)
+        self.describe(model, prep, plan)
+        self.saved_at, self.saved = time.monotonic(), ()  # the position that the last commit holds
 
-def prepare_run(args: argparse.Namespace, runtime: Runtime, stop: StopRequest, folder: RunFolder) -> Run:
-    """Read everything, check everything, build everything: after this only time can go wrong."""
-    table = read_training_table(args)
-    model, preprocessing = build_model(args, table)
-    model.to(runtime.device)
-    shape = (preprocessing.channels, *preprocessing.grid)
-    if runtime.device.type == "cuda" and args.deterministic == "on":
-        add_in_fixed_order(model, sample_volume(model, shape, runtime), runtime)
-    chunking = plan_memory(args, model, shape, runtime)
-    maybe_compile(model, args.compile, runtime)
-    if runtime.is_main:
-        show_data(table, preprocessing, folder.path, args.on_bad_volume == "skip")
-    train, val, test = build_datasets(args, [table.split(name) for name in SPLITS], preprocessing)
-    recipe = Recipe(
-        args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
-        augment=args.augment, intensity=preprocessing.intensity, seed=args.seed, log_interval=args.log_interval,
-    )  # fmt: skip
-    if args.cache_features:
-        apply_memory_plan(model, *chunking)
-        train, val, test = (
-            cache_features(args.cache_features, model, part, recipe, runtime) for part in (train, val, test)
-        )
-        recipe = dataclasses.replace(recipe, num_workers=0, augment="none")
-    steps_per_epoch = len(plan_epoch(train.table.targets, recipe, runtime, 0))
-    state = TrainState(
-        distribute(model, runtime), build_optimizer(args, model), build_scheduler(args, steps_per_epoch),
-        torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16),
-        Ema(model) if args.use_ema else None,
-        loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device),
-    )  # fmt: skip
-    setup = {
-        "labels": list(table.labels),
-        "preprocessing": preprocessing.to_dict(),
-        "backbone": model.backbone.config,
-        "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate, "skip_air": args.skip_air},
-        "thresholds": resolve_thresholds(args.threshold, table.labels, np.full(len(table.labels), 0.5)).tolist(),
-        "select": args.select,
-    }
-    identity = describe_run(args, table, model, preprocessing, runtime)
-    setup["origin"] = {"pretrained": args.pretrained, "pretrained digest": identity["pretrained weights"]}
-    identity |= {"chunking": chunking, "thresholds (--threshold)": setup["thresholds"]}
-    loss_fn = build_loss(args, train.table.targets).to(runtime.device)
-    effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
-    log.info(
-        "%d training, %d validation scans; effective batch %d = %d x %d processes x %d accumulated",
-        len(train), len(val), effective, args.batch_size, runtime.world_size, args.gradient_accumulation_steps,
-    )  # fmt: skip
-    announce_steps(state.schedule, steps_per_epoch, args.early_stopping_patience)
-    history = History(skipped={name: part.skipped for name, part in zip(SPLITS, (train, val, test), strict=True)})
-    return Run(
-        args, runtime, stop, folder, table, train, val, test, state, history, loss_fn, recipe, setup, identity,
-        provenance(args, runtime, setup["origin"]),
-    )  # fmt: skip
+    def describe(self, model: SiglipClassifier, prep: Preprocessing, plan: list[int]) -> None:
+        """Put down, in plain types, what checkpoints tell besides weights and what a resumed run is compared with."""
+        args, labels, weights = self.args, list(self.table.labels), digest_of(cpu_weights(model.backbone))
+        rows = [
+            [t.series_ids, t.targets.tolist(), [path.stat().st_size if path.is_file() else 0 for path in t.paths]]
+            for t in (self.train.table, self.val.table)
+        ]
+        self.setup = {
+            "labels": labels,
+            "preprocessing": prep.to_dict(),
+            "backbone": model.backbone.config,
+            "head": {"pooling": args.slice_pooling, "dropout": args.dropout_rate, "skip_air": args.skip_air},
+            "thresholds": resolve_thresholds(args.threshold, labels, np.full(len(labels), 0.5)).tolist(),
+            "select": args.select,
+            "origin": {"pretrained": args.pretrained, "pretrained digest": weights},
+        }
+        self.facts = provenance(args, self.runtime, self.setup["origin"])
+        self.identity = {
+            "arguments": json.loads(json.dumps(vars(args), default=str)),
+            "facts": self.facts,
+            "plan": plan,
+            "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
+            "training and validation rows": digest_of(rows),
+            "pretrained weights": weights,
+            "preprocessing": prep.to_dict(),
+            "use of cached features": bool(args.cache_features),
+            "thresholds (--threshold)": self.setup["thresholds"],
+            "precision": self.facts["precision"],
+            "number of processes": self.runtime.world_size,
+        }
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        return self.state.epoch, self.state.micro, self.state.schedule.steps, self.state.skipped
+
+    def save(self) -> None:
+        """Commit the state as it is now, between two steps, unless the last commit is of this very step."""
+        self.state.settle()
+        if self.position != self.saved:
+            losses = rank_losses(self.state, self.runtime)
+            if self.runtime.is_main:
+                self.folder.commit(pack_state(self.state, losses, self.history, self.identity))
+            self.saved = self.position
+        self.saved_at = time.monotonic()
+
+    def poll(self, may_save: bool = False) -> None:
+        """Leave by Interrupted if a signal has come to one of the ranks; save where it is time to. All ranks alike."""
+        due = may_save and time.monotonic() - self.saved_at > 60 * self.args.save_every_minutes > 0
+        signal_number, due = agree(self.runtime, self.stop.signal_number, due)
+        if signal_number:
+            raise Interrupted(signal_number)
+        if due:
+            self.save()
+
+    def waiting(self) -> AbstractContextManager:
+        """Where a stop need not wait for data; with several ranks it does, for the others go on to the next step."""
+        return self.stop.waiting() if self.runtime.world_size == 1 else nullcontext()
+
+    def predict(self, dataset: CTVolumeDataset, title: str) -> np.ndarray:
+        """Logits (n, L) of the model as it is now; may end in Interrupted."""
+        how = self.recipe, self.runtime, title, self.poll, self.waiting, dataset is self.val  # which is read each epoch
+        logits = predict(self.state.model, dataset, *how)
+        self.poll()
+        return logits
+
+    def redo_files(self) -> None:
+        """Bring what follows from the last commit in line with it; a picture is no reason to stop."""
+        self.folder.derive(self.history)
+        with optional("progress.png"):
+            plot_progress(self.folder.path, [json.loads(line) for line in self.history.lines], self.args.select)
 
 
 def announce_steps(schedule: Schedule, steps_per_epoch: int, patience: int) -> None:
@@ -6286,191 +6414,113 @@ def announce_steps(schedule: Schedule, steps_per_epoch: int, patience: int) -> N
     warmup, total, epochs = schedule.warmup, schedule.total_steps, schedule.warmup / steps_per_epoch
     ends = f"warm-up ends after {warmup} (epoch {epochs:.1f})" if warmup else "no warm-up"
     log.info("%d optimiser steps at most, %d an epoch; %s", total, steps_per_epoch, ends)
-    if warmup > 0.2 * total:
-        log.warning("--warmup takes %.0f %% of all steps: 5%% is usual", 100 * warmup / total)
-    elif 0 < patience < epochs:
-        log.warning("--warmup outlasts --early-stopping-patience (%.1f epochs, %d): 5%% is usual", epochs, patience)
+    if warmup > 0.2 * total or 0 < patience < epochs:
+        log.warning("--warmup takes more than a fifth of all steps, or outlasts --early-stopping-patience: 5% is usual")
 
 
-def describe_machine(runtime: Runtime) -> dict[str, Any]:
-    """What the last bits of a result depend on besides its inputs; nothing that names a person or a machine."""
-    packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
-    return {
-        "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU",
-        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
-        "processes": runtime.world_size,
-        "threads": torch.get_num_threads(),
-        "Python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-    }
-
-
-def greet(runtime: Runtime) -> None:
-    """The first line: what runs on what."""
-    log.info(
-        "finetune_siglip.py %s; %s", __version__, "; ".join(f"{k} {v}" for k, v in describe_machine(runtime).items())
-    )
-
-
-def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, str]) -> dict[str, Any]:
-    """The facts in log, run.json and report that tell two runs apart; `weights` holds names and digests."""
-    facts = {"date": time.strftime("%Y-%m-%d %H:%M:%S %z"), "command": args.command, **weights, "version": __version__}
-    for name, path in (("table", args.csv), ("script", Path(__file__))):
-        if path:
-            facts |= {name: path.name, f"{name} SHA-256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    return facts | describe_machine(runtime)
-
-
-def describe_run(
-    args: argparse.Namespace, table: Table, model: SiglipClassifier, preprocessing: Preprocessing, runtime: Runtime
-) -> dict[str, Any]:
-    """What a resumed run is compared with, in plain types. Where a file lies is no part of what it is."""
-    used = table.subset([row for row, split in enumerate(table.splits) if split in ("train", "val")])
-    sizes = [path.stat().st_size if path.is_file() else 0 for path in used.paths]
-    rows = repr((used.labels, used.series_ids, used.splits, sizes)).encode() + used.targets.tobytes()
-    machine = describe_machine(runtime) | {"compile": args.compile, "deterministic": args.deterministic}
-    return {
-        "arguments": json.loads(json.dumps(vars(args), default=str)),
-        "training and validation rows": hashlib.sha256(rows).hexdigest(),
-        "pretrained weights": digest_of(cpu_weights(model.backbone)),
-        "preprocessing": preprocessing.to_dict(),
-        "use of cached features": bool(args.cache_features),
-        "precision": machine.pop("precision"),
-        "number of processes": machine.pop("processes"),
-        "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
-        "machine": machine,
-    }
-
-
-def score_split(run: Run, dataset: CTVolumeDataset, logits: np.ndarray) -> dict[str, Any]:
-    """Loss and metrics of logits (n, L) over the known labels of a split."""
-    device = run.runtime.device
+def validate(run: Run, title: str = "validate") -> dict[str, Any]:
+    """Loss and metrics of the model as it is now over the known labels of split val."""
+    dataset, device = run.val, run.runtime.device
+    logits = run.predict(dataset, title)
     loss = run.loss_fn(torch.from_numpy(logits).to(device), torch.from_numpy(dataset.targets).to(device)).item()
     if not math.isfinite(loss):
         raise Diverged(f"the validation loss is {loss} after epoch {run.state.epoch + 1}: lower --lr or add --warmup")
     metrics = compute_metrics(dataset.targets, sigmoid(logits), dataset.table.labels, np.array(run.setup["thresholds"]))
     if metrics["macro_average_precision"] is None:
         raise BadInput("split val: no scan with a positive label could be read, so nothing tells which epoch is better")
-    if metrics["micro_precision"] is None and run.runtime.is_main:
-        run.warn_once(
-            "no validation scan is called positive so far (macro AUROC %s): F1 is 0, so macro average precision tells "
-            "which epoch is better; --threshold auto tunes thresholds on val at the end, a lower one lets F1 count now",
-            shown(metrics["macro_auc"]),
-        )
     return {"val_loss": loss, **metrics}
 
 
 def run_epoch(run: Run) -> None:
     """Train, validate, rank, commit, and only then let the other files follow."""
-    state, history = run.state, run.history
-    train_backbone(state, state.epoch >= run.args.unfreeze_epoch, run.runtime)
-    figures = train_one_epoch(state, run.train, run.loss_fn, run.recipe, run.runtime, run.after_step, run.waiting)
-    started, epoch = time.perf_counter(), state.epoch + 1
-    seconds, scans = figures.pop("seconds"), figures.pop("scans")
+    state, history, top, started = run.state, run.history, run.history.top, time.perf_counter()
+    epoch, between_steps = state.epoch + 1, partial(run.poll, may_save=True)
+    figures = train_one_epoch(state, run.train, run.loss_fn, run.recipe, run.runtime, between_steps, run.waiting)
+    seconds, _ = figures.pop("seconds"), figures.pop("scans")
     with state.weights:
-        logits = run.predict(run.val, "validate")
-        metrics = score_split(run, run.val, logits)
+        metrics = validate(run)
         key = comparison_key(metrics, run.args.select)
-        gained = history.top.offer(key, epoch)
-        if gained:
-            content = pack_model(state.model, run.setup, epoch, metrics)
-    seconds["validate"], started = time.perf_counter() - started, time.perf_counter()
-    history.epochs_without_gain = 0 if history.top.is_best(epoch) else history.epochs_without_gain + 1
+        gained = top.offer(key, epoch)
+        content = pack_model(state.model, run.setup, epoch, metrics) if gained else {}
+    history.epochs_without_gain = 0 if top.is_best(epoch) else history.epochs_without_gain + 1
     history.lines.append(json.dumps({"epoch": epoch, **figures, **metrics}, allow_nan=False))
     state.schedule.end_epoch(key)
     state.next_epoch()
-    if history.top.is_best(epoch):
-        history.top.best = content
+    if top.is_best(epoch):
+        top.best = content
     if gained and run.runtime.is_main:
-        history.digests[history.top.name(epoch)] = save_checked(run.folder.path / history.top.name(epoch), content)
+        history.digests[top.name(epoch)] = save_checked(run.folder.path / top.name(epoch), content)
     run.save()
-    seconds["save"] = time.perf_counter() - started
-    report_epoch(run, {"epoch": epoch, **figures, **metrics}, seconds, scans, gained)
+    if run.runtime.is_main:
+        run.redo_files()
+        report_epoch(run, time.perf_counter() - started, f"  {top.name(epoch)}" if gained else "")
+        if epoch == 2 and seconds["data"] > seconds["train"]:
+            log.warning("most of training waits for data: raise --num-workers, or keep volumes with --cache-dir")
 
 
-def report_time(seconds: dict[str, float], scans: int, runtime: Runtime) -> str:
-    """Where an epoch's time went, and how much memory was needed at most so far."""
-    if runtime.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(runtime.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    speed = scans / max(1e-9, seconds["data"] + seconds["train"])
-    return f"time: {parts}; {speed:.2f} scans/s in training, peak memory {peak / 2**30:.2f} GiB"
-
-
-def report_epoch(run: Run, line: dict[str, Any], seconds: dict[str, float], scans: int, saved: bool) -> None:
-    """What a person sees of an epoch: a line, curves, tracker; in the log the table and where the time went."""
-    if not run.runtime.is_main:
-        return
-    run.redo_files()
-    top, epoch = run.history.top, line["epoch"]
-    auc, ap, f1 = (shown(line[f"macro_{name}"]) for name in ("auc", "average_precision", "f1"))
+def report_epoch(run: Run, seconds: float, saved: str) -> None:
+    """What a person sees of the last epoch: a line on the console, the table in the log, figures in the tracker."""
+    *before, line = map(json.loads, run.history.lines)
+    losses = "loss {}, val {}".format(*(shown(line[name]) for name in ("train_loss", "val_loss")))
+    scores = "AUROC {}  AP {}  F1 {}".format(*(shown(line[f"macro_{x}"]) for x in ("auc", "average_precision", "f1")))
+    mark = "  * best" if run.history.top.is_best(line["epoch"]) else ""
     log.info(
-        "epoch %3d/%d  loss %s, val %s  AUROC %s  AP %s  F1 %s  rate %.1e  %.0f s%s%s", epoch, run.args.epochs,
-        shown(line["train_loss"]), shown(line["val_loss"]), auc, ap, f1, line["lr"], sum(seconds.values()),
-        f"  {top.name(epoch)}" if saved else "", "  * best" if top.is_best(epoch) else "",
+        "epoch %3d/%d  %s  %s  rate %.1e  %.0f s%s%s", line["epoch"], run.args.epochs, losses, scores, line["lr"],
+        seconds, saved, mark,
     )  # fmt: skip
     log.log(DETAIL, "%s", format_metrics_table(line))
-    log.log(DETAIL, "gradient norm %s; %s", shown(line["grad_norm"]), report_time(seconds, scans, run.runtime))
-    if seconds["data"] > seconds["train"] and not run.args.cache_features:
-        run.warn_once("most of training waits for data: raise --num-workers, or keep volumes with --cache-dir")
+    if line["micro_precision"] is None and all(earlier["micro_precision"] is not None for earlier in before):
+        log.warning(
+            "no validation scan is called positive so far (macro AUROC %s): F1 is 0, so macro average precision tells "
+            "which epoch is better; --threshold auto tunes thresholds on val at the end, a lower one lets F1 count now",
+            shown(line["macro_auc"]),
+        )
     run.tracker.record(run.history.lines)
-
-
-def try_soup(run: Run, best: dict[str, Any]) -> dict[str, Any]:
-    """`best`, or the mean of the top epochs' weights where that is better on val by the run's own comparison."""
-    top, model = run.history.top, unwrap(run.state.model)
-    if len(top.names) < 2:
-        return best
-    mean = mean_weights([load_checked(run.folder.path / name, MODEL_KIND) for name in top.names])
-    model.load_state_dict(mean)
-    metrics = score_split(run, run.val, run.predict(run.val, "soup"))
-    epochs, name = [epoch for _, epoch in top.entries], run.args.select
-    better = comparison_key(metrics, name) > top.entries[0][0]
-    verdict = "kept as best_model.pth" if better else f"not better, epoch {best['epoch']} stays"
-    log.info("mean of epochs %s: val %s %s: %s", epochs, name, shown(metrics.get(name)), verdict)
-    return best | {"model": mean, "metrics": metrics, "averaged_epochs": epochs} if better else best
 
 
 def finish_run(run: Run) -> None:
     """Evaluate the best weights, which are still in memory, and write what people read."""
-    args, best, folder = run.args, run.history.top.best, run.folder.path
+    args, best, path = run.args, run.history.top.best, run.folder.path / "best_model.pth"
     if best is None:
-        raise BadInput(f"{folder}: no checkpoint of a finished epoch is left; start anew with --overwrite")
+        raise BadInput(f"{path.parent}: no checkpoint of a finished epoch is left; start anew with --overwrite")
     model = unwrap(run.state.model)
     drop_lora(model)  # what was saved is merged
     log.info("best of %d epochs by %s: epoch %d", run.state.epoch, args.select, best["epoch"])
-    if args.soup:
-        best = try_soup(run, best)
+    if args.soup and len(run.history.top.names) > 1:  # the mean of the best epochs, where it compares better
+        mean = mean_weights([load_checked(run.folder.path / name, MODEL_KIND) for name in run.history.top.names])
+        model.load_state_dict(mean)
+        metrics, epochs = validate(run, "soup"), [epoch for _, epoch in run.history.top.entries]
+        better = comparison_key(metrics, args.select) > run.history.top.entries[0][0]
+        verdict = "kept as best_model.pth" if better else f"not better, epoch {best['epoch']} stays"
+        log.info("mean of epochs %s: val %s %s: %s", epochs, args.select, shown(metrics[args.select]), verdict)
+        best = best | {"model": mean, "metrics": metrics, "averaged_epochs": epochs} if better else best
     model.load_state_dict(best["model"])
-    logits = {"val": run.predict(run.val, "evaluate")}
-    if len(run.test):
-        logits["test"] = run.predict(run.test, "test")
+    datasets = {"val": run.val, **({"test": run.test} if len(run.test) else {})}
+    parts = {split: readable(part, run.predict(part, split), args.aggregate) for split, part in datasets.items()}
     run.stop.patient = not run.runtime.is_main  # all is saved: a stop need not wait, and the others wait for rank 0
-    logits = {split: aggregate_readable(getattr(run, split), x, args.aggregate) for split, x in logits.items()}
-    auto = tune_thresholds(run.val.targets, sigmoid(logits["val"]), args.threshold_objective)
-    thresholds = resolve_thresholds(args.threshold, run.val.table.labels, auto)
+    if not run.runtime.is_main:
+        return
+    val, logits = parts["val"]
+    auto = tune_thresholds(val.targets, sigmoid(logits), args.threshold_objective)
+    thresholds = resolve_thresholds(args.threshold, run.table.labels, auto)
     objective = args.threshold_objective if args.threshold == "auto" else None
-    if run.runtime.is_main:
-        if "averaged_epochs" in best or thresholds.tolist() != best["thresholds"]:
-            best |= {"thresholds": thresholds.tolist(), "tuned_for": objective}
-            save_checked(folder / "best_model.pth", best)
-        write_skipped(folder / "skipped.csv", *((part.table, part.skipped) for part in (run.train, run.val, run.test)))
-        run.facts |= {"checkpoint": str(folder / "best_model.pth"), "checkpoint digest": digest_of(best)}
-        parts = {split: (getattr(run, split), values) for split, values in logits.items()}
-        publish_all(args, "training", run.facts, run.table, model, parts, thresholds, {"val": objective})
-        track_results(run.tracker, folder, logits, best, args.wandb_log_model)
+    if "averaged_epochs" in best or thresholds.tolist() != best["thresholds"]:
+        best |= {"thresholds": thresholds.tolist(), "tuned_for": objective}
+        save_checked(path, best)
+    left_out = [(part.table, part.skipped) for part in (run.train, run.val, run.test)]
+    write_skipped(path.with_name("skipped.csv"), *left_out)
+    run.facts |= {"checkpoint": str(path), "checkpoint digest": digest_of(best)}
+    publish_all(args, "training", run.facts, run.table, model, parts, thresholds, {"val": objective})
+    track_results(run.tracker, path.parent, parts, best, args.wandb_log_model)
 
 
-def aggregate_readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> np.ndarray:
-    """`aggregate_logits` of the scans that could be read: for the others air was predicted, which says nothing."""
-    kept, logits = dataset.readable, logits.astype(np.float64)
-    table = dataset.table.subset(kept)
-    if wrong := [name for name, row in zip(table.series_ids, logits[kept], strict=True) if not np.isfinite(row).all()]:
+def readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> tuple[CTVolumeDataset, np.ndarray]:
+    """The scans that could be read and their logits, averaged as `--aggregate` says; the rest says nothing."""
+    table, logits = dataset.table.subset(dataset.readable), logits[dataset.readable].astype(np.float64)
+    if wrong := [name for name, row in zip(table.series_ids, logits, strict=True) if not np.isfinite(row).all()]:
         raise Diverged(f"the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
-    logits[kept] = aggregate_logits(logits[kept], table.series_ids, table.patient_ids, over)
-    return logits
+    logits = aggregate_logits(logits, table.series_ids, table.patient_ids, over)
+    return CTVolumeDataset(table, dataset.prep, None, dataset.on_bad_volume), logits
 
 
 def prediction_path(args: argparse.Namespace) -> Path:
@@ -6482,27 +6532,24 @@ def publish_all(
     args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, model: SiglipClassifier,
     parts: dict[str, tuple[CTVolumeDataset, np.ndarray]], thresholds: np.ndarray, tuned_here: dict[str, str | None],
 ) -> None:  # fmt: skip
-    """Write what people read of some splits' logits (n, L): scores, pictures, the last one's predictions, the report.
-
-    Scans that could not be read are no part of any of it.
-    """
+    """Write what people read of some splits' logits (n, L): scores, pictures, predictions (the last one's), report."""
     labelled = [split for split, (dataset, _) in parts.items() if not np.isnan(dataset.targets).all()]
     for split, (dataset, logits) in parts.items():
-        read = CTVolumeDataset(dataset.table.subset(dataset.readable), dataset.prep, None, args.on_bad_volume)
-        probabilities, to_windows = sigmoid(logits[dataset.readable]), CTWindows(read.prep.windows, read.prep.intensity)
+        probabilities = sigmoid(logits)
         if split in labelled:
             level = logging.INFO if split == labelled[-1] else DETAIL  # one table is enough for the console
+            to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
             how = thresholds, tuned_here.get(split), args.bootstrap, args.seed, level
-            publish(args.output_dir, split, read, to_windows, probabilities, *how)
+            publish(args.output_dir, split, dataset, to_windows, probabilities, *how)
         if args.explain:
             which = thresholds, args.explain, (), args.num_workers
-            explain_split(args.output_dir, split, read, model, probabilities, *which)
+            explain_split(args.output_dir, split, dataset, model, probabilities, *which)
         else:  # those of an earlier model must not stand beside these figures
             (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
     output = prediction_path(args)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(output, read.table.series_ids, probabilities, thresholds, read.table.labels)
-    log.info("predictions of %d scans: %s", len(read), output)
+    write_predictions(output, dataset.table.series_ids, probabilities, thresholds, table.labels)
+    log.info("predictions of %d scans: %s", len(dataset), output)
     write_facts(args, title, facts, table)
 
 
@@ -6522,10 +6569,9 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
     with folder.locked() if runtime.is_main else nullcontext():
         setup_logging(args.output_dir, runtime.is_main)
         try:
-            greet(runtime)
-            run = prepare_run(args, runtime, stop, folder)
+            run = Run(args, runtime, stop, folder)
             start_or_resume(run, source)
-            apply_memory_plan(unwrap(run.state.model), *run.identity["chunking"])
+            apply_memory_plan(unwrap(run.state.model), *run.identity["plan"])
             known = run.identity["arguments"], folder.path, runtime.is_main, run.identity["tracker"]
             with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
                 run.tracker.record(run.history.lines)
@@ -6538,26 +6584,19 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
     return 0
 
 
-def announce(run: Run) -> None:
-    """Put down what this run is before anything comes of it."""
-    if run.runtime.is_main:
-        for name, value in run.facts.items():
-            log.log(DETAIL, "%s: %s", name, value)
-        with optional("run.json"):
-            save_run(run.folder.path, "training", run.facts, run.args, run.table)
-
-
 def train_to_the_end(run: Run) -> None:
     """Epoch after epoch until all are done, patience is over or a signal comes."""
-    epochs, patience = run.args.epochs, run.args.early_stopping_patience
+    args, patience = run.args, run.args.early_stopping_patience
     try:
         run.save()  # a new run: no file that counts is ever without a last.ckpt beside it
-        announce(run)
-        while run.state.epoch < epochs:
+        if run.runtime.is_main:
+            with optional("run.json"):
+                save_run(args.output_dir, "training", run.facts, args, run.table)
+        while run.state.epoch < args.epochs:
             if 0 < patience <= run.history.epochs_without_gain:
-                log.info("no better %s for %d epochs: stopping early", run.args.select, run.history.epochs_without_gain)
+                log.info("no better %s for %d epochs: stopping early", args.select, run.history.epochs_without_gain)
                 break
-            run.after_step()
+            run.poll(may_save=True)
             run_epoch(run)
         finish_run(run)
     except (Interrupted, BadVolume) as reason:
@@ -6567,15 +6606,16 @@ def train_to_the_end(run: Run) -> None:
         raise
 
 
+# Resuming. A run goes on only where nothing that affects numbers has changed, so that what it ends with is what it
+# would have ended with unstopped. All arguments count but these, which change no number, only lengthen the run, or are
+# compared by what they lead to: the weights read, say, and not the path they lie at.
 RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
-    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap",
-    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume",
-    "check_data", "prepare", "config", "command", "explain", "soup", "use_3channel", "images", "score",
-    "wandb_log_model",
-    # compared by what they lead to, in the other entries of the identity
-    "csv", "pretrained", "amp", "compile", "orientation", "intensity", "num_slices", "threshold", "cache_features",
-    "deterministic", "slice_chunk", "grad_checkpointing",
+    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "epochs",
+    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume", "check_data", "prepare",
+    "format", "config", "command", "explain", "soup", "use_3channel", "images", "score", "wandb_log_model",
+    "csv", "pretrained", "amp", "orientation", "intensity", "num_slices", "threshold", "cache_features", "slice_chunk",
+    "grad_checkpointing",
 }  # fmt: skip
 
 
@@ -6584,12 +6624,11 @@ def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | Non
 
     Raises BadInput where --output-dir holds a run that was not asked for; touches nothing.
     """
-    if args.resume and args.overwrite:
-        raise BadInput("--resume continues a run and --overwrite replaces it: leave out one of them")
-    path = folder.path if args.resume in (None, "auto") else Path(args.resume)
-    source = RunFolder(path.parent if path.name == folder.last.name and not path.is_dir() else path)
+    elsewhere = args.resume not in (None, "auto")
+    path = Path(args.resume) if elsewhere else folder.path
+    source = RunFolder(path.parent if path.name == folder.last.name else path)
     found = bool(args.resume) and source.has_state()
-    if args.resume not in (None, "auto") and not found:
+    if elsewhere and not found:
         raise BadInput(f"{args.resume} holds no run to resume: name its folder, or its {folder.last.name}")
     mine = found and source.same_as(folder)
     if not mine and not args.overwrite and folder.holds_run(*([] if found else [CHECKPOINT])):
@@ -6600,17 +6639,51 @@ def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | Non
 
 def start_or_resume(run: Run, source: RunFolder | None) -> None:
     """Begin with an empty folder, or where another run has left off."""
+    folder = run.folder
     if any(agree(run.runtime, bool(source))):  # a disk may show ranks on other machines different things
-        resume_run(run, source or run.folder)
+        resume_run(run, source or folder)
     elif run.runtime.is_main:
         if run.args.resume:
-            log.info("--resume auto: %s holds no run yet, so a new one starts", run.folder.path)
-        elif run.folder.holds_run(CHECKPOINT):
-            log.info("--overwrite: removing the run that %s holds", run.folder.path)
-        run.folder.clear()
+            log.info("--resume auto: %s holds no run yet, so a new one starts", folder.path)
+        folder.clear()
+    if run.runtime.is_main:  # at its largest moment there are three states, the top k, one more and the best
+        weights, moments = tensor_bytes(unwrap(run.state.model).state_dict()), 2 if run.args.optimizer == "adamw" else 1
+        state = weights + tensor_bytes(optimized(run.state)) * (moments + bool(run.state.ema))
+        present = sum(file.stat().st_size for file in folder.ours(CHECKPOINT, *DERIVED, r"last.*\.ckpt"))
+        require_space(folder.path, max(0, 3 * state + weights * (run.history.top.k + 2) - present))
+
+
+def resume_run(run: Run, source: RunFolder) -> None:
+    """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
+    content, history, now = source.load(), run.history, run.identity
+    with reading(source.last):
+        then = content["identity"]
+        if changed := differences(then, now):
+            raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
+        for name in ("script SHA-256", "device", "threads", "torch", "transformers", "monai", "numpy"):
+            if then["facts"][name] != now["facts"][name]:
+                log.warning("%s was %s, now %s: bits may differ", name, then["facts"][name], now["facts"][name])
+        slices = run.args.batch_size * now["preprocessing"]["grid"][0]
+        now["plan"] = keep_plan(run.args, unwrap(run.state.model), slices, run.runtime, then["plan"], now["plan"])
+        now["tracker"] = then["tracker"]
+        run.setup["origin"]["pretrained"] = then["facts"]["pretrained"]  # not where the same weights lie now
+        restore_state(content, run.state, history, run.runtime.rank)
+    source.load_top(history, run.setup["thresholds"])
+    mark = derive_seed(*run.position)
+    if agree(run.runtime, mark, -mark) != [mark, -mark]:  # and nobody removes what another still reads
+        raise BadEnvironment(f"{source.path}: the processes of this run don't find the same state there")
     if run.runtime.is_main:
-        present = sum(file.stat().st_size for file in run.folder.ours(CHECKPOINT, *DERIVED, r"last.*\.ckpt"))
-        require_space(run.folder.path, max(0, run.peak_bytes - present))
+        if not source.same_as(run.folder):
+            for name in set(history.top.names) - history.lost:
+                link_atomic(source.path / name, run.folder.path / name)
+            run.folder.commit(content)
+        elif source.fell_back:  # or the next commit would keep the damaged file as the previous one
+            link_atomic(source.previous, source.last)
+        run.redo_files()
+    run.saved = run.position
+    log.info("resumed %s after epoch %d, forward pass %d", source.path, run.state.epoch, run.state.micro)
+    if now["arguments"]["epochs"] != then["arguments"]["epochs"] and run.args.scheduler == "cosine":
+        log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
 
 
 def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -6619,83 +6692,28 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = [
         f"--{name.replace('_', '-')} was {before.get(name)!r}, now {value!r}"
         for name, value in after.items()
-        if name not in RESUME_MAY_CHANGE and name != "epochs" and before.get(name) != value
+        if name not in RESUME_MAY_CHANGE and before.get(name) != value
     ]
     if after["epochs"] < before["epochs"]:
         found.append(f"--epochs was {before['epochs']}, now {after['epochs']}: it can only grow")
-    free = ("arguments", "machine", "chunking", "tracker")
-    for name in [name for name in now if name not in free and then.get(name) != now[name]]:
-        short = [str(identity.get(name))[:200] for identity in (then, now)]
-        found.append(f"the {name} differ" if len(short[0]) == 64 else f"{name} was {short[0]}, now {short[1]}")
+    for name in now.keys() - {"arguments", "facts", "plan", "tracker"}:
+        if then.get(name) != now[name]:
+            was, is_now = (str(identity.get(name)) for identity in (then, now))
+            found.append(f"the {name} differ" if len(was) == 64 else f"{name} was {was[:200]}, now {is_now[:200]}")
     return found
-
-
-def resume_run(run: Run, source: RunFolder) -> None:
-    """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
-    content, history = source.load(), run.history
-    with reading(source.last):
-        then, now = content["identity"], run.identity
-        if changed := differences(then, now):
-            raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
-        for name, value in now["machine"].items():
-            if (before := then["machine"].get(name)) != value:
-                log.warning("%s was %s, now %s: the run goes on, but not to the same bits", name, before, value)
-        slices = run.args.batch_size * now["preprocessing"]["grid"][0]
-        plans = then.get("chunking", now["chunking"]), now["chunking"]
-        now["chunking"] = keep_plan(run.args, unwrap(run.state.model), slices, run.runtime, *plans)
-        now["tracker"] = then.get("tracker", now["tracker"])
-        restore_state(content, run.state, history, run.runtime.rank)
-    source.load_top(history, run.setup["thresholds"])
-    positions = agree(run.runtime, *run.position, *(-x for x in run.position))  # nobody removes what another reads
-    if positions[: len(run.position)] != [-x for x in positions[len(run.position) :]]:
-        raise BadEnvironment(f"{source.path}: the processes of this run don't find the same state there")
-    if run.runtime.is_main:
-        if not source.same_as(run.folder):
-            for name in history.top.names:
-                if name not in history.lost:
-                    link_atomic(source.path / name, run.folder.path / name)
-            run.folder.commit(content)
-        elif source.fell_back:  # or the next commit would keep the damaged file as the previous one
-            link_atomic(source.previous, source.last)
-    run.saved = run.position
-    run.setup["origin"]["pretrained"] = then["arguments"][
-        "pretrained"
-    ]  # where the same weights lie now is no part of it
-    run.redo_files()
-    log.info("resumed %s after epoch %d, forward pass %d", source.path, run.state.epoch, run.state.micro)
-    if now["arguments"]["epochs"] != then["arguments"]["epochs"] and run.args.scheduler == "cosine":
-        log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
-
-
-def check_labels(path: Path, stored: list[str], asked: Sequence[str], source: str = "--label-columns") -> None:
-    """The outputs of a checkpoint have names: the list asked for must be the same, in the same order."""
-    if stored == list(asked):
-        return
-    missing, foreign = [x for x in stored if x not in asked], [x for x in asked if x not in stored]
-    details = [f"the checkpoint also has {', '.join(missing)}"] * bool(missing)
-    details += [f"it does not know {', '.join(foreign)}"] * bool(foreign)
-    details += [f"the order is another, it needs: {' '.join(map(repr, stored))}"] * (not details)
-    raise BadInput(f"{source} differs from {path}: {'; '.join(details)}")
 
 
 def load_checkpoints(named: Sequence[Path]) -> dict[Path, dict[str, Any]]:
     """The checkpoints named, and those in a folder named or, where it holds none, the best ones of the runs in it."""
-    paths = []
+    found: dict[str, tuple[Path, dict[str, Any]]] = {}  # by digest: the same weights count once
     for path in named:
-        found = (sorted(path.glob("*.pth")) or sorted(path.glob("*/best_model.pth"))) if path.is_dir() else [path]
-        if not found:
+        files = (sorted(path.glob("*.pth")) or sorted(path.glob("*/best_model.pth"))) if path.is_dir() else [path]
+        if not files:
             raise BadInput(f"{path}: holds no checkpoint (*.pth, or best_model.pth in the folders there)")
-        paths += found
-    contents: dict[Path, dict[str, Any]] = {}
-    seen: dict[str, Path] = {}
-    for path in paths:
-        content = load_checked(path, MODEL_KIND)
-        twin = seen.setdefault(digest_of([content["model"], content["preprocessing"]]), path)
-        if twin != path:
-            log.info("%s: the same weights as %s, which count once", path, twin)
-        else:
-            contents[path] = content
-    return contents
+        for file in files:
+            content = load_checked(file, MODEL_KIND)
+            found.setdefault(digest_of([content["model"], content["preprocessing"]]), (file, content))
+    return dict(found.values())
 
 
 def table_of_scans(named: Sequence[Path], labels: Sequence[str]) -> Table:
@@ -6708,13 +6726,13 @@ def table_of_scans(named: Sequence[Path], labels: Sequence[str]) -> Table:
     found = {text: os.path.basename(name) for path in named for name, text in find_scans(path)}
     if not found:
         raise BadInput(f"--images {' '.join(map(str, named))}: no scan (NPZ, b2nd, NIfTI, MHA, NRRD, DICOM) lies there")
-    alike = {name for name, n in Counter(found.values()).items() if n > 1}
-    ids = [text if name in alike else name for text, name in found.items()]
+    alike, n = Counter(found.values()), len(found)
+    ids = [text if alike[name] > 1 else name for text, name in found.items()]
     if wrong := [f"the name {name!r} {reason}" for name in ids if (reason := unsafe_text(name))]:
         raise BadInput(*wrong)
-    unknown = np.full((len(ids), len(labels)), math.nan, np.float32)
-    patients, paths, rows = [patient_of(name, "") for name in ids], list(map(Path, found)), range(1, len(ids) + 1)
-    return Table(tuple(labels), ids, patients, ["images"] * len(ids), paths, unknown, list(rows))
+    unknown = np.full((n, len(labels)), math.nan, np.float32)
+    patients, paths = [patient_of(name, "") for name in ids], [Path(text) for text in found]
+    return Table(tuple(labels), ids, patients, ["images"] * n, paths, unknown, list(range(1, n + 1)))
 
 
 class Classifier:
@@ -6726,20 +6744,21 @@ class Classifier:
 
     def __init__(self, args: argparse.Namespace, runtime: Runtime):
         self.args, self.runtime, self.contents = args, runtime, load_checkpoints(args.test_only)
-        (first, content), *_ = self.contents.items()
-        self.labels: list[str] = content["labels"]
-        for path, other in self.contents.items():
-            check_labels(path, other["labels"], args.label_columns or other["labels"])
-            check_labels(path, other["labels"], self.labels, str(first))
-        own = content["thresholds"] if len(self.contents) == 1 else np.full(len(self.labels), 0.5)
-        self.thresholds = np.array(own, np.float64)
+        (first, content), *others = self.contents.items()
+        self.labels, self.several = content["labels"], bool(others)
+        asked = {"--label-columns": args.label_columns or self.labels, **{str(path): c["labels"] for path, c in others}}
+        for source, labels in asked.items():
+            if labels != self.labels:
+                foreign = ", ".join(label for label in labels if label not in self.labels) or "none"
+                needed = " ".join(map(repr, self.labels))
+                raise BadInput(f"{source}: {first} needs the labels {needed} in this order; unknown to it: {foreign}")
+        own: dict[str, Any] = {"thresholds": [0.5] * len(self.labels)} if others else content
+        self.thresholds = np.array(own["thresholds"], np.float64)
+        self.tuned_for, self.origin = own.get("tuned_for"), own.get("origin", {})
         self.modules = [classifier_from(each, path).to(runtime.device).eval() for path, each in self.contents.items()]
+        self.module = self.modules[0]
         for module in self.modules:
             module.predict_chunk = args.slice_chunk or usual_chunk(runtime)
-
-    @property
-    def module(self) -> SiglipClassifier:
-        return self.modules[0]
 
     def logits(self, table: Table) -> tuple[CTVolumeDataset, np.ndarray]:
         """A table's scans as the first model reads them, and their mean logits (n, L) float64."""
@@ -6748,21 +6767,20 @@ class Classifier:
             sets += build_datasets(args, [table], decide_preprocessing_like(content["preprocessing"], table, args))
         total = np.zeros((len(table), len(self.labels)))
         for module, dataset in zip(self.modules, sets, strict=True):
-            recipe = Recipe(
-                args.batch_size, num_workers=args.num_workers, intensity=dataset.prep.intensity, seed=args.seed
-            )
+            intensity = dataset.prep.intensity
+            recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=intensity, seed=args.seed)
             total += predict(module, dataset, recipe, self.runtime).astype(np.float64) / len(sets)
             sets[0].skipped |= dataset.skipped
-        return sets[0], aggregate_readable(sets[0], total, args.aggregate)
+        return sets[0], total
 
     def predict(self, paths: Path | str | Sequence[Path | str]) -> pandas.DataFrame:
         """The columns of test_predictions.csv for these files, folders of DICOM, and all scans below other folders."""
         import pandas as pd
 
         named = [paths] if isinstance(paths, (str, Path)) else paths
-        dataset, logits = self.logits(table_of_scans([Path(path) for path in named], self.labels))
-        ids = [dataset.table.series_ids[row] for row in dataset.readable]
-        header, *rows = prediction_rows(ids, sigmoid(logits[dataset.readable]), self.thresholds, self.labels)
+        table = table_of_scans([Path(path) for path in named], self.labels)
+        dataset, logits = readable(*self.logits(table), self.args.aggregate)
+        header, *rows = prediction_rows(dataset.table.series_ids, sigmoid(logits), self.thresholds, self.labels)
         return pd.DataFrame(rows, columns=header)
 
     def tune(self, table: Table) -> None:
@@ -6772,8 +6790,9 @@ class Classifier:
                 "--threshold auto tunes the thresholds of several checkpoints for their mean on split val of --csv, "
                 "and no label is known there: give a number or a JSON file"
             )
-        dataset, logits = self.logits(table)
-        self.thresholds = tune_thresholds(dataset.targets, sigmoid(logits), self.args.threshold_objective)
+        dataset, logits = readable(*self.logits(table), self.args.aggregate)
+        self.tuned_for = self.args.threshold_objective
+        self.thresholds = tune_thresholds(dataset.targets, sigmoid(logits), self.tuned_for)
 
 
 def load_classifier(*paths: str | Path, **settings: Any) -> Classifier:
@@ -6789,68 +6808,61 @@ def load_classifier(*paths: str | Path, **settings: Any) -> Classifier:
     return Classifier(args, init_runtime(args.amp))
 
 
-def require_unused(args: argparse.Namespace, folder: RunFolder, output: Path | None = None) -> None:
-    """Raises BadInput where a prediction would replace what another run wrote."""
-    taken = output if output and output.exists() else folder.path if folder.holds_run(CHECKPOINT) else None
+@contextmanager
+def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[RunFolder]:
+    """--output-dir, locked and without an earlier prediction's files, which must not stand beside new ones.
+
+    Raises BadInput where it, or --test-output, holds another run's results and --overwrite does not say so.
+    """
+    folder, output = RunFolder(args.output_dir), prediction_path(args)
+    taken = output if output.exists() else folder.path if folder.holds_run(CHECKPOINT) else None
     if taken and not args.overwrite:
         raise BadInput(f"{taken} holds results of another run: name another --output-dir, or --overwrite replaces them")
+    with folder.locked() if is_main else nullcontext():
+        if is_main and not folder.holds_model():
+            folder.clear()
+        yield folder
 
 
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     """Predict with checkpoints of ours; where labels are known, score as well."""
-    setup_logging(None, runtime.is_main)
-    greet(runtime)
-    folder = RunFolder(args.output_dir)
-    require_unused(args, folder, prediction_path(args))
-    classifier = Classifier(args, runtime)
-    several, names = len(classifier.modules) > 1, ", ".join(map(str, classifier.contents))
-    if several and args.explain:
+    classifier, split = Classifier(args, runtime), "images"
+    if classifier.several and args.explain:
         raise BadInput("--explain is about one model: name one checkpoint")
     if args.images:
-        table, split = table_of_scans(args.images, classifier.labels), "images"
+        table = table_of_scans(args.images, classifier.labels)
     else:
         table = read_table(args.csv, classifier.labels, labels_required=False, allow_patient_overlap=True)
         split = args.test_split or ("test" if len(table.split("test")) else "val")
-    rows = table.split(split)
-    if len(rows) == 0:
+    rows, names = table.split(split), ", ".join(map(str, classifier.contents))
+    if not len(rows):
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
-    with folder.locked() if runtime.is_main else nullcontext():
-        if several and args.threshold == "auto":
+    with results_folder(args, runtime.is_main):
+        if classifier.several and args.threshold == "auto":
             classifier.tune(table.split("val"))
         thresholds = resolve_thresholds(args.threshold, classifier.labels, classifier.thresholds)
         log.info("predicting %d scans of split %s with %s", len(rows), split, names)
-        if args.threshold == 0.5 and set(classifier.thresholds) != {0.5}:
-            log.info("decided at 0.5; --threshold auto takes the thresholds that were tuned on val")
         dataset, logits = classifier.logits(rows)
-        if not runtime.is_main:
-            return 0
-        if not folder.holds_model():
-            folder.clear()  # an earlier prediction's figures must not stand beside these
-        (content, *_), tuned_for = classifier.contents.values(), None
-        if split == "val" and args.threshold == "auto":  # the thresholds were tuned on this very split
-            tuned_for = args.threshold_objective if several else content.get("tuned_for")
-        write_skipped(args.output_dir / "skipped.csv", (dataset.table, dataset.skipped))
-        digests = ", ".join(map(digest_of, classifier.contents.values()))
-        weights = {} if several else content.get("origin", {})
-        weights |= {"checkpoint": names, "checkpoint digest": digests}
-        facts, parts = provenance(args, runtime, weights), {split: (dataset, logits)}
-        publish_all(args, "prediction", facts, rows, classifier.module, parts, thresholds, {split: tuned_for})
+        if runtime.is_main:
+            write_skipped(args.output_dir / "skipped.csv", (rows, dataset.skipped))
+            digests = ", ".join(map(digest_of, classifier.contents.values()))
+            facts = provenance(args, runtime, classifier.origin | {"checkpoint": names, "checkpoint digest": digests})
+            parts = {split: readable(dataset, logits, args.aggregate)}
+            tuned_here = {"val": classifier.tuned_for} if args.threshold == "auto" else {}
+            publish_all(args, "prediction", facts, rows, classifier.module, parts, thresholds, tuned_here)
     return 0
 
 
-def read_predictions(path: Path, labels: Sequence[str] | None) -> tuple[list[str], list[str], np.ndarray]:
-    """Ids, labels (all, unless some are named) and probabilities (n, L) of a table with `id` and `{label}_prob`.
+def read_predictions(path: Path, labels: Sequence[str] | None) -> tuple[list[str], dict[str, list[float]]]:
+    """Labels (all, unless some are named) and each id's probabilities, of a table with `id` and `{label}_prob`.
 
     Raises BadInput with every error of it, each with its line.
     """
-    wrong = Complaints(path)
+    wrong, found = Complaints(path), dict[str, list[float]]()
     header, rows = read_rows(path, wrong)
     labels = list(labels or [name.removesuffix("_prob") for name in header if name.endswith("_prob")])
-    at = find_columns(header, ["id", *(f"{label}_prob" for label in labels)], (), wrong).values()
-    if not labels:
-        wrong.add("columns", 1, "the header has no column {label}_prob")
+    at = find_columns(header, ["id", *(f"{label}_prob" for label in labels or ["{label}"])], (), wrong).values()
     wrong.raise_if_any()
-    found: dict[str, list[float]] = {}
     for line, cells in rows:
         name, *texts = [cells[place] if len(cells) == len(header) else "" for place in at]
         try:
@@ -6862,38 +6874,31 @@ def read_predictions(path: Path, labels: Sequence[str] | None) -> tuple[list[str
         elif found.setdefault(name, values) is not values:
             wrong.add("id", line, f"id {name!r} is there twice")
     wrong.raise_if_any()
-    return list(found), labels, np.array(list(found.values())).reshape(len(found), len(labels))
+    return labels, found
 
 
 def run_score(args: argparse.Namespace) -> int:
     """Figures, intervals and report of predictions from anywhere, against the labels of a table."""
-    folder = RunFolder(args.output_dir)
-    require_unused(args, folder)
-    ids, labels, probabilities = read_predictions(args.score, args.label_columns)
+    labels, found = read_predictions(args.score, args.label_columns)
     table = read_table(args.csv, labels, allow_patient_overlap=True, volumes=False)
     split = args.test_split or next(name for name in ("test", "val", "train", "") if name in table.splits)
-    table = table.split(split)
-    place = {name: row for row, name in enumerate(ids)}
-    where, known = f"{args.csv}, {f'split {split}' if split else 'all rows'}", set(table.series_ids)
-    odd = {args.score: [x for x in ids if x not in known], where: [x for x in table.series_ids if x not in place]}
-    if any(odd.values()):
+    table, title = table.split(split), split or "all"
+    ids = set(table.series_ids)
+    if ids != found.keys():
+        odd = {args.score: found.keys() - ids, args.csv: ids - found.keys()}
         raise BadInput(
-            f"{args.score} and {where} are not about the same scans (--test-split names another split)",
-            *(f"{len(ids)} only in {file}: {', '.join(ids[:20])}" for file, ids in odd.items() if ids),
+            f"{args.score} and {args.csv} ({title}) are not about the same scans; --test-split names another split",
+            *(f"{len(some)} only in {file}: {', '.join(sorted(some)[:20])}" for file, some in odd.items() if some),
         )
-    probabilities = probabilities[[place[name] for name in table.series_ids]]
+    probabilities = np.array([found[name] for name in table.series_ids])
     tuned = args.threshold_objective if args.threshold == "auto" else None
     auto = tune_thresholds(table.targets, probabilities, args.threshold_objective)
-    thresholds = resolve_thresholds(args.threshold, labels, auto)
-    scored = evaluate(
-        table.targets, probabilities, labels, thresholds, table.patient_ids, tuned, args.bootstrap, args.seed
-    )
-    with folder.locked():
-        if not folder.holds_model():
-            folder.clear()
-        save_evaluation(folder.path, split or "all", table, probabilities, thresholds, scored)
-        log.info("%s", format_metrics_table(scored["metrics"]))
-        log.info("%s", format_summary(split or "all", scored))
+    thresholds = resolve_thresholds(args.threshold, table.labels, auto)
+    how = thresholds, table.patient_ids, tuned, args.bootstrap, args.seed
+    scored = evaluate(table.targets, probabilities, table.labels, *how)
+    with results_folder(args) as folder:
+        save_evaluation(folder.path, title, table, probabilities, thresholds, scored)
+        log.info("%s\n%s", format_metrics_table(scored["metrics"]), format_summary(title, scored))
         facts = provenance(args, Runtime(torch.device("cpu")), {"predictions": str(args.score)})
         write_facts(args, "scoring", facts, table)
     return 0
@@ -6902,7 +6907,7 @@ def run_score(args: argparse.Namespace) -> int:
 def run_check(args: argparse.Namespace) -> int:
     """Report on table and volumes, and draw some of them as a model will see them."""
     table = read_table(args.csv, args.label_columns or (), labels_required=False, allow_patient_overlap=True)
-    prep = preprocessing_from(args, table)
+    prep = decide_preprocessing(table, (64, 224, 224), WINDOW_PRESETS["chest"], args)
     show_data(table, prep, args.output_dir, args.on_bad_volume == "skip")
     return 0
 
@@ -6927,27 +6932,29 @@ def say_why(error: BaseException) -> int:
     text = " ".join(str(error).split())[:300]
     if not says_why(error):
         log.setLevel(logging.CRITICAL)
-    if isinstance(error, UserError):
-        for message in error.messages:
-            log.error("%s", message)
-        return error.code
     if isinstance(error, Interrupted):
         log.info("stopped by %s", error)
         end_readers()
         return 128 + error.number
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+    if isinstance(error, UserError):
+        messages = list(error.messages)
+    elif isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         advice = "lower --batch-size, --image-size or --num-slices, or add --amp"
-        log.error("out of memory (%s); %s", text.split(". ")[0] or "in main memory", advice)
+        messages = [f"out of memory ({text.split('. ')[0] or 'in main memory'}); {advice}"]
     elif "DataLoader worker" in text and ("Caught" not in text or "shared memory" in str(error)):
         text = text if "Caught" not in text else "no space left in it"
-        log.error("a process that reads volumes has died (%s); lower --num-workers or --batch-size, see /dev/shm", text)
+        messages = [f"a process that reads has died ({text}); lower --num-workers or --batch-size, see /dev/shm"]
     elif is_lost(error):
-        log.error("another process of this run has ended or hangs (%s); --resume auto goes on from the last save", text)
+        messages = [
+            f"another process of this run has ended or hangs ({text}); --resume auto goes on from the last save"
+        ]
     elif isinstance(error, OSError):
-        log.error("%s: %s", error.filename or "the system", error.strerror or text)
+        messages = [f"{error.filename or 'the system'}: {error.strerror or text}"]
     else:
         raise error
-    return BadEnvironment.code
+    for message in messages:
+        log.error("%s", message)
+    return error.code if isinstance(error, UserError) else BadEnvironment.code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6956,17 +6963,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(None, is_main=own_rank() == 0)
     if args.use_3channel:
         log.info("--use-3channel: three windows (--windows) are what every model sees, so nothing changes")
+    alone = {run_report: args.report, run_prepare: args.prepare, run_check: args.check_data, run_score: args.score}
     with StopRequest(patient=False) as stop:
         try:
-            alone = {
-                run_report: args.report,
-                run_prepare: args.prepare,
-                run_check: args.check_data,
-                run_score: args.score,
-            }
             for work in [work for work, asked in alone.items() if asked]:
                 return work(args) if own_rank() == 0 else 0  # one process's work
             runtime = init_runtime(args.amp, args.deterministic == "on")
+            log.info("finetune_siglip.py %s on %s", __version__, runtime.device)
             with together(runtime, stop):
                 return run_test(args, runtime) if args.test_only else run_training(args, runtime, stop)
         except (Exception, Interrupted) as error:

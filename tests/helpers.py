@@ -41,7 +41,8 @@ SMALL_RESNET3D = {
 def decide_preprocessing(table: Table, grid: tuple, windows: tuple, **flags: object) -> Preprocessing:
     """What is decided where only these flags are given."""
     usual = {"orientation": None, "intensity": "auto", "hu_range": (-1000.0, 1500.0), "spacing": (1.5, 1.5, 3.0)}
-    return decide(table, grid, windows, Namespace(**usual | {"on_bad_volume": "stop"} | flags))
+    usual |= {"on_bad_volume": "stop", "num_slices": None, "image_size": None, "windows": None}
+    return decide(table, grid, windows, Namespace(**usual | flags))
 
 
 def small_resnet3d_classifier(labels: int = 2, **options: object) -> SiglipClassifier:

@@ -94,7 +94,7 @@ def test_what_a_save_does_comes_in_an_order_that_a_power_cut_respects(bench):
 @pytest.mark.parametrize(
     "more",
     [
-        ["--optimizer", "sgd", "--unfreeze-epoch", "1", "--amp", "--loss", "balanced"],
+        ["--optimizer", "sgd", "--amp", "--loss", "balanced"],
         pytest.param(["--lora-rank", "2", "--layer-decay", "0.7", "--threshold", "auto"], marks=pytest.mark.slow),
         pytest.param(["--freeze-up-to", "all", "--cache-features", "features"], marks=pytest.mark.slow),
     ],
@@ -205,7 +205,7 @@ def test_a_signal_ends_what_comes_before_or_without_training_at_once(bench, done
 
 def test_a_signal_before_training_ends_at_once_and_leaves_no_run(bench, tmp_path):
     out = tmp_path / "run"
-    ended = run(bench, out, signal_at="read_training_table")
+    ended = run(bench, out, signal_at="read_table")
     assert ended.code == 143, ended.text
     assert "Traceback" not in ended.text
     assert (out / "stopped").read_text() == "SIGTERM\n"

@@ -150,9 +150,10 @@ class Averages(fs.ConvBackbone):
         super().__init__({"image_size": 64}, torch.nn.Identity(), 3, 16)
         self.volumetric, self.orientation = volumetric, "SRA" if volumetric else "SPL"
 
-    def encode(self, images):
-        cells = (torch.nn.functional.avg_pool3d if self.volumetric else torch.nn.functional.avg_pool2d)(images, 8)
-        return cells.movedim(1, -1), None
+    def tokens(self, images):
+        return (torch.nn.functional.avg_pool3d if self.volumetric else torch.nn.functional.avg_pool2d)(
+            images, 8
+        ).movedim(1, -1)
 
 
 @pytest.mark.parametrize("place", PLACES)

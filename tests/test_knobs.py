@@ -60,6 +60,7 @@ def test_required_arguments_are_named(missing, capsys):
         ["--freeze-up-to", "some"],
         ["--windows", "0:0,1:2,3:4"], ["--windows", "-100:200"], ["--orientation", "SPP"], ["--orientation", "RLA"],
         ["--spacing", "1", "1"], ["--spacing", "1", "1", "0"], ["--augment", "mild"], ["--on-bad-volume", "retry"],
+        ["--resume", "auto", "--overwrite"],
         ["--explain", "-2"], ["--images", "a.npz"], ["--test-only", "m.pth", "--images", "a.npz"], ["--score"],
         ["--hu-range", "5", "5"], ["--loss", "mse"], ["--seed", "-1"], ["--label-columns", "A", "A"], ["--epo", "3"],
     ],

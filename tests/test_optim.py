@@ -63,22 +63,14 @@ def test_warmup_is_a_number_of_steps_or_a_share_of_all_of_them(asked, steps):
 
 
 @pytest.mark.parametrize(
-    ("warmup", "patience", "warning"),
-    [
-        (10, 10, None),
-        (40, 10, None),
-        (41, 10, "20 % of all steps"),
-        (40, 3, "outlasts"),
-        (40, 0, None),
-        (60, 3, "30 %"),
-    ],
+    ("warmup", "patience", "warned"), [(10, 10, 0), (40, 10, 0), (41, 10, 1), (40, 3, 1), (40, 0, 0), (60, 3, 1)]
 )
-def test_a_warmup_that_takes_too_much_of_the_run_is_one_warning(caplog, warmup, patience, warning):
+def test_a_warmup_that_takes_too_much_of_the_run_is_one_warning(caplog, warmup, patience, warned):
     caplog.set_level("INFO")
     announce_steps(Schedule("plateau", warmup, 200), 10, patience)
     told, *warnings = [record.getMessage() for record in caplog.records]
     assert told == f"200 optimiser steps at most, 10 an epoch; warm-up ends after {warmup} (epoch {warmup / 10})"
-    assert [warning in text for text in warnings] == [True] * bool(warning)
+    assert ["--early-stopping-patience" in text for text in warnings] == [True] * warned
 
 
 def test_warmup_is_linear_from_0_with_plateau_as_well():

@@ -2642,46 +2642,39 @@ WEIGHT_FILES = (  # of a folder or hub model, in order of trust; BioViL's stand 
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 HUB_NAME = re.compile(
     r"(?:hf[-_]hub:|hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?P<name>[\w.-]+/[\w.-]+?)"
-    r"(?:@(?P<at>[\w.-]+)|/(?:tree|blob|resolve|raw)/(?P<revision>[^/?]+)(?:/(?P<file>[^?]+?))?)?/?(?:\?.*)?"
+    r"(?:(?:@|/(?:tree|blob|resolve|raw)/)(?P<revision>[^/?]+)(?:/(?P<file>[^?]+?))?)?/?(?:\?.*)?"
 )
-MERGE = "merge it into its base model, model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"
-UNZERO = (
-    "holds the empty placeholders that DeepSpeed ZeRO-3 leaves, not weights: run `python zero_to_fp32.py . FOLDER` "
-    "in the checkpoint's folder, and name that folder"
-)
-UNDCP = (
-    "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-    "{} model.pt`, and name that file"
-)
-ORIGINAL = "a quantised model: use the original weights"
-FOREIGN_FILES = (  # first bytes, what the file then is
-    (b"version https://git-lfs", "a Git LFS pointer, not the weights: run `git lfs pull` there"),
-    (b"<", "a web page, not weights: the download met a login or error page; download it again"),
-    (b"{", "JSON text, not weights"),
-    (b"\x89HDF", "an HDF5 file (TensorFlow, Keras): use the model's safetensors"),
-    (b"GGUF", "a GGUF file: use the original weights"),
-    (b"\x1f\x8b", "a gzip archive: unpack it first"),
-    (b"\x81\xa6params", "weights of Flax: use the model's safetensors"),
-    (b"\x08", "an ONNX graph: use the model's PyTorch weights"),
-)
-INSIDE_ZIP = (  # a member of the archive, what the file then is
-    ("/constants.pkl", "a TorchScript program: save its state_dict() instead"),
-    (".npy", "a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy"),
-    (".safetensors", "a zip archive of weights: unpack it first"),
-)
-NOT_PLAIN = (  # pattern of a tensor's name, what the weights then are instead of plain
-    (r"_packed_params|\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale(_inv)?)$", ORIGINAL),
-    (r"(^|\.)(lora_[A-Za-z_]+|base_layer|modules_to_save)\.", f"a model with LoRA adapters: {MERGE}"),
-)
-LOOKS = (  # pattern of a tensor's name, what the file then seems to be
+UNZERO = "of DeepSpeed ZeRO-3: run `python zero_to_fp32.py . FOLDER` in the checkpoint's folder, and name that folder"
+NOT_WEIGHTS = (  # pattern of a file's first bytes or, in a zip archive, of a member's name; what the file then is
+    (r"\A\Z|\A\s*[<{]|\Aversion https://git-lfs", "empty, or text instead of weights (a Git LFS pointer, a web page, "
+     "JSON): download it again, or run `git lfs pull` there"),
+    (r"\A(\x89HDF|GGUF|\x81\xa6params|\x08)", "an HDF5, GGUF, Flax or ONNX file: use the model's PyTorch weights"),
+    (r"\A\x1f\x8b|\A.{257}ustar|\.safetensors$", "an archive (gzip, tar or zip): unpack it first"),
+    (r"/constants\.pkl$", "a TorchScript program: save its state_dict() instead"),
+    (r"\.npy$", "a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy"),
+)  # fmt: skip
+NOT_A_MODEL = (  # pattern of a name in a folder without weights; what the folder then is
+    (".metadata", "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint.format_utils "
+     "dcp_to_torch {} model.pt`, and name that file"),
+    ("zero_to_fp32.py", f"a checkpoint {UNZERO}"),
+    ("*_optim_states.pt", f"a checkpoint {UNZERO}"),
+    ("models--*", "the hub's cache: name one of its models"),
+    ("snapshots/*", "several snapshots of a hub model: name one of them"),
+)  # fmt: skip
+UNFIT = (  # pattern of a tensor's name, type and shape; what an encoder that holds it is
+    (r"\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale\w*) | torch\.(q?u?int8|qint32|float8\w*) ",
+     "a quantised model: use the original weights"),
+    (r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.", "a model with LoRA adapters: merge it into its base model, "
+     "model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"),
+    (r" \(0,\)$", f"empty placeholders {UNZERO}"),
+    (r"conv1\.weight \S+ \(\d+, \d+, 7, 7, 7\)", "a 3D ResNet of MedicalNet's kind: other strides than Merlin's"),
+    (r"embeddings\.class_embedding ", "a CLIP model, not SigLIP"),
+)  # fmt: skip
+LOOKS = (  # the same, of a file without a known encoder
     (r"^visual_transformer\.|enc_(spatial|temporal)_transformer\.", "CT-CLIP (a CTViT), which no library here builds"),
-    (r"(^|\.)(rpn|roi_heads|bbox_embed|(box|classification|regression)_head|box_predictor|dfl)\.", "a detection model"),
-    (r"class_embedding$|\.resblocks\.", "a CLIP model, not SigLIP"),
-    (r"(^|\.)(cls|class)_token$|embeddings\.patch_embeddings\.", "a ViT without the config.json that describes it"),
-    (r"word_embeddings|token_embedding|embed_tokens|(^|\.)wte\.|text_model", "a text model without an image tower"),
-    (r"decode_head|up_?blocks?\.|upconv|decoder\d*\.|swinViT", "a segmentation or generation model"),
-    (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight$", "a ResNet other than the 3D ResNet-152 and BioViL's"),
-    (r"exp_avg", "the state of an optimiser"),
+    (r"\.resblocks\.", "a CLIP model, not SigLIP"),
+    (r"(^|\.)(cls|class)_token ", "a ViT without the config.json that describes it"),
+    (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight ", "a ResNet other than the 3D ResNet-152 and BioViL's"),
 )
 SUPPORTED = (
     "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, DINOv2 "
@@ -2689,139 +2682,107 @@ SUPPORTED = (
 )
 
 
-def locate_weights(source: str) -> Path:
-    """The weights file that a path, a folder, a hub name or a hub address stands for, all its shards being there."""
-    path = Path(source.removeprefix("local-dir:")).expanduser()
-    if not os.path.exists(path):
-        hub = HUB_NAME.fullmatch(source)
-        if not hub or (source.endswith(WEIGHT_SUFFIXES) and not hub["file"]):
-            web = re.match(r"\w+://", source)
-            raise BadInput(f"{source}: " + ("download it and name the file" if web else "no such file or folder"))
-        return download_weights(hub["name"], hub["at"] or hub["revision"], hub["file"])
-    if not os.path.isdir(path):
-        shards_of(path)
-        return path
-    if (path / "snapshots").is_dir():  # of the hub's cache
-        refs = [ref.read_text().strip() for ref in (path / "refs").glob("main")]
-        found = [path / "snapshots" / ref for ref in refs] or sorted((path / "snapshots").iterdir())
-        if len(found) != 1:
-            raise BadInput(f"{path}: holds {len(found)} snapshots of a hub model: name one of its folders")
-        return locate_weights(str(found[0]))
-    named = [path / name for name in WEIGHT_FILES if os.path.isfile(path / name)]
-    found = named[:1] or [f for f in sorted(path.iterdir()) if f.suffix in WEIGHT_SUFFIXES and f.is_file()]
-    if found and (shards := shards_of(found[0])) and (named or set(found) <= set(shards)):
-        return found[0]
-    if (path / ".metadata").is_file():
-        raise BadInput(f"{path}: {UNDCP.format(path)}")
-    if (path / "zero_to_fp32.py").is_file() or any(path.glob("*_optim_states.pt")):
-        raise BadInput(f"{path}: a DeepSpeed checkpoint, {UNZERO}")
-    if models := sorted(path.glob("models--*")):
-        raise BadInput(f"{path}: the hub's cache: name one of its models, such as {models[0]}")
-    names = ", ".join(file.name for file in found[:5]) or "none"
-    raise BadInput(f"{path}: a folder should hold one weights file, found {names}: name the file")
+def locate_weights(source: str) -> list[Path]:
+    """The weights file, or all its shards, that a path, a folder, a hub name or a hub address stands for."""
+    path, hub = Path(source.removeprefix("local-dir:")).expanduser(), HUB_NAME.fullmatch(source)
+    if os.path.exists(path):
+        return shards_of(weights_in(path) if path.is_dir() or path.suffix == ".distcp" else path)
+    if not hub or (path.suffix in WEIGHT_SUFFIXES and not hub["file"]):
+        raise BadInput(f"{source}: no such file or folder, and no name of a model on the Hugging Face hub")
+    return download_weights(**hub.groupdict())
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights file, index or first shard in a folder (or beside a file), which may be of a hub's cache."""
+    folder = folder if folder.is_dir() else folder.parent
+    if len(snapshots := sorted(folder.glob("snapshots/*"))) == 1:
+        folder = snapshots[0]
+    named = [folder / name for name in WEIGHT_FILES if os.path.isfile(folder / name)]
+    others = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
+    if named or (others and set(others) <= set(shards_of(others[0]))):
+        return (named or others)[0]
+    for pattern, what in NOT_A_MODEL:
+        if any(folder.glob(pattern)):
+            raise BadInput(f"{folder}: {what.format(folder)}")
+    names = ", ".join(file.name for file in others[:5]) or "none"
+    raise BadInput(f"{folder}: a folder should hold one weights file, found {names}: name the file")
 
 
 def shards_of(path: Path) -> list[Path]:
     """All files of the model that `path` is a shard or the index of, or itself; BadInput where one is missing."""
     names = [path.name]
     if path.name.endswith(".index.json"):
-        names = sorted({str(name) for name in dict(read_json(path).get("weight_map", {})).values()})
-        if not names or any(Path(name).name != name for name in names):
-            raise BadInput(f"{path}: not an index of weight files lying beside it")
+        names = sorted({Path(name).name for name in dict(read_json(path).get("weight_map", {})).values()})
     elif shard := SHARD.fullmatch(path.name):
         names = [f"{shard[1]}-{n:05}-of-{shard[3]}{shard[4]}" for n in range(1, int(shard[3]) + 1)]
-    if missing := [name for name in names if not os.path.isfile(path.with_name(name))]:
-        if len(names) == 1:
-            raise BadInput(f"{path}: not a regular file")
+    missing = [name for name in names if not os.path.isfile(path.with_name(name))]
+    if missing == [path.name]:
+        raise BadInput(f"{path}: not a regular file")
+    if missing or not names:
         raise BadInput(
             f"{path}: one of {len(names)} shards, and {', '.join(missing[:3])} is not beside it: get it there, "
-            f"`hf download NAME {missing[0]} --local-dir {path.parent}` if it came from the hub"
+            f"`hf download NAME {' '.join(missing[:1])} --local-dir {path.parent}` if it came from the hub"
         )
     return [path.with_name(name) for name in names]
 
 
-def download_weights(name: str, revision: str | None, wanted: str | None) -> Path:
-    """The weights file of a hub model, its configuration beside it: from the local cache, else from the network."""
+def download_weights(name: str, revision: str | None, file: str | None) -> list[Path]:
+    """The weights files of a hub model, its configuration beside them: from the local cache, else from the network."""
     from huggingface_hub import HfApi, errors, logging, snapshot_download
 
     logging.set_verbosity_error()  # it retries a dead network for 20 s, in ten lines of its own
     with suppress(errors.LocalEntryNotFoundError, BadInput):  # BadInput: a cached folder without all weights
-        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
-        return locate_weights(str(folder / wanted if wanted else folder))
+        cached = snapshot_download(name, revision=revision, local_files_only=True)
+        return locate_weights(f"{cached}/{file or ''}")
     try:
         files = HfApi().list_repo_files(name, revision=revision)
-        wanted = wanted or next((file for file in WEIGHT_FILES if file in files), None)
-        if not wanted:
+        file = file or next((known for known in WEIGHT_FILES if known in files), None)
+        if not file:
             raise BadInput(f"{name}: this hub model has no weights file of a known name; download it and name the file")
-        shards = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+)(\.index\.json)?$", r"-*\2", wanted)
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[wanted, shards, "*.json"]))
-    except errors.GatedRepoError:
-        raise BadInput(f"{name}: accept its terms on huggingface.co/{name}, then run `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise BadInput(f"{name}: neither a file or folder here nor a model on the Hugging Face hub") from None
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise BadEnvironment(
-            f"{name}: neither here nor in the hub's cache, and the hub is out of reach ({first_line(error)})"
+        shards = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+)(\.index\.json)?$", r"-*\2", file)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[file, shards, "*.json"]))
+    except errors.RepositoryNotFoundError:  # a gated one is of this kind as well
+        raise BadInput(
+            f"{name}: neither a file or folder here nor a model on the Hugging Face hub that you may read: if it has "
+            f"terms, accept them on huggingface.co/{name}, then run `hf auth login`"
         ) from None
-    return locate_weights(str(folder / wanted))
+    except (errors.HfHubHTTPError, OSError) as error:
+        why = f"neither here nor in the hub's cache, and the hub is out of reach ({first_line(error)})"
+        raise BadEnvironment(f"{name}: {why}") from None
+    return locate_weights(str(folder / file))
 
 
 def harmless_types() -> list[Any]:
-    """What trainers keep beside the weights, for PyTorch's allow-list: plain data, built without running a file's code.
-
-    Some are named as the file names them, so that another NumPy, Python or system than the writer's reads it too.
-    """
-    array, dtype = np.zeros(1), {type(np.dtype(kind)) for kind in "?bhilqBHILQefdUSOMm"}
-    kinds: list[Any] = [argparse.Namespace, datetime, date, timedelta, timezone, np.ndarray, np.dtype, *dtype]
+    """What trainers keep beside the weights, for PyTorch's allow-list: plain data, built without a file's code."""
+    array, dtypes = np.zeros(1), {type(np.dtype(kind)) for kind in "?bhilqBHILQefdUSOMm"}
+    kinds: list[Any] = [argparse.Namespace, datetime, date, timedelta, timezone, np.ndarray, np.dtype, *dtypes]
+    # The rest is named as files name it, so that another NumPy, Python or system than the writer's reads it too.
     for core in ("numpy.core", "numpy._core"):
         kinds += [(array.__reduce__()[0], f"{core}.multiarray._reconstruct")]
         kinds += [(array[0].__reduce__()[0], f"{core}.multiarray.scalar")]
     for module, pure in itertools.product(("pathlib", "pathlib._local"), ("", "Pure")):
         kinds += [(PurePosixPath, f"{module}.{pure}PosixPath"), (PureWindowsPath, f"{module}.{pure}WindowsPath")]
-    modules = (
-        "pytorch_lightning.utilities.parsing",
-        "lightning.fabric.utilities.data",
-        "lightning_fabric.utilities.data",
-    )
-    return kinds + [(dict, f"{module}.AttributeDict") for module in modules]
+    for module in ("pytorch_lightning.utilities.parsing", "lightning.fabric.utilities.data"):
+        kinds += [(dict, f"{module}.AttributeDict"), (dict, f"{module.replace('.fabric', '_fabric')}.AttributeDict")]
+    return kinds
 
 
 def open_weights(path: Path) -> dict[str, Any]:
     """The content of a weights file: names and tensors, perhaps nested; memory-mapped, and nothing in it is run."""
-    if (shards := shards_of(path)) != [path]:
-        return {name: tensor for shard in shards for name, tensor in flatten(open_one(shard)).items()}
-    return open_one(path)
-
-
-def open_one(path: Path) -> dict[str, Any]:
-    """The same for one file. Raises BadInput with what the file is where it holds no named tensors."""
     try:
         with path.open("rb") as file:
             head = file.read(512)
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
-    if not head:
-        raise BadInput(f"{path}: is empty: the download or copy failed; get it again")
-    if head[257:262] == b"ustar":
-        raise BadInput(f"{path}: a tar archive: unpack it first")
-    if path.suffix == ".distcp":
-        raise BadInput(f"{path}: {UNDCP.format(path.parent)}")
-    safetensors = head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
-    for start, what in () if safetensors else FOREIGN_FILES:  # a safetensors header may start with any byte
-        if head.lstrip().startswith(start):
-            raise BadInput(f"{path}: {what}")
-    try:
-        if safetensors:
-            from safetensors import safe_open
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size:
+            from safetensors.torch import load_file
 
-            with safe_open(path, framework="pt") as tensors:
-                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
-        names = zipfile.ZipFile(path).namelist() if head.startswith(b"PK") else []
-        for end, what in INSIDE_ZIP:
-            if any(name.endswith(end) for name in names):
+            return load_file(path)
+        zipped = head.startswith(b"PK")
+        text = "\n".join(zipfile.ZipFile(path).namelist()) if zipped else head.decode("latin-1")
+        for pattern, what in NOT_WEIGHTS:
+            if re.search(pattern, text, re.DOTALL | (re.MULTILINE if zipped else 0)):
                 raise BadInput(f"{path}: {what}")
         with torch.serialization.safe_globals(harmless_types()):
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=bool(names))
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
         raise
     except Exception as error:  # the bytes can lead the readers anywhere
@@ -2830,7 +2791,7 @@ def open_one(path: Path) -> dict[str, Any]:
                 f"{path}: reading it would run code that it names ({needs[1]}), which this script does not do: "
                 "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
             ) from None
-        reason = str(error).splitlines()[0][:120] if " " in str(error) else type(error).__name__  # not a bare KeyError
+        reason = f"{type(error).__name__}: {first_line(error)[:120]}"
         raise BadInput(f"{path}: not readable as weights, damaged or incomplete ({reason}): get it again") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path}: holds a {type(found).__name__}, not named tensors. {SUPPORTED}")
@@ -2855,19 +2816,21 @@ def flatten(root: dict) -> dict[str, Tensor]:
 
 @dataclass
 class Found:
-    """An image encoder's tensors in a file, and what else bears on its configuration.
-
-    `tensors` are named as in the file without `prefix`, then as the built backbone's `net` names them.
-    """
+    """An image encoder's tensors, named as in the file without `prefix`, and what bears on its configuration."""
 
     source: str
-    tensors: dict[str, Tensor]
-    sidecars: dict[str, Any]  # config, open_clip_config, preprocessor_config: the JSON files beside it
-    heads: int | None = None
+    beside: dict[str, Any] = field(default_factory=dict)  # config, open_clip_config, preprocessor_config: JSON files
+    asked_heads: int | None = None
     notes: list[str] = field(default_factory=list)
-    prefix: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+    prefix: str = ""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)  # names in the file that belong to no part of the image encoder
+
+    def take(self, tensors: dict[str, Tensor], prefix: str) -> None:
+        """Of a file's tensors, those under this prefix are the encoder's."""
+        self.prefix, self.unused = prefix, [name for name in tensors if not name.startswith(prefix)]
+        self.tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
     def blocks(self, pattern: str) -> int:
         """How many blocks there are, `pattern` finding the number of one in a tensor's name."""
@@ -2879,299 +2842,50 @@ class Found:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        try:
-            return AutoConfig.for_model(**self.sidecars.get("config", {}))
-        except (AttributeError, KeyError, TypeError, ValueError):
-            return None
+        with suppress(AttributeError, KeyError, TypeError, ValueError):
+            return AutoConfig.for_model(**self.beside.get("config", {}))
+        return None
 
-    def clip_settings(self) -> dict[str, Any]:
-        """What open_clip's configuration says of the image tower."""
-        return self.sidecars.get("open_clip_config", {}).get("model_cfg", {}).get("vision_cfg", {})
+    def timm_model(self) -> tuple[str, dict[str, Any], int | None]:
+        """Name, arguments and image size, as far as the configuration of timm or open_clip states them."""
+        timm = self.beside.get("config", {})
+        clip = self.beside.get("open_clip_config", {}).get("model_cfg", {}).get("vision_cfg", {})
+        pixels = clip.get("image_size") or timm.get("pretrained_cfg", {}).get("input_size", [None])[-1]
+        return timm.get("architecture") or clip.get("timm_model_name") or "", timm.get("model_args") or {}, pixels
 
-    def pixels(self) -> int | None:
-        """Image size that open_clip's or timm's configuration states."""
-        timm = self.sidecars.get("config", {}).get("pretrained_cfg", {})
-        return self.clip_settings().get("image_size") or timm.get("input_size", [None])[-1]
+    def heads(self, width: int, act: str, stated: int | None = None) -> int:
+        """Attention heads from `--backbone-heads`, else as stated, else those of published towers, assumed aloud."""
+        heads = self.asked_heads or stated or {1152: 16, 1536: 16}.get(width, width / 64)
+        if width % heads or heads != int(heads):
+            raise BadInput(f"{self.source}: {heads:g} heads do not divide its width of {width}: see --backbone-heads")
+        if not (self.asked_heads or stated):
+            self.notes.append(f"assumed, without a config.json: {heads:g} heads (--backbone-heads), {act}")
+        return int(heads)
 
+    def normalisation(self, channels: int) -> dict[str, Any]:
+        """Windows in HU, and mean and deviation of what they show in [0, 1], None being those of each slice.
 
-TIMM_NAMES = (
-    (r"^(patch_embed|embeds)\.proj", "embeddings.patch_embedding"),
-    (r"^(embeds\.)?pos_embed", "embeddings.position_embedding.weight"),
-    (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
-    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
-    (r"^blocks\.(\d+)\.mlp", r"encoder.layers.\1.mlp"),
-    (r"^norm\.", "post_layernorm."),
-    (r"^attn_pool\.latent", "head.probe"),
-    (r"^attn_pool\.proj", "head.attention.out_proj"),
-    (r"^attn_pool\.norm", "head.layernorm"),
-    (r"^attn_pool\.mlp", "head.mlp"),
-)
-
-
-def rename_timm_siglip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's and open_clip's names as Hugging Face's: qkv is fused in theirs, the pool's q and kv are in ours."""
-    kept = {}
-    for kind in ("weight", "bias"):
-        if f"attn_pool.q.{kind}" in theirs:
-            pool = [theirs.pop(f"attn_pool.{part}.{kind}") for part in ("q", "kv")]
-            kept[f"head.attention.in_proj_{kind}"] = torch.cat(pool)
-    for name, tensor in theirs.items():
-        if match := re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name):
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                kept[f"encoder.layers.{match[1]}.self_attn.{part}_proj.{match[2]}"] = rows
-        else:
-            for pattern, hf_name in TIMM_NAMES:
-                name = re.sub(pattern, hf_name, name)
-            kept[name] = tensor.flatten(0, -2) if "position" in name else tensor  # (1, P, E) to (P, E)
-    return kept
+        As the JSON files beside the weights say; else what such towers were trained with, aloud.
+        """
+        said = self.beside.get("preprocessor_config") or self.beside.get("config", {}).get("pretrained_cfg", {})
+        if said.get("image_processor_type") == "CuriaImageProcessor":  # HU as they are, air at the least
+            return {"mean": None, "std": None, "windows": [[-1000.0, 3071.0]] * 3}
+        mean, std = (said.get(f"image_{key}", said.get(key)) for key in ("mean", "std"))
+        windows = WINDOW_PRESETS["merlin" if channels == 1 else "chest"]
+        if not (mean and std):
+            usual = "DALE-CT" if channels == 1 else "ImageNet"
+            self.notes.append(f"assumed, nothing beside it saying otherwise: the normalisation of {usual}")
+            mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+            if channels == 1:  # Damron et al., 2026: HU in -997..888, less -142.39, over 360.97
+                mean, std, windows = [854.61 / 1885], [360.97 / 1885], ((-997.0, 888.0),) * 3
+        if channels == 1:  # a tower of one channel is often said to have the means of three
+            mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
+        return {"mean": mean, "std": std, "windows": windows}
 
 
-def read_siglip(found: Found) -> None:
-    """Configuration from shapes; what shapes cannot tell comes from a fitting config.json, or is assumed and noted."""
-    timm = HF_SIGLIP not in found.tensors
-    if timm:
-        found.tensors = rename_timm_siglip(found.tensors)
-    kept, settings = found.tensors, {}
-    kept.pop("embeddings.position_ids", None)  # a counter that old files store
-    patch, positions = kept[HF_SIGLIP], kept["embeddings.position_embedding.weight"]
-    naflex = patch.ndim == 2  # a linear layer over flattened (p, p, C) patches is a convolution written otherwise
-    if naflex:
-        side = math.isqrt(patch.shape[1] // 3)
-        patch = kept[HF_SIGLIP] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
-        found.notes.append("SigLIP 2 NaFlex: its tower is used at a fixed square size")
-    width, channels, size, _ = patch.shape
-    grid, head = math.isqrt(len(positions)), any(name.startswith("head.") for name in kept)
-    stated = found.pixels() if (found.pixels() or 0) // size == grid else None
-    # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
-    later = not timm or naflex or size == 32 or width == 1536 or (width, size) == (1152, 16)
-    act = "gelu_pytorch_tanh" if later or (width, len(positions)) == (1024, 1024) else "gelu"
-    found.config = {
-        "family": "siglip", "hidden_size": width, "num_hidden_layers": found.blocks(r"encoder\.layers\.(\d+)\."),
-        "num_attention_heads": {1152: 16, 1536: 16}.get(width, width // 64),
-        "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]), "num_channels": channels,
-        "patch_size": size, "image_size": stated or grid * size,
-        "hidden_act": act, "layer_norm_eps": 1e-6, "vision_use_head": head, "naflex": naflex,
-    }  # fmt: skip
-    if not head:
-        found.notes.append("no pooling head in the file: its feature is the mean of its tokens")
-    if (size, grid) == (14, 27) and not stated:
-        found.notes.append("assumed to be for images of 384 pixels; one of timm's ..._378 wants --image-size 378")
-        found.config["image_size"] = 384  # as published, though 384 = 27 * 14 + 6
-    if library := found.library_config():
-        vision = getattr(library, "vision_config", library).to_dict()
-        settings = {k: vision[k] for k in SIGLIP_KEYS if k in vision}
-        if vision.get("hidden_size") != width:
-            found.notes.append(f"config.json ignored: its tower is {vision.get('hidden_size')} wide, this one {width}")
-            settings = {}
-        elif settings.get("image_size", 0) // size != grid:
-            settings.pop("image_size", None)
-    found.config |= settings
-    found.config["num_attention_heads"] = check_heads(found, width, act, stated=bool(settings))
-
-
-def check_heads(found: Found, width: int, act: str, stated: bool = False) -> int:
-    """Attention heads from `--backbone-heads`, else as stated, else assumed aloud."""
-    if not (found.heads or stated) and width % 64:
-        raise BadInput(
-            f"{found.source}: without a config.json its width of {width} does not tell the number of attention heads: "
-            "name it with --backbone-heads"
-        )
-    heads = found.heads or found.config.get("num_attention_heads", width // 64)
-    if not (found.heads or stated):
-        found.notes.append(f"assumed, without a config.json: {heads} heads (--backbone-heads), {act}")
-    if width % heads:
-        raise BadInput(f"{found.source}: {heads} attention heads do not divide its width of {width} (--backbone-heads)")
-    return heads
-
-
-def read_timm(found: Found) -> None:
-    """A ViT that timm builds: by the name its configuration states, else by what its tensors show."""
-    tensors, stated = found.tensors, found.sidecars.get("config", {})
-    name = stated.get("architecture") or found.clip_settings().get("timm_model_name") or ""
-    registers = sum(tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors)
-    if "siglip" in name or not (name or "cls_token" in tensors or registers):
-        return read_siglip(found)
-    width, channels, patch, _ = tensors[TIMM_VIT].shape
-    settings: dict[str, Any] = stated.get("model_args") or {}
-    if not name and "pos_embed" not in tensors:  # rotary or relative positions, as in DINOv3 and BEiT
-        raise BadInput(f"{found.source}: a timm ViT without pos_embed: put its config.json, that names it, beside it")
-    if not name:  # DINOv2, of Meta's names or timm's, and plain ViTs differ by these alone
-        gated, positions = "blocks.0.mlp.w12.weight" in tensors, tensors["pos_embed"].shape[1]
-        hidden = len(tensors["blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight"])
-        gated |= hidden == 2 * tensors.get("blocks.0.mlp.fc2.weight", tensors[TIMM_VIT]).shape[1]
-        name = "vit_base_patch16_224" if "blocks.0.ls1.gamma" not in tensors else "vit_large_patch14_dinov2"
-        settings = {
-            "patch_size": patch, "img_size": math.isqrt(positions) * patch, "embed_dim": width,
-            "depth": found.blocks(r"blocks\.(\d+)\."), "mlp_ratio": hidden / width, "reg_tokens": registers,
-            "no_embed_class": bool(registers) or math.isqrt(positions) ** 2 == positions,
-            "pre_norm": "norm_pre.weight" in tensors, "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
-            "num_heads": check_heads(found, width, "the exact GELU"),
-        }  # fmt: skip
-        name = "vit_giant_patch14_dinov2" if gated else name
-    found.config = {"family": "timm", "architecture": name, "arguments": settings}
-    found.config["image_size"] = settings.get("img_size") or found.pixels()
-    found.config |= {"num_channels": channels, "patch_size": patch, **normalisation(found, channels)}
-
-
-def read_transformers(found: Found) -> None:
-    """DINOv2 and its kind, as config.json describes them."""
-    library = found.library_config()
-    if getattr(library, "model_type", None) not in TRANSFORMERS_VITS:
-        said = found.sidecars.get("config", {}).get("model_type")
-        raise BadInput(f"{found.source}: {f'a {said} model' if said else 'a ViT of transformers'} {NEEDS_CONFIG}")
-    found.config = {"family": "transformers", "architecture": json.loads(library.to_json_string(use_diff=False))}
-    found.config |= {key: getattr(library, key) for key in ("image_size", "patch_size", "num_channels")}
-    found.config |= normalisation(found, library.num_channels)
-
-
-def normalisation(found: Found, channels: int) -> dict[str, Any]:
-    """Windows in HU and what is then done to their [0, 1]: mean and standard deviation, None being those of each slice.
-
-    As the JSON files beside the weights say; else what such towers were trained with, aloud.
-    """
-    said = found.sidecars.get("preprocessor_config") or found.sidecars.get("config", {}).get("pretrained_cfg", {})
-    mean, std = (said.get(f"image_{key}", said.get(key)) for key in ("mean", "std"))
-    if channels == 1 and mean and std:  # a tower of one channel is often said to have the means of three
-        mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
-    if said.get("image_processor_type") == "CuriaImageProcessor":  # HU as they are, air at the least, slice by slice
-        return {"mean": None, "std": None, "windows": [[-1000.0, 3071.0]] * 3}
-    if mean and std:
-        return {"mean": mean, "std": std, "windows": WINDOW_PRESETS["merlin" if channels == 1 else "chest"]}
-    if channels == 1:  # DALE-CT (Damron et al., 2026): HU in -997..888, less -142.39, over 360.97
-        found.notes.append("assumed, nothing beside it saying otherwise: the windows and normalisation of DALE-CT")
-        return {"mean": [854.61 / 1885], "std": [360.97 / 1885], "windows": [[-997.0, 888.0]] * 3}
-    found.notes.append("assumed, nothing beside it saying otherwise: the mean and standard deviation of ImageNet")
-    return {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "windows": WINDOW_PRESETS["chest"]}
-
-
-def read_resnet3d(found: Found) -> None:
-    """Names as MONAI's, which are Merlin's."""
-    stem, channels, *kernel = found.tensors["conv1.weight"].shape
-    found.config = {
-        "family": "resnet3d", "layers": [found.blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
-        "block_inplanes": [stem, stem * 2, stem * 4, stem * 8], "num_channels": channels, "conv1_t_size": kernel,
-        "bias_downsample": "layer1.0.downsample.0.bias" in found.tensors, "image_size": 224,
-    }  # fmt: skip
-
-
-def read_biovil(found: Found) -> None:
-    """The encoder of `health_multimodal`'s ImageModel, without what a single image does not use."""
-    wanted = re.compile(r"encoder\.(?!encoder\.fc\.|vit_pooler\.)")
-    found.tensors = {wanted.sub("", k, 1): t for k, t in found.tensors.items() if wanted.match(k)}
-    encoder, size = "resnet50" if "encoder.layer4.0.conv3.weight" in found.tensors else "resnet18", 480
-    if "backbone_to_vit.weight" in found.tensors:
-        encoder, size = f"{encoder}_multi_image", 448
-        found.notes.append("BioViL-T without its temporal pooler: there is no prior image")
-    channels = found.tensors["encoder.conv1.weight"].shape[1]
-    found.config = {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}
-
-
-def read_colipri(found: Found) -> None:
-    """The image encoder of `colipri`: a Primus, a projection of its tokens, attention pooling."""
-    width, channels, patch, *_ = found.tensors[COLIPRI].shape
-    projected = len(found.tensors["projector.weight"])
-    found.config = {
-        "family": "colipri", "embed_dim": width, "patch_size": patch, "num_channels": channels,
-        "eva_depth": found.blocks(r"backbone\.eva\.blocks\.(\d+)\."), "projection_dim": projected, "image_size": 192,
-    }  # fmt: skip
-    found.notes.append("trained on voxels of 2 mm: prepare scans with --spacing 2 2 2")
-
-
-HF_SIGLIP, DINOV3 = "embeddings.patch_embedding.weight", "embeddings.patch_embeddings.weight"
-HF_VIT = "embeddings.patch_embeddings.projection.weight"
-TIMM_VIT, TIMM_NAFLEX, COLIPRI = "patch_embed.proj.weight", "embeds.proj.weight", "backbone.down_projection.proj.weight"
-RESNET3D, BIOVIL = "layer3.35.conv3.weight", "encoder.encoder.layer4.1.conv2.weight"
-READERS: dict[str, Callable[[Found], None]] = {  # by the name that ends any prefix
-    **{HF_SIGLIP: read_siglip, TIMM_NAFLEX: read_siglip, TIMM_VIT: read_timm, HF_VIT: read_transformers},
-    **{DINOV3: read_transformers, COLIPRI: read_colipri, RESNET3D: read_resnet3d, BIOVIL: read_biovil},
-}
-TRANSFORMERS_VITS = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "ijepa")
-NEEDS_CONFIG = f"that config.json beside it should describe as one of {', '.join(TRANSFORMERS_VITS)}"
-SIGLIP_KEYS = ("num_hidden_layers", "num_attention_heads", "image_size", "hidden_act", "layer_norm_eps")
-
-
-def is_encoder(anchor: str, prefix: str, tensors: dict[str, Tensor]) -> bool:
-    """Whether the tensors around an anchor are of its family; CLIP and other ResNets share a name with one."""
-    if anchor == RESNET3D:
-        stem = tensors.get(f"{prefix}conv1.weight", torch.empty(0))
-        return stem.ndim == 5 and stem.shape[2] != 7  # MedicalNet's stem; its last stages have other strides too
-    if anchor == BIOVIL:
-        return any(name.startswith((prefix + "projector.", prefix + "encoder.backbone_to_vit.")) for name in tensors)
-    return prefix + "embeddings.class_embedding" not in tensors
-
-
-def find_encoder(tensors: dict[str, Tensor], found: Found) -> str:
-    """The anchor found in a file, its prefix taken off `found`: the fullest candidate, averaged weights first."""
-    ends = [(a, name[: -len(a)]) for name in tensors for a in READERS if f".{name}".endswith(f".{a}")]
-    ends = [(a, prefix) for a, prefix in ends if is_encoder(a, prefix, tensors)]
-    if not ends:
-        looks = [what for pattern, what in (*NOT_PLAIN, *LOOKS) if any(re.search(pattern, name) for name in tensors)]
-        if any(name.endswith("conv1.weight") and t.ndim == 5 and t.shape[2] == 7 for name, t in tensors.items()):
-            looks = ["a 3D ResNet of MedicalNet's kind: a stem of 7 x 7 x 7, and other strides than Merlin's"]
-        seems = next(iter(looks), f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
-        raise BadInput(f"{found.source}: seems to be {seems}. {SUPPORTED}")
-    size = {prefix: sum(name.startswith(prefix) for name in tensors) for _, prefix in ends}
-    anchor, found.prefix = max(ends, key=lambda end: (size[end[1]], "ema" in re.split(r"[._]", end[1].lower())))
-    if others := ", ".join(repr(other) for _, other in ends if other != found.prefix):
-        found.notes.append(f"taken from {found.prefix!r}; also there: {others}")
-    inside = [name for name in tensors if name.startswith(found.prefix)]
-    for pattern, what in NOT_PLAIN:
-        if odd := next((name for name in inside if re.search(pattern, name)), None):
-            raise BadInput(f"{found.source}: {what} ({odd})")
-    if not tensors[found.prefix + anchor].numel():
-        raise BadInput(f"{found.source}: {UNZERO}")
-    found.tensors = {name[len(found.prefix) :]: tensors[name] for name in inside}
-    found.unused = [name for name in tensors if not name.startswith(found.prefix)]
-    return anchor
-
-
-def read_tensors(
-    tensors: dict[str, Tensor], source: str, sidecars: dict[str, Any] | None = None, heads: int | None = None
-) -> Found:
-    """Find the image encoder among named tensors (`meta` ones too) and what builds it."""
-    found = Found(source, {}, sidecars or {}, heads)
-    anchor = find_encoder(tensors, found)
-    try:
-        READERS[anchor](found)
-    except KeyError as error:
-        raise BadInput(f"{source}: incomplete: {found.prefix}{error.args[0]} is missing") from None
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise BadInput(f"{source}: tensors of unexpected shape under {found.prefix!r}: {error}") from None
-    for k, t in found.tensors.items():
-        if t.is_quantized or t.layout != torch.strided or (t.ndim and (t.itemsize < 2 or not t.is_floating_point())):
-            raise BadInput(f"{source}: {found.prefix}{k} is quantised or sparse ({t.dtype}): {ORIGINAL}")
-    return found
-
-
-def read_own_checkpoint(raw: dict[str, Any], source: str) -> Found:
-    """The backbone inside one of this script's own checkpoints."""
-    state, config = raw.get("model"), raw.get("backbone")
-    if raw["kind"] != "finetune_siglip":
-        raise BadInput(f"{source}: the state of a run; name its best_model.pth")
-    if raw.get("format") != 1 or not isinstance(state, dict) or not isinstance(config, dict):
-        raise BadInput(f"{source}: a checkpoint of this script in a format that this version does not read")
-    tensors, prefix = flatten(state), "backbone.net."
-    mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-    unused = [name for name in tensors if not name.startswith(prefix)]
-    return Found(source, mine, {}, None, ["a checkpoint of this script"], prefix, config, unused)
-
-
-def read_pretrained(source: str | Path, heads: int | None = None) -> Found:
-    """Read a local file or folder, or a model of the Hugging Face hub; its tensors, not its name, tell the family.
-
-    Tensors stay memory-mapped where the file has them so. `heads` overrides the number of attention heads. Raises
-    BadInput with what the file seems to be where no known image encoder is in it.
-    """
-    path = locate_weights(str(source))
-    raw = open_weights(path)
-    if str(raw.get("kind")).startswith("finetune_siglip"):
-        return read_own_checkpoint(raw, str(path))
-    beside = {name: path.with_name(f"{name}.json") for name in ("config", "open_clip_config", "preprocessor_config")}
-    sidecars = {name: read_json(file) for name, file in beside.items() if file.is_file()}
-    return read_tensors(flatten(raw), str(path), sidecars, heads)
-
-
-# The encoders: their modules are the libraries', so that files fit; what is done with them is one interface.
+# The encoders: their modules are the libraries', so that files fit; what is done with them is one interface. `read`
+# makes the configuration of what was found, the constructor the module of the configuration, with random weights, and
+# `adopt` names the file's tensors as that module does.
 
 
 def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., Tensor]:
@@ -3206,7 +2920,12 @@ class Backbone(nn.Module):
     orientation = "SPL"
     volumetric = False
     recompute = False  # each block of a volumetric one is computed again in the backward pass
+    prefix = 0  # class and register tokens, which come before those of patches
+    repeated = ""  # name in `net` of the list of its blocks, where that is not the longest of its lists
     net: Any  # the family's own module
+    # Images, and of SigLIP the patches kept, to all last features, (n, *grid, E) or (n, prefix + P, E), and which of
+    # these are no padding, (n, M), None being all.
+    encode: Callable[..., tuple[Tensor, Tensor | None]]
 
     def __init__(self, config: dict[str, Any], net: nn.Module, width: int, slices: int = 64):
         super().__init__()
@@ -3217,29 +2936,45 @@ class Backbone(nn.Module):
             if hasattr(module, "mask_token"):
                 setattr(module, "mask_token", None)  # noqa: B010
 
-    def blocks(self) -> list[nn.Module]:
-        """The repeated blocks in forward order: units to compile or to recompute."""
-        return list(max((m for m in self.net.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))), key=len))
-
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """A file's tensors as `net` names and sizes them."""
         return found.tensors
 
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks in forward order: units to compile or to recompute."""
+        if self.repeated:
+            return list(self.net.get_submodule(self.repeated))
+        return list(max((m for m in self.net.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))), key=len))
+
+    def run_blocks(self, x: Tensor, **options: Any) -> Tensor:
+        """One block after the other, computed again one by one where memory is short."""
+        for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
+            run = partial(block, **options)
+            x = recomputed(run, block)(x) if self.recompute else run(x)
+        return x
+
+    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        """What `encode` gave to the image's feature (n, E): the mean, unless the family has something else."""
+        x = x.flatten(1, -2)
+        return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+
+    def summary(self, x: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
+        """What `encode` gave to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well."""
+        feature, tokens = self.pool(x, real), x.flatten(1, -2)[:, self.prefix :]
+        if not maxima:
+            return feature
+        tokens = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
+        return torch.cat([feature, tokens.amax(1)], dim=1)
+
+    def forward(self, images: Tensor, *kept: Any, maxima: bool = False) -> Tensor:
+        """(n, K, H, W) or (N, K, D, H, W) in [0, 1], of SigLIP what is `kept`, to (n, E), or with `maxima` (n, 2E)."""
+        x, real = self.encode(images, *kept)
+        return self.summary(x, maxima, real)
+
     def tokens(self, images: Tensor) -> Tensor:
         """Last spatial features, (n, *grid, E)."""
-        raise NotImplementedError
-
-    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        """(n, *grid, E) to (n, E); where tokens are padded, `real` (n, M) names those that are no padding."""
-        raise NotImplementedError
-
-    def summary(self, tokens: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
-        """(n, *grid, E) to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well."""
-        return with_maxima(self.pool(tokens, real), tokens, maxima, real)
-
-    def forward(self, images: Tensor, *, maxima: bool = False) -> Tensor:
-        """(n, K, H, W) or (N, K, D, H, W) in [0, 1] to (n, E), or with `maxima` to (n, 2E)."""
-        return self.summary(self.tokens(images), maxima)
+        x, _ = self.encode(images)
+        return x if x.ndim > 3 else x[:, self.prefix :].unflatten(1, (images.shape[2] // self.config["patch_size"], -1))
 
     def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Spatial features (n, *grid, E) that decide on what `forward` gives, and what makes that of them."""
@@ -3266,12 +3001,37 @@ class Backbone(nn.Module):
         return self
 
 
-def with_maxima(feature: Tensor, tokens: Tensor, maxima: bool, real: Tensor | None = None) -> Tensor:
-    """Features (n, E), or with `maxima` (n, 2E): the largest of each feature of tokens (n, *grid, E) beside them."""
-    if not maxima:
-        return feature
-    seen = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
-    return torch.cat([feature, seen.flatten(1, -2).amax(1)], dim=1)
+HF_PATCHES, HF_POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
+TIMM_NAMES = (  # of SigLIP in timm and open_clip, and what they are in transformers
+    (r"^(patch_embed|embeds)\.proj", "embeddings.patch_embedding"),
+    (r"^(embeds\.)?pos_embed", HF_POSITIONS),
+    (r"^blocks\.(\d+)\.norm([12])", r"encoder.layers.\1.layer_norm\2"),
+    (r"^blocks\.(\d+)\.attn\.proj", r"encoder.layers.\1.self_attn.out_proj"),
+    (r"^blocks\.", "encoder.layers."),
+    (r"^norm\.", "post_layernorm."),
+    (r"^attn_pool\.latent", "head.probe"),
+    (r"^attn_pool\.proj", "head.attention.out_proj"),
+    (r"^attn_pool\.norm", "head.layernorm"),
+    (r"^attn_pool\.", "head."),
+)
+
+
+def rename_timm_siglip(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """timm's and open_clip's names as Hugging Face's: qkv is fused in theirs, the pool's q and kv are in ours."""
+    kept: dict[str, Tensor] = {}
+    for name, tensor in theirs.items():
+        for pattern, ours in TIMM_NAMES:
+            name = re.sub(pattern, ours, name)
+        if ".attn.qkv." in name:
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                kept[name.replace("attn.qkv", f"self_attn.{part}_proj")] = rows
+        else:
+            kept[name] = tensor.flatten(0, -2) if name == HF_POSITIONS else tensor  # (1, P, E) to (P, E)
+    for kind in ("weight", "bias"):
+        if f"head.q.{kind}" in kept:
+            pool = [kept.pop(f"head.{part}.{kind}") for part in ("q", "kv")]
+            kept[f"head.attention.in_proj_{kind}"] = torch.cat(pool)
+    return kept
 
 
 class SiglipBackbone(Backbone):
@@ -3282,6 +3042,44 @@ class SiglipBackbone(Backbone):
 
     family = "siglip"
 
+    @staticmethod
+    def read(found: Found) -> None:
+        """Shapes tell the configuration; what they cannot comes from a fitting config.json, or is assumed and noted."""
+        timm = HF_PATCHES not in found.tensors
+        kept = found.tensors = rename_timm_siglip(found.tensors) if timm else found.tensors
+        kept.pop("embeddings.position_ids", None)  # a counter that old files store
+        patch, positions = kept[HF_PATCHES], len(kept[HF_POSITIONS])
+        naflex = patch.ndim == 2  # a linear layer over flattened (p, p, C) patches is a convolution written otherwise
+        if naflex:
+            side = math.isqrt(patch.shape[1] // 3)
+            patch = kept[HF_PATCHES] = patch.unflatten(1, (side, side, 3)).permute(0, 3, 1, 2).contiguous()
+            found.notes.append("SigLIP 2 NaFlex: its tower is used at a fixed square size")
+        width, channels, size, _ = patch.shape
+        library = found.library_config()
+        stated = getattr(library, "vision_config", library).to_dict() if library else {}
+        if stated and stated.get("hidden_size") != width:
+            found.notes.append(f"config.json ignored: its tower is {stated.get('hidden_size')} wide, this one {width}")
+            stated = {}
+        grid, pixels = math.isqrt(positions), stated.get("image_size") or found.timm_model()[2] or 0
+        if pixels // size != grid:
+            pixels = grid * size
+            if (size, grid) == (14, 27):  # published for 384 pixels, though that is 27 * 14 + 6
+                pixels = 384
+                found.notes.append("assumed to be for 384 pixels; one of timm's ..._378 wants --image-size 378")
+        # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
+        later = not timm or naflex or size == 32 or width == 1536 or (width, size) == (1152, 16)
+        act = "gelu_pytorch_tanh" if later or (width, positions) == (1024, 1024) else "gelu"
+        found.config = {
+            "family": "siglip", "hidden_size": width, "num_channels": channels, "patch_size": size,
+            "image_size": pixels, "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]),
+            "num_hidden_layers": stated.get("num_hidden_layers") or found.blocks(r"encoder\.layers\.(\d+)\."),
+            "num_attention_heads": found.heads(width, act, stated.get("num_attention_heads")),
+            "hidden_act": stated.get("hidden_act", act), "layer_norm_eps": stated.get("layer_norm_eps", 1e-6),
+            "vision_use_head": any(name.startswith("head.") for name in kept), "naflex": naflex,
+        }  # fmt: skip
+        if not found.config["vision_use_head"]:
+            found.notes.append("no pooling head in the file: its feature is the mean of its tokens")
+
     def __init__(self, config: dict[str, Any]):
         from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -3291,63 +3089,41 @@ class SiglipBackbone(Backbone):
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Position embeddings (P, E) interpolated to this size: for NaFlex bilinear, as in `transformers`."""
-        key, patch = "embeddings.position_embedding.weight", self.config["patch_size"]
-        old, new = math.isqrt(len(found.tensors[key])), self.side
-        if not new:
-            raise BadInput(f"--image-size {self.config['image_size']} is smaller than a patch of {patch} pixels")
-        if self.config["image_size"] != found.config["image_size"] and (rest := self.config["image_size"] % patch):
-            found.notes.append(f"the last {rest} rows and columns fall outside its patches of {patch}")
+        old, new = math.isqrt(len(found.tensors[HF_POSITIONS])), self.side
         if old == new:
             return found.tensors
         found.notes.append(f"position embeddings interpolated from {old} x {old} to {new} x {new}")
-        grid, mode = (
-            found.tensors[key].float().T.reshape(1, -1, old, old),
-            "bilinear" if found.config.get("naflex") else "bicubic",
-        )
+        grid = found.tensors[HF_POSITIONS].float().T.reshape(1, -1, old, old)
+        mode = "bilinear" if found.config.get("naflex") else "bicubic"
         grid = F.interpolate(grid, size=(new, new), mode=mode, antialias=True)
-        return found.tensors | {key: grid.flatten(2)[0].T.contiguous()}
+        return found.tensors | {HF_POSITIONS: grid.flatten(2)[0].T.contiguous()}
 
-    def tokens(self, images: Tensor) -> Tensor:
-        return self.encode(images)[0].unflatten(1, (self.side, self.side))
-
-    def forward(self, images: Tensor, *kept: Any, maxima: bool = False) -> Tensor:
-        """(n, 3, H, W) in [0, 1] to (n, E), from the patches that `kept` names as in `encode`, or from all."""
-        x, real = self.encode(images, *kept)
-        return self.summary(x, maxima, real)
-
-    def encode(
-        self, images: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens after the last norm (n, M, E), and which of them are no padding (n, M); None means all.
-
-        Only the patches that `keep` (n, P) names are seen, in row order; an image that keeps none keeps its first.
-        `counts` says how many each keeps, where the host knows.
-        """
+    def encode(self, images: Tensor, *kept: Any) -> tuple[Tensor, Tensor | None]:
         embeddings = self.net.embeddings
         x = embeddings.patch_embedding(images * 2 - 1).flatten(2).transpose(1, 2)  # (n, P, E); SigLIP sees [-1, 1]
-        if x.shape[1] != self.side**2:
-            raise ValueError(f"images {tuple(images.shape)} make {x.shape[1]} patches, the tower has {self.side**2}")
-        x, real = pack_kept(x + embeddings.position_embedding.weight, keep, counts)
+        x, real = pack_kept(x + embeddings.position_embedding.weight, *kept)
         for block in self.net.encoder.layers:
             x = block(x, None if real is None else real[:, None, None, :])
         return self.net.post_layernorm(x), real
 
-    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
+    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """The attention-pooling head, as in `transformers` but deaf to padding; the mean where a tower has none."""
-        x = tokens.flatten(1, -2)
         if not self.config["vision_use_head"]:
-            return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+            return super().pool(x, real)
+        x = x.flatten(1, -2)
         head, probe = self.net.head, self.net.head.probe.expand(len(x), -1, -1)
         padding = None if real is None else ~real
         x = head.attention(probe, x, x, key_padding_mask=padding, need_weights=False)[0][:, 0]
         return x + head.mlp(head.layernorm(x))
 
 
-def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> tuple[Tensor, Tensor | None]:
-    """Pack the tokens to keep to the front, padded to the longest row: (n, P, E) to (n, M, E), and which are real.
+def pack_kept(
+    x: Tensor, keep: Tensor | None = None, counts: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Of tokens (n, P, E) those to `keep` (n, P), in order: (n, M, E), and which are no padding (None: all).
 
-    M is rounded up to a multiple of 8, which attention kernels like. Without the `counts` of each row the host waits
-    for the device here.
+    Of an image that keeps none it is the first. M is the longest row, rounded up to a multiple of 8, which attention
+    kernels like. Without the `counts` that each row keeps the host waits for the device here.
     """
     if keep is None:
         return x, None
@@ -3363,51 +3139,29 @@ def pack_kept(x: Tensor, keep: Tensor | None, counts: Sequence[int] | None) -> t
 
 
 class ViTBackbone(Backbone):
-    """A ViT whose feature may be a class token: `encode` gives (n, prefix + P, E), P the patches."""
-
-    prefix: int  # class and register tokens, which come first
+    """A ViT whose feature may be a class token."""
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images in [0, 1] less the mean and over the deviation that the tower was trained with, or their own."""
         mean, std = self.config["mean"], self.config["std"]
         if mean is None:
-            centred = images - images.mean((2, 3), keepdim=True)
-            return centred / images.std((2, 3), keepdim=True).clamp(min=1e-6)
+            scale, shift = torch.std_mean(images, (2, 3), keepdim=True)
+            return (images - shift) / scale.clamp(min=1e-6)
         if len(mean) != images.shape[1]:  # other channels than it was trained with have the same in common
             mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
         shift, scale = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
         return (images - shift) / scale
 
-    def encode(self, images: Tensor) -> Tensor:
-        """All tokens after the last norm."""
-        raise NotImplementedError
-
-    def attend(self, x: Tensor) -> Tensor:
-        """The feature of `encode`'s tokens, as the library gives it."""
-        raise NotImplementedError
-
-    def tokens(self, images: Tensor) -> Tensor:
-        x = self.encode(images)[:, self.prefix :]
-        return x.unflatten(1, (images.shape[2] // self.config["patch_size"], -1))
-
-    def forward(self, images: Tensor, *, maxima: bool = False) -> Tensor:
-        x = self.encode(images)
-        return with_maxima(self.attend(x), x[:, self.prefix :], maxima)
-
     def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What the last block is given: a class token no longer depends on the patches that come out of it."""
         last, given = self.blocks()[-1], []
-        hook = last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-        grid = self.tokens(images).shape[1:3]
-        hook.remove()
+        with last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
+            grid = self.tokens(images).shape[1:3]
 
         def finish(tokens: Tensor) -> Tensor:
             x = torch.cat([given[0][:, : self.prefix], tokens.flatten(1, 2)], 1)
-            hook = last.register_forward_pre_hook(lambda _, inputs: (x, *inputs[1:]))
-            try:
+            with last.register_forward_pre_hook(lambda _, inputs: (x, *inputs[1:])):
                 return self(images, maxima=maxima)
-            finally:
-                hook.remove()
 
         return given[0][:, self.prefix :].unflatten(1, grid), finish
 
@@ -3415,7 +3169,32 @@ class ViTBackbone(Backbone):
 class TimmBackbone(ViTBackbone):
     """A ViT of `timm`: plain, DINOv2, DINOv3, DALE-CT, …"""
 
-    family = "timm"
+    family, repeated = "timm", "blocks"
+
+    @staticmethod
+    def read(found: Found) -> None:
+        """By the name that its configuration states, else by what its tensors show."""
+        tensors, (name, arguments, pixels) = found.tensors, found.timm_model()
+        registers = sum(tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors)
+        if "siglip" in name or not (name or "cls_token" in tensors or registers):
+            return SiglipBackbone.read(found)
+        width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
+        if not name:  # DINOv2, of Meta's names or timm's, and plain ViTs differ by these alone
+            gated, positions = "blocks.0.mlp.w12.weight" in tensors, tensors["pos_embed"].shape[1]
+            hidden = len(tensors["blocks.0.mlp.w12.weight" if gated else "blocks.0.mlp.fc1.weight"])
+            gated = gated or hidden == 2 * tensors["blocks.0.mlp.fc2.weight"].shape[1]
+            dinov2 = "vit_giant_patch14_dinov2" if gated else "vit_large_patch14_dinov2"
+            name = dinov2 if "blocks.0.ls1.gamma" in tensors else "vit_base_patch16_224"
+            arguments = {
+                "patch_size": patch, "img_size": math.isqrt(positions) * patch, "embed_dim": width,
+                "depth": found.blocks(r"blocks\.(\d+)\."), "mlp_ratio": hidden / width, "reg_tokens": registers,
+                "no_embed_class": bool(registers) or math.isqrt(positions) ** 2 == positions,
+                "pre_norm": "norm_pre.weight" in tensors, "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
+                "num_heads": found.heads(width, "the exact GELU"),
+            }  # fmt: skip
+        found.config = {"family": "timm", "architecture": name, "arguments": arguments, "patch_size": patch}
+        found.config |= {"image_size": arguments.get("img_size") or pixels, "num_channels": channels}
+        found.config |= found.normalisation(channels)
 
     def __init__(self, config: dict[str, Any]):
         import timm
@@ -3423,23 +3202,18 @@ class TimmBackbone(ViTBackbone):
         size = {"img_size": config["image_size"]} if config["image_size"] else {}
         arguments = config["arguments"] | size | {"in_chans": config["num_channels"], "num_classes": 0}
         net: Any = timm.create_model(config["architecture"], **arguments)
-        if not hasattr(net, "num_prefix_tokens") or not hasattr(net, "blocks"):
-            raise ValueError(f"timm's {config['architecture']} is no ViT")
         super().__init__(config | {"image_size": net.patch_embed.img_size[0]}, net, net.num_features)
         self.prefix = net.num_prefix_tokens
-
-    def blocks(self) -> list[nn.Module]:
-        return list(self.net.blocks)
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed and resized by the function that timm itself has for published files."""
         convert = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn")  # noqa: B009
         return convert({name: t.float() if t.is_floating_point() else t for name, t in found.tensors.items()}, self.net)
 
-    def encode(self, images: Tensor) -> Tensor:
-        return self.net.forward_features(self.normalised(images))
+    def encode(self, images: Tensor) -> tuple[Tensor, None]:
+        return self.net.forward_features(self.normalised(images)), None
 
-    def attend(self, x: Tensor) -> Tensor:
+    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         return self.net.forward_head(x, pre_logits=True)
 
 
@@ -3448,6 +3222,16 @@ class TransformersBackbone(ViTBackbone):
 
     family = "transformers"
 
+    @staticmethod
+    def read(found: Found) -> None:
+        """As config.json describes it."""
+        library, known = found.library_config(), ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
+        if getattr(library, "model_type", None) not in known:
+            raise BadInput(f"{found.source}: needs beside it the config.json that says which it is of {known}")
+        found.config = {"family": "transformers", "architecture": json.loads(library.to_json_string(use_diff=False))}
+        found.config |= {key: getattr(library, key) for key in ("image_size", "patch_size", "num_channels")}
+        found.config |= found.normalisation(library.num_channels)
+
     def __init__(self, config: dict[str, Any]):
         from transformers import AutoConfig, AutoModel
 
@@ -3455,7 +3239,7 @@ class TransformersBackbone(ViTBackbone):
         options = {"add_pooling_layer": False} if self.library.model_type == "vit" else {}
         net = AutoModel.from_config(self.library, attn_implementation="sdpa", **options)
         super().__init__(config, net, self.library.hidden_size)
-        self.prefix = 0 if self.library.model_type == "ijepa" else 1 + getattr(self.library, "num_register_tokens", 0)
+        self.prefix = 1 + getattr(self.library, "num_register_tokens", 0)
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed by the library itself: names in published files and in memory differ from release to release."""
@@ -3466,35 +3250,32 @@ class TransformersBackbone(ViTBackbone):
         found.unused += [found.prefix + name for name in told["unexpected_keys"]]
         return {name: tensor for name, tensor in net.state_dict().items() if name not in missing}
 
-    def encode(self, images: Tensor) -> Tensor:
-        options = {"interpolate_pos_encoding": True} if self.library.model_type in ("vit", "ijepa") else {}
-        return self.net(self.normalised(images), **options).last_hidden_state
+    def encode(self, images: Tensor) -> tuple[Tensor, None]:
+        options = {"interpolate_pos_encoding": True} if self.library.model_type == "vit" else {}
+        return self.net(self.normalised(images), **options).last_hidden_state, None
 
-    def attend(self, x: Tensor) -> Tensor:
-        return x[:, 0] if self.prefix else x.mean(1)
-
-
-class VolumeBackbone(Backbone):
-    """An encoder of whole volumes, computed again block by block where memory is short."""
-
-    volumetric = True
-
-    def run_blocks(self, x: Tensor, **options: Any) -> Tensor:
-        for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
-            run = partial(block, **options)
-            x = recomputed(run, block)(x) if self.recompute else run(x)
-        return x
+    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        return x[:, 0]
 
 
-class ColipriBackbone(VolumeBackbone):
-    """The image encoder of COLIPRI: 2 mm voxels, axes towards R, A and S, HU in -1000..1000.
+class ColipriBackbone(Backbone):
+    """The image encoder of COLIPRI: a Primus, a projection of its tokens, attention pooling.
 
-    Wald et al., "Comprehensive language-image pre-training for 3D medical image understanding", 2025. The axes are
-    those of the package `colipri` from 0.1.2 on (before, and in its model card still: S, A, R).
+    Wald et al., "Comprehensive language-image pre-training for 3D medical image understanding", 2025. Voxels of 2 mm,
+    HU in -1000..1000, and axes as in the package `colipri` from 0.1.2 on (before, and in its model card still: SAR).
     """
 
-    family = "colipri"
-    orientation = "RAS"
+    family, volumetric, orientation, repeated = "colipri", True, "RAS", "backbone.eva.blocks"
+
+    @staticmethod
+    def read(found: Found) -> None:
+        width, channels, patch, *_ = found.tensors["backbone.down_projection.proj.weight"].shape
+        found.config = {
+            "family": "colipri", "embed_dim": width, "patch_size": patch, "num_channels": channels, "image_size": 192,
+            "eva_depth": found.blocks(r"backbone\.eva\.blocks\.(\d+)\."),
+            "projection_dim": len(found.tensors["projector.weight"]),
+        }  # fmt: skip
+        found.notes.append("trained on voxels of 2 mm: prepare scans with --spacing 2 2 2")
 
     def __init__(self, config: dict[str, Any]):
         from dynamic_network_architectures.architectures.primus import Primus
@@ -3511,10 +3292,7 @@ class ColipriBackbone(VolumeBackbone):
         net.pooler.attn = nn.MultiheadAttention(width, 12, batch_first=True)
         super().__init__(config | {"windows": WINDOW_PRESETS["merlin"]}, net, width, 192)
 
-    def blocks(self) -> list[nn.Module]:
-        return list(self.net.backbone.eva.blocks)
-
-    def tokens(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor) -> tuple[Tensor, None]:
         eva, x = self.net.backbone.eva, self.net.backbone.down_projection(images * 2 - 1)
         grid = x.shape[2:]
         if list(grid) != self.cube:  # a patch is as far from the next in a volume of any size
@@ -3522,10 +3300,10 @@ class ColipriBackbone(VolumeBackbone):
             shapes = {"feat_shape": self.cube, "ref_feat_shape": self.cube}
             eva.rope = type(eva.rope)(eva.rope.dim, in_pixels=False, device=x.device, **shapes)
         x = eva.norm(self.run_blocks(x.flatten(2).transpose(1, 2), rope=eva.rope.get_embed()))
-        return self.net.projector(x.transpose(1, 2).unflatten(2, grid)).movedim(1, -1)
+        return self.net.projector(x.transpose(1, 2).unflatten(2, grid)).movedim(1, -1), None
 
-    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        x = tokens.flatten(1, -2)
+    def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        x = x.flatten(1, -2)
         return self.net.pooler.attn(x.mean(1, keepdim=True), x, x, need_weights=False)[0][:, 0]
 
 
@@ -3538,31 +3316,30 @@ def channels_last(images: Tensor) -> Tensor:
     return images
 
 
-class ConvBackbone(VolumeBackbone):
+class ConvBackbone(Backbone):
     """A convolutional encoder; its features are the mean over its last map."""
 
     def blocks(self) -> list[nn.Module]:
         trunk = getattr(self.net, "encoder", self.net)
         return [block for stage in (1, 2, 3, 4) for block in getattr(trunk, f"layer{stage}")]
 
-    def adopt(self, found: Found) -> dict[str, Tensor]:
-        steps = (
-            name.replace("running_mean", "num_batches_tracked") for name in found.tensors if "running_mean" in name
-        )
-        return {name: torch.tensor(0) for name in steps} | found.tensors  # old files lack BatchNorm's step counter
-
-    def pool(self, tokens: Tensor, real: Tensor | None = None) -> Tensor:
-        return tokens.flatten(1, -2).mean(1)
-
 
 class ResNet3DBackbone(ConvBackbone):
-    """MONAI's ResNet as in Merlin: whole volumes, whose axes rise towards S, R and A.
+    """MONAI's ResNet as in Merlin: whole volumes, whose axes rise towards S, R and A; names are Merlin's as well.
 
     Blankemeier et al., "Merlin: A Vision Language Foundation Model for 3D Computed Tomography", 2024.
     """
 
-    family = "resnet3d"
-    orientation = "SRA"
+    family, volumetric, orientation = "resnet3d", True, "SRA"
+
+    @staticmethod
+    def read(found: Found) -> None:
+        stem, channels, *kernel = found.tensors["conv1.weight"].shape
+        found.config = {
+            "family": "resnet3d", "layers": [found.blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
+            "block_inplanes": [stem, stem * 2, stem * 4, stem * 8], "num_channels": channels, "conv1_t_size": kernel,
+            "bias_downsample": "layer1.0.downsample.0.bias" in found.tensors, "image_size": 224,
+        }  # fmt: skip
 
     def __init__(self, config: dict[str, Any]):
         from monai.networks.nets import ResNet
@@ -3572,10 +3349,9 @@ class ResNet3DBackbone(ConvBackbone):
         settings |= {"block": "bottleneck", "conv1_t_stride": (1, 2, 2), "feed_forward": False}
         super().__init__(config, ResNet(**settings), config["block_inplanes"][3] * 4, 160)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        images = channels_last(images)
-        x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(images))))
-        return self.run_blocks(x).movedim(1, -1)
+    def encode(self, images: Tensor) -> tuple[Tensor, None]:
+        x = self.net.maxpool(self.net.act(self.net.bn1(self.net.conv1(channels_last(images)))))
+        return self.run_blocks(x).movedim(1, -1), None
 
 
 class BiovilBackbone(ConvBackbone):
@@ -3584,7 +3360,20 @@ class BiovilBackbone(ConvBackbone):
     Boecking et al., 2022; Bannur et al., "Learning to Exploit Temporal Structure for Biomedical VLP", 2023.
     """
 
-    family, volumetric = "biovil", False
+    family = "biovil"
+
+    @staticmethod
+    def read(found: Found) -> None:
+        if "projector.model.0.weight" not in found.tensors:
+            raise KeyError("projector.model.0.weight")  # a ResNet of somebody else's, normalised otherwise
+        wanted = re.compile(r"encoder\.(?!encoder\.fc\.|vit_pooler\.)")  # what a single image uses
+        found.tensors = {wanted.sub("", k, 1): t for k, t in found.tensors.items() if wanted.match(k)}
+        encoder, size = "resnet50" if "encoder.layer4.0.conv3.weight" in found.tensors else "resnet18", 480
+        if "backbone_to_vit.weight" in found.tensors:
+            encoder, size = f"{encoder}_multi_image", 448
+            found.notes.append("BioViL-T without its temporal pooler: there is no prior image")
+        channels = found.tensors["encoder.conv1.weight"].shape[1]
+        found.config = {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}
 
     def __init__(self, config: dict[str, Any]):
         with warnings.catch_warnings():
@@ -3599,14 +3388,71 @@ class BiovilBackbone(ConvBackbone):
             net.encoder.conv1 = nn.Conv2d(config["num_channels"], 64, 7, stride=2, padding=3, bias=False)
         super().__init__(config, net, 2048 if config["encoder"] == "resnet50" else 512)
 
-    def tokens(self, images: Tensor) -> Tensor:
-        return self.net(channels_last(images), return_patch_embeddings=True)[0].movedim(1, -1)
+    def encode(self, images: Tensor) -> tuple[Tensor, None]:
+        return self.net(channels_last(images), return_patch_embeddings=True)[0].movedim(1, -1), None
 
 
-FAMILIES: dict[str, Callable[[dict[str, Any]], Backbone]] = {
-    "siglip": SiglipBackbone, "timm": TimmBackbone, "transformers": TransformersBackbone, "colipri": ColipriBackbone,
-    "resnet3d": ResNet3DBackbone, "biovil": BiovilBackbone,
-}  # fmt: skip
+ANCHORS: tuple[tuple[str, Any], ...] = (  # pattern of a tensor that ends any prefix, and whose it is
+    (r"embeddings\.patch_embedding\.weight ", SiglipBackbone),
+    (r"embeds\.proj\.weight ", SiglipBackbone),  # timm's NaFlex
+    (r"patch_embed\.proj\.weight ", TimmBackbone),
+    (r"embeddings\.patch_embeddings\.(projection\.)?weight ", TransformersBackbone),
+    (r"backbone\.down_projection\.proj\.weight ", ColipriBackbone),
+    (r"layer3\.35\.conv3\.weight \S+ \(\d+, \d+, 1, 1, 1\)", ResNet3DBackbone),
+    (r"encoder\.encoder\.layer4\.1\.conv2\.weight ", BiovilBackbone),
+)
+FAMILIES: dict[str, Callable[..., Backbone]] = {kind.family: kind for _, kind in ANCHORS}
+
+
+def read_tensors(tensors: dict[str, Tensor], found: Found) -> Found:
+    """Find the image encoder among named tensors (`meta` ones too), and what builds it.
+
+    Of several the fullest is taken, averaged weights first.
+    """
+    ends: dict[str, Any] = {}
+    facts = {name: f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items()}
+    for (anchor, kind), fact in itertools.product(ANCHORS, facts.values()):
+        if match := re.search(rf"(?<![^.]){anchor}", fact):
+            ends[fact[: match.start()]] = kind
+    size = {prefix: sum(name.startswith(prefix) for name in tensors) for prefix in ends}
+    prefix = max(ends, key=lambda end: (size[end], "ema" in re.split(r"[._]", end.lower())), default="")
+    found.take(tensors, prefix)
+    inside = "\n".join(fact for fact in facts.values() if fact.startswith(prefix))
+    unknown = (r"", f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
+    for pattern, what in UNFIT if ends else (*UNFIT, *LOOKS, unknown):
+        if re.search(pattern, inside, re.MULTILINE):
+            raise BadInput(f"{found.source}: seems to be {what}. {SUPPORTED}")
+    if others := ", ".join(repr(other) for other in ends if other != prefix):
+        found.notes.append(f"taken from {prefix!r}; also there: {others}")
+    try:
+        ends[prefix].read(found)
+    except KeyError as error:
+        missing = f"{found.source}: {prefix}{error.args[0]} is missing"
+        raise BadInput(f"{missing}: incomplete, or without the config.json that names it") from None
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise BadInput(f"{found.source}: tensors of unexpected shape under {prefix!r}: {error}") from None
+    return found
+
+
+def read_pretrained(source: str | Path, heads: int | None = None) -> Found:
+    """Read a local file or folder, or a model of the Hugging Face hub; its tensors, not its name, tell the family.
+
+    Tensors stay memory-mapped where the file has them so. `heads` overrides the number of attention heads. Raises
+    BadInput with what the file seems to be where no known image encoder is in it.
+    """
+    path, *more = locate_weights(str(source))
+    raw = open_weights(path)
+    for shard in more:
+        raw |= open_weights(shard)
+    if str(raw.get("kind")).startswith("finetune_siglip"):
+        if raw["kind"] != "finetune_siglip" or raw.get("format") != 1 or not raw.get("backbone"):
+            raise BadInput(f"{path}: of this script, but no model that this version reads; name its best_model.pth")
+        found = Found(str(path), notes=["a checkpoint of this script"], config=raw["backbone"])
+        found.take(flatten(raw), "model.backbone.net.")
+        return found
+    files = {name: path.with_name(f"{name}.json") for name in ("config", "open_clip_config", "preprocessor_config")}
+    beside = {name: read_json(file) for name, file in files.items() if file.is_file()}
+    return read_tensors(flatten(raw), Found(str(path), beside, heads))
 
 
 def build_backbone(config: dict[str, Any]) -> Backbone:
@@ -3616,10 +3462,7 @@ def build_backbone(config: dict[str, Any]) -> Backbone:
 
 @torch.no_grad()
 def adapt_channels(backbone: Backbone, channels: int) -> None:
-    """Give the first convolution another number of input channels, in place: its weights in turn, their sum kept.
-
-    Equal values in all channels then give the same features as before.
-    """
+    """Give the first convolution another number of input channels, in place: its weights in turn, their sum kept."""
     conv = next(m for m in backbone.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     weight, stored = conv.weight, conv.in_channels
     if channels == stored:
@@ -3649,52 +3492,47 @@ def load_backbone(
     if image_size and image_size != config.get("image_size"):
         found.notes.append(f"image size {image_size} instead of the checkpoint's {config.get('image_size')}")
         config["image_size"] = image_size
+        if rest := image_size % config.get("patch_size", 1):
+            found.notes.append(f"the last {rest} rows and columns fall outside its patches of {config['patch_size']}")
     try:
         from accelerate import init_empty_weights
 
         # No memory and no random numbers, for all values come from the file; BioViL's constructor computes with them.
         with nullcontext() if family == "biovil" else init_empty_weights(include_buffers=False):
             backbone = build_backbone(config)
-        tensors = backbone.adopt(found)
+        adopted = backbone.adopt(found)
     except ImportError as error:
-        raise BadEnvironment(
-            f"{found.source}: a {family} backbone needs {error.name}: pip install -r requirements.txt"
-        ) from None
-    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{found.source}: no {family} backbone can be built as it says ({first_line(error)})") from None
-    expected = backbone.net.state_dict()
-    parts = {name.split(".")[0] for name in expected}
-    mine = {name: t for name, t in tensors.items() if name.split(".")[0] in parts and not name.endswith("mask_token")}
-    found.unused += [found.prefix + name for name in tensors if name not in mine]
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in mine.items()}
-    require_all(found.source, family, expected, tensors)
-    backbone.net.load_state_dict(tensors, assign=True)
-    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    left = Counter(name.split(".")[0] for name in found.unused).most_common(5)
-    listed = ", ".join(f"{n} of {part}" if n > 1 else part for part, n in left)
-    others = f": not part of the image tower, so not used ({listed})" if left else ""
+        raise BadEnvironment(f"{found.source}: needs {error.name}: pip install -r requirements.txt") from None
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        why = f"no {family} backbone can be built as it and --image-size say ({first_line(error)})"
+        raise BadInput(f"{found.source}: {why}") from None
+    fill_backbone(backbone, adopted, found)
+    parts = ", ".join(list(dict.fromkeys(name.split(".")[0] for name in found.unused))[:5])
+    others = f": not part of the image tower, so not used ({parts})" if parts else ""
+    millions, matched = sum(p.numel() for p in backbone.parameters()) / 1e6, len(backbone.net.state_dict())
     log.info("backbone: %s, %.1f M parameters, %d features", family, millions, backbone.width)
     log.info("  from %s", "; ".join([found.source, *found.notes]))
-    log.info("  %d tensors matched, 0 missing, %d unexpected%s", len(expected), len(found.unused), others)
+    log.info("  %d tensors matched, 0 missing, %d unexpected%s", matched, len(found.unused), others)
     adapt_channels(backbone, channels)
     return backbone
 
 
-def require_all(source: str, family: str, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Raises BadInput unless a file's tensors are just those expected, of the same shapes and finite."""
-    shared = [k for k in expected if k in tensors]
-    wrong = {
-        "missing": [k for k in expected if k not in tensors],
-        "of another shape": [k for k in shared if tensors[k].shape != expected[k].shape],
-        "unknown to it": [k for k in tensors if k not in expected],
-        "not finite": [k for k in shared if not torch.isfinite(tensors[k].sum())],
-    }
-    for what, names in wrong.items():
-        if names:
-            raise BadInput(
-                f"{source}: seems to be a {family} encoder of {len(expected)} tensors, but {len(names)} are {what}: "
-                f"{', '.join(names[:10])}. It is incomplete, or of a variant that this script does not know"
-            )
+def fill_backbone(backbone: Backbone, adopted: dict[str, Tensor], found: Found) -> None:
+    """Have the tensors of a file as the backbone's; those of no part of it join `found.unused`. Raises BadInput."""
+    parts = {name.split(".")[0] for name in backbone.net.state_dict()}
+    mine = {k: t for k, t in adopted.items() if k.split(".")[0] in parts and not k.endswith("mask_token")}
+    found.unused += [found.prefix + name for name in adopted if name not in mine]
+    tensors = {name: t.float() if t.is_floating_point() else t for name, t in mine.items()}
+    try:
+        backbone.net.load_state_dict(tensors, assign=True)
+    except RuntimeError as error:
+        said = " ".join(str(error).partition("\n")[2].split())[:400]
+        raise BadInput(
+            f"{found.source}: seems to be a {backbone.family} encoder, but is incomplete or of a variant that this "
+            f"script does not know: {said}"
+        ) from None
+    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]:
+        raise BadInput(f"{found.source}: not finite: {', '.join(broken[:10])}")
 
 
 # What of a backbone is trained: all, what lies above a layer, or adapters of low rank; and how it leaves again.
@@ -3703,10 +3541,8 @@ def require_all(source: str, family: str, expected: dict[str, Tensor], tensors: 
 def backbone_layers(backbone: Backbone) -> list[tuple[str, nn.Module]]:
     """Modules that own parameters directly, in forward order: what `--freeze-up-to N` counts."""
     owners = [(k, m) for k, m in backbone.named_modules() if next(m.parameters(recurse=False), None) is not None]
-    late = (
-        backbone.net if backbone.family == "biovil" else None
-    )  # BioViL-T's own parameter comes after its convolutions
-    return sorted(owners, key=lambda owner: owner[1] is late)
+    # BioViL-T's own parameter comes after its convolutions
+    return sorted(owners, key=lambda owner: backbone.family == "biovil" and owner[1] is backbone.net)
 
 
 def freeze_up_to(backbone: Backbone, n: int | str) -> int:
@@ -3719,12 +3555,9 @@ def freeze_up_to(backbone: Backbone, n: int | str) -> int:
     backbone.train(backbone.training)
     if n != "all" and frozen == len(layers):
         log.warning("--freeze-up-to %s freezes the whole backbone of %d layers; `all` says so on purpose", n, frozen)
-    last = layers[frozen - 1][0] if frozen else "none"
-    first = layers[frozen][0] if frozen < len(layers) else "none"
-    how = (
-        "backbone: %d of %d layers frozen (--freeze-up-to counts layers, not tensors), last frozen %s, first trained %s"
-    )
-    log.info(how, frozen, len(layers), last, first)
+    names = ["none", *(name for name, _ in layers), "none"]
+    counted = f"{frozen} of {len(layers)} layers frozen (--freeze-up-to counts layers, not tensors)"
+    log.info("backbone: %s, last frozen %s, first trained %s", counted, names[frozen], names[frozen + 1])
     return frozen
 
 

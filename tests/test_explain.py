@@ -150,10 +150,9 @@ class Averages(fs.ConvBackbone):
         super().__init__({"image_size": 64}, torch.nn.Identity(), 3, 16)
         self.volumetric, self.orientation = volumetric, "SRA" if volumetric else "SPL"
 
-    def tokens(self, images):
-        return (torch.nn.functional.avg_pool3d if self.volumetric else torch.nn.functional.avg_pool2d)(
-            images, 8
-        ).movedim(1, -1)
+    def encode(self, images):
+        cells = (torch.nn.functional.avg_pool3d if self.volumetric else torch.nn.functional.avg_pool2d)(images, 8)
+        return cells.movedim(1, -1), None
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -1304,12 +1304,6 @@ def parse_npy(head: bytes, size: int) -> tuple[Header, Callable[[Any], np.ndarra
     return Header(shape, dtype), lambda data: np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
 
 
-def refuse_bomb(size: int, packed: int) -> None:
-    """ValueError for what would fill the memory: noise alone keeps a CT below 20 : 1."""
-    if size > 1 << 25 and size > 200 * packed:
-        raise ValueError(f"would inflate to {size / max(1, packed):.0f} times its size: no CT does")
-
-
 def open_npz(path: Path, told: dict[str, Any]) -> Opened:
     """The member `image`; what others say of it goes to `told`."""
     with path.open("rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
@@ -1318,7 +1312,6 @@ def open_npz(path: Path, told: dict[str, Any]) -> Opened:
             raise BadVolume(f"has no member 'image' (but {', '.join(sorted(members)[:9])}): savez_compressed(image=…)")
         if not len(members) == len(archive.infolist()) <= 64:
             raise ValueError("its members are double, or too many")
-        refuse_bomb(image.file_size, image.compress_size)
         with archive.open(image) as stream:
             header, as_array = parse_npy(stream.read(4096), image.file_size)
         for name in ("orientation", "spacing", "source"):
@@ -1343,7 +1336,6 @@ def open_npz(path: Path, told: dict[str, Any]) -> Opened:
 def open_b2nd(path: Path, told: dict[str, Any]) -> Opened:
     """A blosc2 array. Files of others have no checksum; those of `--prepare` have."""
     array = raw_library("blosc2").open(str(path), mode="r", dparams={"nthreads": 1})
-    refuse_bomb(array.nbytes, array.cbytes)
     told |= array.schunk.vlmeta.getall().get("scan", {})
     if told.pop("check", None) != (facts_check(array, told) if told else None):
         raise ValueError("its facts do not match their checksum")
@@ -1377,13 +1369,16 @@ def open_stored(path: Path) -> Opened:
     else:
         raise BadVolume("is no NPZ, NPY, B2ND, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices")
     shape = (1, *header.shape) if len(header.shape) == 3 else header.shape
+    if (size := math.prod(shape) * header.dtype.itemsize) > max(1 << 25, 200 * path.stat().st_size):
+        raise BadVolume(f"would inflate to {size} bytes: noise alone keeps a CT below 20 times its packed size")
     if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
         raise BadVolume(f"holds {header.dtype}, not int16, float16, float32 or the like: convert it")
     if len(shape) != 4:
         raise BadVolume(f"has shape {shape}, not (C, D, H, W): drop axes of length 1 with np.squeeze(image)")
     if shape[-1] <= 4 < shape[0]:
         raise BadVolume(f"has shape {shape}, channels last: store np.moveaxis(image, -1, 0)")
-    code, spacing = "".join(map(str, told.get("orientation", ()))) or None, tuple(told.get("spacing", ())) or None
+    letters = [letter.decode() if isinstance(letter, bytes) else str(letter) for letter in told.get("orientation", ())]
+    code, spacing = "".join(letters) or None, tuple(map(float, told.get("spacing", ()))) or None
     if code and sorted(PATIENT_AXIS.get(letter, 9) for letter in code) != [0, 1, 2]:
         raise BadVolume(f"its member 'orientation' is {code!r}, not a code such as SPL")
     if spacing and not (len(spacing) == 3 and all(0.05 < mm < 50 for mm in spacing)):
@@ -1432,14 +1427,11 @@ def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice,
 def resample_channel(
     channel: np.ndarray, out: np.ndarray, scale: float = 1.0, offset: float = 0.0
 ) -> tuple[float, float]:
-    """Resample one channel (three axes, any number type) into int16 `out`, as scale * value + offset, rounded.
-
-    Returns the range of the results; where a voxel is not finite, NaN.
-    """
+    """Resample a channel (three axes, any number type) into int16 `out`, as scale * value + offset, rounded. Returns
+    the range of the results, NaN where a voxel is not finite."""
     (_, rows_in, columns_in), (_, n_rows, n_columns) = channel.shape, out.shape
-    block, rows, final = (
-        np.zeros((8, *size), np.float32) for size in ((rows_in, columns_in), (n_rows, columns_in), (n_rows, n_columns))
-    )
+    sizes = (rows_in, columns_in), (n_rows, columns_in), (n_rows, n_columns)
+    block, rows, final = (np.zeros((8, *size), np.float32) for size in sizes)
     products = [(matrix, block[:, take], rows[:, to]) for to, take, matrix in resample_bands(rows_in, n_rows, 8)]
     for to, take, matrix in resample_bands(columns_in, n_columns, 16):
         products.append((rows[:, :, take], np.ascontiguousarray(matrix.T), final[:, :, to]))
@@ -1482,44 +1474,43 @@ def shows_chest(hu: np.ndarray) -> float:
     """Part of the voxels that are muscle, blood or organs (-50 to 150 HU); 0, which says no, where 2 % of the voxels
     are not that, or not lungs. The lowest value and NaN, which may be padding, are left out."""
     body = hu[hu > np.nanmin(hu, initial=math.inf)]
-    lungs, muscle = (
-        float(((body > lo) & (body < hi)).sum()) / max(1, body.size) for lo, hi in ((-990, -400), (-50, 150))
-    )
+    count = max(1, body.size)
+    lungs, muscle = (float(((body > lo) & (body < hi)).sum()) / count for lo, hi in ((-990, -400), (-50, 150)))
     return muscle if min(lungs, muscle) > 0.02 else 0.0
 
 
-def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] = DEFAULT_HU_RANGE) -> tuple[str, str]:
-    """("hu" | "unit" | "windowed", ""), or ("", why the voxels (C, three axes) are none of these and what settles it).
-
-    NaN of a raw scan is a voxel without a value.
-    """
+def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] = DEFAULT_HU_RANGE) -> str:
+    """ "hu", "unit" or "windowed"; BadVolume says why voxels (C, three axes) are none of these and what settles it. NaN
+    of a raw scan is a voxel without a value."""
     low, high = (float(f(stored)) for f in ((np.nanmin, np.nanmax) if header.raw else (np.min, np.max)))
     values, some = f"has values from {low:g} to {high:g}", thinned(stored[0])
     advice = "convert it again, or, if all are scaled alike, name the HU of 0 and 1: --intensity unit --hu-range LO HI"
     if not math.isfinite(low + high):
-        return "", "holds voxels that are not finite: leave it out or convert it again"
+        raise BadVolume("holds voxels that are not finite: leave it out or convert it again")
     if low == high:
-        return "", f"has the value {low:g} in every voxel: it holds no scan"
+        raise BadVolume(f"has the value {low:g} in every voxel: it holds no scan")
     if max(-low, high) > HU_LIMIT:
-        return "", f"{values}: beyond ±{HU_LIMIT} HU: convert it again, or name --intensity hu if that is meant"
+        raise BadVolume(f"{values}: beyond ±{HU_LIMIT} HU: convert it again, or name --intensity hu if that is meant")
     small = stored.dtype.kind == "f" and max(-low, high) <= 1.001
     if small and len(stored) > 1:
-        return ("windowed", "") if low >= -1e-3 else ("", f"{values}: windows are 0-1: store (v + 1) / 2")
+        if low < -1e-3:
+            raise BadVolume(f"{values}: windows are 0-1: store (v + 1) / 2")
+        return "windowed"
     if small and low >= -1e-3:
         lo, hi = hu_range
         if not header.raw and shows_chest(lo + some * (hi - lo)):
-            return "unit", ""
+            return "unit"
         doubt = "a raw scan says not of what" if header.raw else f"no lungs and muscle if of {lo:g} to {hi:g} HU"
-        return "", f"{values}: 0-1, and {doubt}: {advice}"
+        raise BadVolume(f"{values}: 0-1, and {doubt}: {advice}")
     if shows_chest(some):
-        return "hu", ""
+        return "hu"
     shares = {what: shows_chest(lo + some * (hi - lo)) for what, (lo, hi) in KNOWN_SCALES.items()}
     likely = max(shares, key=lambda what: shares[what])
     if shares[likely]:
         lo, hi = KNOWN_SCALES[likely]
-        return "", f"{values}, not HU: {likely}: --intensity unit --hu-range {lo:g} {hi:g} undoes that"
+        raise BadVolume(f"{values}, not HU: {likely}: --intensity unit --hu-range {lo:g} {hi:g} undoes that")
     scores = " (of z-scores the MEAN and MEAN+DEVIATION)" if high - low < 100 else ""
-    return "", f"{values}, but no lungs and muscle in HU: {advice}{scores}; --intensity hu if it is right as it is"
+    raise BadVolume(f"{values}, but no lungs and muscle in HU: {advice}{scores}; --intensity hu if it is right so")
 
 
 # Raw scans know their own geometry. Each format gives a shape, the steps of its axes and what loads its HU; `oriented`
@@ -1542,11 +1533,8 @@ say_once = cache(log.info)  # a scan is read in every epoch
 
 
 def oriented(shape: Sequence[int], steps: np.ndarray, load: Callable[[], np.ndarray]) -> Opened:
-    """A raw scan in SPL (1, D, H, W), of the steps of its stored axes in mm: (3, 3), a column for each axis, towards
-    right, front and head. `load` gives int16 or float32 HU, NaN where a voxel has no value.
-
-    BadVolume where the axes are not those of the body.
-    """
+    """A raw scan in SPL (1, D, H, W); `steps` (3, 3) has a column for each stored axis, in mm towards right, front and
+    head, and `load` gives its HU in int16 or float32, NaN where a voxel has no value."""
     shape = (*shape[:3], *(n for n in shape[3:] if n != 1))
     if len(shape) != 3 or min(shape) < 2:
         raise BadVolume(f"has shape {shape}: save the one volume of three axes that is meant")
@@ -1687,10 +1675,8 @@ def frame_numbers(data: Any) -> list[list[float]]:
 
 
 def place_frames(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the order of the frames by position, the steps of the volume they make) from their numbers.
-
-    The line runs from the first frame to the last: positions are often rounded to 0.1 mm, so no two steps are equal.
-    """
+    """(the order of the frames by position, the steps of the volume they make) from their numbers. Positions are often
+    rounded to 0.1 mm, and no two steps equal: the line runs from the first frame to the last."""
     row, column, (height, width) = np.split(np.mean(frames[:, 3:11], 0), (3, 6))
     normal = np.cross(row, column)
     if not np.abs([row @ row - 1, column @ column - 1, row @ column]).max() < 0.01:
@@ -1792,7 +1778,8 @@ def open_nifti(path: Path) -> Opened:
         claimed = int.from_bytes(data[-4:], "little")
         if packed and end <= claimed <= 1032 * len(data):
             with suppress(deflate.DeflateError):  # twice as fast as zlib, but it reads one part only
-                data = deflate.gzip_decompress(data, claimed)
+                inflated = deflate.gzip_decompress(data, claimed)
+                data = inflated if len(inflated) >= end else data
         data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
         stored = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
         return to_hu(stored, slope or 1, intercept or 0)
@@ -1820,7 +1807,7 @@ def open_mha(path: Path) -> Opened:
     shape = (*map(int, fields["DimSize"].split()), int(fields.get("ElementNumberOfChannels", 1)))
 
     def load() -> np.ndarray:
-        data = path.read_bytes()[end.end() :]
+        data = memoryview(path.read_bytes())[end.end() :]
         data = zlib.decompress(data) if packed else data
         return to_hu(np.frombuffer(data, dtype).reshape(shape, order="F"))
 
@@ -1866,10 +1853,8 @@ def read_volume(
     path: Path, voxels: bool = True, orientation: str | None = None, spacing: Sequence[float] | None = None
 ) -> tuple[Header, Any]:
     """Header and, if asked for, voxels of a scan in any format: (C, three stored axes) in the stored dtype; of a raw
-    scan (1, D, H, W) in SPL and HU at its own spacing, int16, or float32 with NaN where there is no value.
-
-    BadVolume where a stored file says that it has another orientation, or spacing (D, H, W), than the one expected.
-    """
+    scan (1, D, H, W) in SPL and HU at its own spacing, int16, or float32 with NaN where there is no value. BadVolume
+    where a stored file says that its orientation, or spacing (D, H, W), is another than the one expected."""
     source, series = scan_source(path)
     with reading_scan(path):
         mode, name = source.stat().st_mode, source.name.lower()
@@ -1919,19 +1904,16 @@ def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
 def prepare_volume(
     path: Path, spacing: Sequence[float] | None, intensity: str = "auto", hu_range: Sequence[float] = DEFAULT_HU_RANGE
 ) -> np.ndarray:
-    """int16 HU (1, D, H, W) of a raw scan: SPL, at `spacing` mm (D, H, W), FIELD_OF_VIEW around the body.
-
-    The values are judged as they were stored, before air fills what has none; `intensity` "hu" or "unit" (0 and 1 stand
-    for `hu_range`) overrules that. BadVolume where they are no HU.
-    """
+    """int16 HU (1, D, H, W) of a raw scan: SPL, at `spacing` mm (D, H, W), FIELD_OF_VIEW around the body. The values
+    are judged as they were stored, before air fills what has none, unless `intensity` says "hu" or "unit"."""
     with reading_scan(path):
         if intensity == "windowed":
             raise BadVolume("is a raw scan where windows are needed: make its windows as the others' were made")
         if spacing is None:
             raise BadVolume("is a raw scan among prepared volumes: convert it with --prepare")
         header, volume = read_volume(path)
-        if intensity == "auto" and (reason := judge_voxels(header, volume)[1]):
-            raise BadVolume(reason)
+        if intensity == "auto":
+            judge_voxels(header, volume)
         scale, offset = (hu_range[1] - hu_range[0], hu_range[0]) if intensity == "unit" else (1.0, 0.0)
         floor = (AIR - offset) / scale
         floor = np.float32(floor) if volume.dtype.kind == "f" else np.int16(max(-32768, math.ceil(floor)))
@@ -1962,14 +1944,12 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
             raise BadVolume(f"has {len(stored)} channels where the others have {prep.channels}")
         lo, hi = prep.hu_range
         scale, offset = {"hu": (1.0, 0.0), "unit": (hi - lo, lo), "windowed": (WINDOWED_SCALE, 0.0)}[prep.intensity]
-        if not prep.trusted and (prep.intensity == "windowed" or not shows_chest(thinned(stored[0]) * scale + offset)):
-            kind, reason = judge_voxels(header, stored, prep.hu_range)
-            if kind != prep.intensity:
-                advice = f"not {prep.intensity!r} as the others: convert it, or name --intensity for all"
-                raise BadVolume(reason or f"looks like {kind!r}, {advice}")
-        size = [0, 0, 0]
-        for axis, length in zip(spl_axes(prep.orientation)[0], prep.grid, strict=True):
-            size[axis] = length
+        doubtful = prep.intensity == "windowed" or not shows_chest(thinned(stored[0]) * scale + offset)
+        kind = prep.intensity if prep.trusted or not doubtful else judge_voxels(header, stored, prep.hu_range)
+        if kind != prep.intensity:
+            advice = "convert it, or name --intensity for all"
+            raise BadVolume(f"looks like {kind!r}, not {prep.intensity!r} as the others: {advice}")
+        size = np.array(prep.grid)[np.argsort(spl_axes(prep.orientation)[0])]  # of the stored axes
         voxels = np.empty((prep.channels, *size), np.int16)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, that the file's bytes must not be changed
@@ -2017,40 +1997,31 @@ def decide_orientation(table: Table, headers: Sequence[Header], asked: str | Non
         first, second = (size for axis, size in enumerate(header.shape[1:]) if axis != depth)
         if not (asked or header.orientation) and first != second and len(set(header.shape[1:])) == 2:
             meant = "--orientation RAS for (C, X, Y, Z)" if depth == 0 else "--orientation SPL"
-            raise BadInput(
-                f"{path} has shape {header.shape}: its two equal axes are not rows and columns under --orientation "
-                f"{orientation}: store all files alike and name their order on purpose, {meant}"
-            )
+            what = f"its two equal axes are not rows and columns under --orientation {orientation}"
+            raise BadInput(f"{path} has shape {header.shape}: {what}: store all alike and name their order, {meant}")
     return orientation
 
 
 def decide_intensity(table: Table, headers: Sequence[Header], hu_range: Sequence[float], skip: bool = False) -> str:
     """ "hu", "unit" or "windowed", from a sample that holds every kind of file in the table; BadInput where in doubt.
-
-    A damaged file raises BadVolume; with `skip` it is passed over while there are others.
-    """
+    With `skip`, files that are damaged or of no known kind are passed over while there are others."""
     groups: dict[tuple, list[Path]] = {}
     for path, header in zip(table.paths, headers, strict=True):
         groups.setdefault((header.raw, header.dtype.kind, header.shape[0]), []).append(path)
     paths = [group[row] for group in groups.values() for row in spread(range(len(group)), max(2, 12 // len(groups)))]
     kinds: dict[str, list[str]] = {}
-    doubts: dict[str, list[str]] = {}  # by what they are about
-    damaged = []
+    problems: dict[str, list[str]] = {}  # the same but for numbers
     for path in paths:
         try:
             header, stored = read_volume(path)
-        except BadVolume as problem:
-            damaged.append(problem)
-            continue
-        kind, reason = judge_voxels(header, stored, hu_range)
-        if kind:
+            with reading_scan(path):
+                kind = judge_voxels(header, stored, hu_range)
             kinds.setdefault(kind, []).append(f"{path} ({stored.dtype}, {stored.min():g} to {stored.max():g})")
-        else:
-            doubts.setdefault(reason.partition(" to ")[2].lstrip("-.e0123456789"), []).append(f"{path} {reason}")
-    if damaged and not (skip and (kinds or doubts)):
-        raise damaged[0]
-    if doubts:
-        raise BadInput(*(f"{told[0]} ({len(told)} of {len(paths)} files looked at)" for told in doubts.values()))
+        except BadVolume as problem:
+            text = str(problem)
+            problems.setdefault(re.sub(r"[\d.e+-]+", "", text.removeprefix(str(path))), []).append(text)
+    if problems and not (skip and kinds):
+        raise BadInput(*(f"{told[0]} ({len(told)} of {len(paths)} files looked at)" for told in problems.values()))
     if len(kinds) > 1:
         examples = "; ".join(f"{kind}: {files[0]}" for kind, files in kinds.items())
         raise BadInput(f"the volumes are of different kinds ({examples}): convert them alike, or name --intensity")
@@ -2085,10 +2056,8 @@ def decide_preprocessing(
 
 
 def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespace) -> Preprocessing:
-    """A checkpoint's preprocessing for other files: only how these are stored may differ, where a flag says so.
-
-    Values are taken on trust only where a flag of this run names them, whatever the training run was told.
-    """
+    """A checkpoint's preprocessing for other files: only how these are stored may differ, where a flag says so. Values
+    are taken on trust only where a flag of this run names them, whatever the training run was told."""
     prep = dataclasses.replace(Preprocessing.from_dict(stored), trusted=args.intensity != "auto")
     if prep.trusted and (args.intensity == "windowed") != (prep.intensity == "windowed"):
         raise BadInput(f"--intensity {args.intensity}: the checkpoint was trained on {prep.intensity!r} volumes")
@@ -2097,10 +2066,8 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     headers = read_headers(table)
     if prep.spacing is None and any(header.raw for header in headers):
         prep = dataclasses.replace(prep, spacing=tuple(map(float, reversed(args.spacing))))
-        log.warning(
-            "the checkpoint was trained on files of unknown spacing: raw scans are assumed to fit when brought to "
-            "%g x %g x %g mm (columns, rows, slices; see --spacing)", *args.spacing,
-        )  # fmt: skip
+        what = "the checkpoint was trained on files of unknown spacing: raw scans are assumed to fit when brought to"
+        log.warning("%s %g x %g x %g mm (columns, rows, slices; see --spacing)", what, *args.spacing)
     orientation = decide_orientation(table, headers, args.orientation, prep.orientation)
     prep = dataclasses.replace(prep, orientation=orientation)
     problems, rows = [], spread(range(len(table)), 4)

@@ -14,6 +14,7 @@ import pytest
 
 from finetune_siglip import (
     AIR,
+    BadEnvironment,
     BadInput,
     BadVolume,
     find_scans,
@@ -211,6 +212,24 @@ def test_other_quantities_than_hu_are_refused(tmp_path: Path, volume: np.ndarray
         load_volume(tmp_path / "scan")
 
 
+def test_pixels_that_cannot_be_read_are_named_for_what_they_are(tmp_path: Path, volume: np.ndarray) -> None:
+    for path in write_dicom(tmp_path / "float", volume, SPACING):
+        data = pydicom.dcmread(path)
+        data.FloatPixelData = data.pixel_array.astype("<f4").tobytes()
+        del data.PixelData
+        data.save_as(path)
+    with pytest.raises(BadVolume, match="holds no whole-numbered PixelData"):
+        load_volume(tmp_path / "float")
+    for path in write_dicom(tmp_path / "htj2k", volume, SPACING):
+        data = pydicom.dcmread(path)
+        data.PixelData = pydicom.encaps.encapsulate([b"\xff\x4f\xff\x51" * 16])
+        data.file_meta.TransferSyntaxUID = pydicom.uid.HTJ2KLossless
+        data.save_as(path)
+    if not pydicom.pixels.get_decoder(pydicom.uid.HTJ2KLossless).is_available:
+        with pytest.raises(BadEnvironment, match="pylibjpeg-openjpeg"):
+            load_volume(tmp_path / "htj2k")
+
+
 @pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8", ">i2", ">f4"])
 def test_nifti_voxels_of_any_number_type_are_read_as_nibabel_reads_them(tmp_path: Path, dtype: str) -> None:
     info = np.iinfo(dtype) if np.dtype(dtype).kind in "iu" else None
@@ -350,6 +369,15 @@ def test_nrrd_files_of_pynrrd_are_read_in_each_space(tmp_path: Path, volume: np.
     header |= {"space directions": np.diag([0.55, -0.55, 0.75]), "space units": ["cm"] * 3}
     nrrd.write(str(tmp_path / "scan.nrrd"), volume.transpose(2, 1, 0), header)
     assert read_volume(tmp_path / "scan.nrrd")[0].spacing == pytest.approx(SPACING)
+    header |= {"space directions": np.vstack([np.full(3, np.nan), np.diag([0.55, -0.55, 0.75])])}
+    header |= {"space units": ["cm"] * 3, "kinds": ["list", "domain", "domain", "domain"]}
+    for frames in (1, 2):
+        nrrd.write(str(tmp_path / "scan.nrrd"), np.stack([volume.transpose(2, 1, 0)] * frames), header)
+        if frames == 1:
+            assert read_volume(tmp_path / "scan.nrrd")[1].shape == (1, *volume.shape)
+        else:
+            with pytest.raises(BadVolume, match="save the one volume"):
+                load_volume(tmp_path / "scan.nrrd")
 
 
 # Archives

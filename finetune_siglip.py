@@ -2606,12 +2606,17 @@ WEIGHT_FILES = (  # of a folder or hub model, in order of trust; BioViL's stand 
     *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
     *("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "best_model.pth"),
 )
+WRAPPER = re.compile(r"((?<=\.)|^)(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 HUB_NAME = re.compile(
     r"(?:hf[-_]hub:|hf://|(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/)?(?P<name>[\w.-]+/[\w.-]+?)"
     r"(?:(?:@|/(?:tree|blob|resolve|raw)/)(?P<revision>[^/?]+)(?:/(?P<file>[^?]+?))?)?/?(?:\?.*)?"
 )
 UNZERO = "of DeepSpeed ZeRO-3: run `python zero_to_fp32.py . FOLDER` in the checkpoint's folder, and name that folder"
+UNDCP = (
+    "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
+    "{} model.pt`, and name that file"
+)
 NOT_WEIGHTS = (  # pattern of a file's first bytes or, in a zip archive, of a member's name; what the file then is
     (r"\A\Z|\A\s*[<{]|\Aversion https://git-lfs", "empty, or text instead of weights (a Git LFS pointer, a web page, "
      "JSON): download it again, or run `git lfs pull` there"),
@@ -2621,8 +2626,7 @@ NOT_WEIGHTS = (  # pattern of a file's first bytes or, in a zip archive, of a me
     (r"\.npy$", "a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy"),
 )  # fmt: skip
 NOT_A_MODEL = (  # pattern of a name in a folder without weights; what the folder then is
-    (".metadata", "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint.format_utils "
-     "dcp_to_torch {} model.pt`, and name that file"),
+    (".metadata", UNDCP),
     ("zero_to_fp32.py", f"a checkpoint {UNZERO}"),
     ("*_optim_states.pt", f"a checkpoint {UNZERO}"),
     ("models--*", "the hub's cache: name one of its models"),
@@ -2653,15 +2657,14 @@ def locate_weights(source: str) -> list[Path]:
     """The weights file, or all its shards, that a path, a folder, a hub name or a hub address stands for."""
     path, hub = Path(source.removeprefix("local-dir:")).expanduser(), HUB_NAME.fullmatch(source)
     if os.path.exists(path):
-        return shards_of(weights_in(path) if path.is_dir() or path.suffix == ".distcp" else path)
+        return shards_of(weights_in(path) if path.is_dir() else path)
     if not hub or (path.suffix in WEIGHT_SUFFIXES and not hub["file"]):
         raise BadInput(f"{source}: no such file or folder, and no name of a model on the Hugging Face hub")
     return download_weights(**hub.groupdict())
 
 
 def weights_in(folder: Path) -> Path:
-    """The weights file, index or first shard in a folder (or beside a file), which may be of a hub's cache."""
-    folder = folder if folder.is_dir() else folder.parent
+    """The weights file, index or first shard in a folder, which may be of a hub's cache."""
     if len(snapshots := sorted(folder.glob("snapshots/*"))) == 1:
         folder = snapshots[0]
     named = [folder / name for name in WEIGHT_FILES if os.path.isfile(folder / name)]
@@ -2678,6 +2681,8 @@ def weights_in(folder: Path) -> Path:
 def shards_of(path: Path) -> list[Path]:
     """All files of the model that `path` is a shard or the index of, or itself; BadInput where one is missing."""
     names = [path.name]
+    if path.suffix == ".distcp":
+        raise BadInput(f"{path}: {UNDCP.format(path.parent)}")
     if path.name.endswith(".index.json"):
         names = sorted({Path(name).name for name in dict(read_json(path).get("weight_map", {})).values()})
     elif shard := SHARD.fullmatch(path.name):
@@ -2686,10 +2691,8 @@ def shards_of(path: Path) -> list[Path]:
     if missing == [path.name]:
         raise BadInput(f"{path}: not a regular file")
     if missing or not names:
-        raise BadInput(
-            f"{path}: one of {len(names)} shards, and {', '.join(missing[:3])} is not beside it: get it there, "
-            f"`hf download NAME {' '.join(missing[:1])} --local-dir {path.parent}` if it came from the hub"
-        )
+        get = f"`hf download NAME {' '.join(missing[:1])} --local-dir {path.parent}` if it came from the hub"
+        raise BadInput(f"{path}: of {len(names)} shards {', '.join(missing[:3])} is not beside it: get it there, {get}")
     return [path.with_name(name) for name in names]
 
 
@@ -2703,20 +2706,16 @@ def download_weights(name: str, revision: str | None, file: str | None) -> list[
         return locate_weights(f"{cached}/{file or ''}")
     try:
         files = HfApi().list_repo_files(name, revision=revision)
-        file = file or next((known for known in WEIGHT_FILES if known in files), None)
-        if not file:
-            raise BadInput(f"{name}: this hub model has no weights file of a known name; download it and name the file")
-        shards = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+)(\.index\.json)?$", r"-*\2", file)
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[file, shards, "*.json"]))
+        chosen = file or next((known for known in WEIGHT_FILES if known in files), "*.safetensors")
+        shards = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+)(\.index\.json)?$", r"-*\2", chosen)
+        folder = snapshot_download(name, revision=revision, allow_patterns=[chosen, shards, "*.json"])
     except errors.RepositoryNotFoundError:  # a gated one is of this kind as well
-        raise BadInput(
-            f"{name}: neither a file or folder here nor a model on the Hugging Face hub that you may read: if it has "
-            f"terms, accept them on huggingface.co/{name}, then run `hf auth login`"
-        ) from None
+        terms = f"if it has terms, accept them on huggingface.co/{name}, then run `hf auth login`"
+        raise BadInput(f"{name}: neither here nor a model that you may read on the Hugging Face hub: {terms}") from None
     except (errors.HfHubHTTPError, OSError) as error:
         why = f"neither here nor in the hub's cache, and the hub is out of reach ({first_line(error)})"
         raise BadEnvironment(f"{name}: {why}") from None
-    return locate_weights(str(folder / file))
+    return locate_weights(f"{folder}/{file or ''}")
 
 
 def harmless_types() -> list[Any]:
@@ -2754,10 +2753,8 @@ def open_weights(path: Path) -> dict[str, Any]:
         raise
     except Exception as error:  # the bytes can lead the readers anywhere
         if needs := re.search(r"(?:GLOBAL|class|global:?) ([A-Za-z_][\w.]*\.\w+)", str(error)):
-            raise BadInput(
-                f"{path}: reading it would run code that it names ({needs[1]}), which this script does not do: "
-                "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
-            ) from None
+            safe = "where it was written, save the plain tensors, torch.save(model.state_dict(), FILE)"
+            raise BadInput(f"{path}: reading it would run code that it names ({needs[1]}): {safe}") from None
         reason = f"{type(error).__name__}: {first_line(error)[:120]}"
         raise BadInput(f"{path}: not readable as weights, damaged or incomplete ({reason}): get it again") from None
     if not isinstance(found, dict):
@@ -2765,19 +2762,14 @@ def open_weights(path: Path) -> dict[str, Any]:
     return found
 
 
-def flatten(root: dict) -> dict[str, Tensor]:
+def flatten(node: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
     """Tensors of nested containers (`state_dict`, `model`, `ema` …) by dotted name, without what wrappers inserted."""
-    wrappers = re.compile(r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
     tensors: dict[str, Tensor] = {}
-    queue, seen = [("", root)], {id(root)}
-    for prefix, node in queue:  # grows as it is read
-        for key, value in node.items():
-            name = f"{prefix}{key}"
-            if isinstance(value, Tensor):
-                tensors.setdefault(wrappers.sub("", name), value)
-            elif isinstance(value, dict) and id(value) not in seen and len(name) < 500:
-                seen.add(id(value))  # a container may hold itself
-                queue.append((f"{name}.", value))
+    for key, value in node.items():
+        if isinstance(value, Tensor):
+            tensors.setdefault(WRAPPER.sub("", f"{prefix}{key}"), value)
+        elif isinstance(value, dict):
+            tensors.update(flatten(value, f"{prefix}{key}."))
     return tensors
 
 
@@ -3412,7 +3404,7 @@ def read_pretrained(source: str | Path, heads: int | None = None) -> Found:
     for shard in more:
         raw |= open_weights(shard)
     if str(raw.get("kind")).startswith("finetune_siglip"):
-        if raw["kind"] != "finetune_siglip" or raw.get("format") != 1 or not raw.get("backbone"):
+        if raw["kind"] != "finetune_siglip" or raw.get("format") != 1 or not isinstance(raw.get("backbone"), dict):
             raise BadInput(f"{path}: of this script, but no model that this version reads; name its best_model.pth")
         found = Found(str(path), notes=["a checkpoint of this script"], config=raw["backbone"])
         found.take(flatten(raw), "model.backbone.net.")
@@ -3494,10 +3486,8 @@ def fill_backbone(backbone: Backbone, adopted: dict[str, Tensor], found: Found) 
         backbone.net.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         said = " ".join(str(error).partition("\n")[2].split())[:400]
-        raise BadInput(
-            f"{found.source}: seems to be a {backbone.family} encoder, but is incomplete or of a variant that this "
-            f"script does not know: {said}"
-        ) from None
+        unlike = f"is incomplete, or of a variant of {backbone.family} that this script does not know"
+        raise BadInput(f"{found.source}: {unlike}: {said}") from None
     if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]:
         raise BadInput(f"{found.source}: not finite: {', '.join(broken[:10])}")
 

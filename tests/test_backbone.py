@@ -974,12 +974,6 @@ def test_an_index_names_only_files_that_lie_beside_it(tmp_path, name):
         fs.load_backbone(folder)
 
 
-def test_a_container_that_holds_itself_ends(tower, tmp_path):
-    content = {"model": tower[0].state_dict()}
-    content["model"]["again"] = content
-    fs.load_backbone(saved(tmp_path / "x.bin", content), heads=2)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub cache with one model in it, and no network."""

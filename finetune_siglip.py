@@ -2401,7 +2401,7 @@ def move_volume(
 def check_data(
     table: Table, prep: Preprocessing, picture: Path | None = None, sample: int = 12, skip: bool = False
 ) -> list[str]:
-    """Lines of a report on the table, the headers of all files and the voxels of a sample, worst news last.
+    """Log, and return, lines on the table, the headers of all files and the voxels of a sample, worst news last.
 
     Writes the contact sheet of the sample to `picture`. Raises BadInput with all files that are not as they should be;
     with `skip`, a damaged one of the sample is a warning while there are others.
@@ -2428,10 +2428,13 @@ def check_data(
     lines += slice_distance(table, headers, prep)
     lines += [f"warning: {text}" for text in (*damaged, *find_doubts(table, headers, samples, prep))]
     if picture:
+        picture.parent.mkdir(parents=True, exist_ok=True)
         with optional(picture.name):
             sheet = {table.series_ids[row]: samples[row] for row in spread(list(samples), 6)}
             draw_contact_sheet(sheet, prep, picture)
             lines.append(f"axial, coronal and sagittal slices as the model will see them: {picture}")
+    for line in lines:
+        log.log(logging.WARNING if line.startswith("warning: ") else logging.INFO, "%s", line.removeprefix("warning: "))
     return lines
 
 
@@ -6047,14 +6050,6 @@ def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, st
     return facts
 
 
-def show_data(table: Table, prep: Preprocessing, folder: Path, skip: bool) -> None:
-    """Log the check of the data and draw `data_check.png`: a wrong axis is seen in a second."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for line in check_data(table, prep, folder / "data_check.png", skip=skip):
-        level = logging.WARNING if line.startswith("warning: ") else logging.INFO
-        log.log(level, "%s", line.removeprefix("warning: "))
-
-
 def build_datasets(args: argparse.Namespace, tables: Sequence[Table], prep: Preprocessing) -> list[CTVolumeDataset]:
     """A dataset for each table, all of them behind one cache if `--cache-dir` asks for it."""
     cache = VolumeCache(args.cache_dir, prep) if args.cache_dir else None
@@ -6097,7 +6092,7 @@ class Run:
         plan = plan_memory(args, model, shape, runtime)
         maybe_compile(model, args.compile, runtime)
         if runtime.is_main:
-            show_data(self.table, prep, folder.path, args.on_bad_volume == "skip")
+            check_data(self.table, prep, folder.path / "data_check.png", skip=args.on_bad_volume == "skip")
         parts: Sequence[CTVolumeDataset] = build_datasets(args, [self.table.split(name) for name in SPLITS], prep)
         self.recipe = Recipe(
             args.batch_size, args.gradient_accumulation_steps, args.max_grad_norm, args.num_workers,
@@ -6493,19 +6488,6 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return found
 
 
-def load_checkpoints(named: Sequence[Path]) -> dict[Path, dict[str, Any]]:
-    """The checkpoints named, and those in a folder named or, where it holds none, the best ones of the runs in it."""
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}  # by digest: the same weights count once
-    for path in named:
-        files = (sorted(path.glob("*.pth")) or sorted(path.glob("*/best_model.pth"))) if path.is_dir() else [path]
-        if not files:
-            raise BadInput(f"{path}: holds no checkpoint (*.pth, or best_model.pth in the folders there)")
-        for file in files:
-            content = load_checked(file, MODEL_KIND)
-            found.setdefault(digest_of([content["model"], content["preprocessing"]]), (file, content))
-    return dict(found.values())
-
-
 def table_of_scans(named: Sequence[Path], labels: Sequence[str]) -> Table:
     """A table without labels of the scans named, and of all below the folders named; their ids are their names.
 
@@ -6533,7 +6515,16 @@ class Classifier:
     """
 
     def __init__(self, args: argparse.Namespace, runtime: Runtime):
-        self.args, self.runtime, self.contents = args, runtime, load_checkpoints(args.test_only)
+        self.args, self.runtime = args, runtime
+        found: dict[str, tuple[Path, dict[str, Any]]] = {}  # by digest: the same weights count once
+        for path in args.test_only:
+            files = (sorted(path.glob("*.pth")) or sorted(path.glob("*/best_model.pth"))) if path.is_dir() else [path]
+            if not files:
+                raise BadInput(f"{path}: holds no checkpoint (*.pth, or best_model.pth in the folders there)")
+            for file in files:
+                content = load_checked(file, MODEL_KIND)
+                found.setdefault(digest_of([content["model"], content["preprocessing"]]), (file, content))
+        self.contents = dict(found.values())
         (first, content), *others = self.contents.items()
         self.labels, self.several = content["labels"], bool(others)
         asked = {"--label-columns": args.label_columns or self.labels, **{str(path): c["labels"] for path, c in others}}
@@ -6698,7 +6689,7 @@ def run_check(args: argparse.Namespace) -> int:
     """Report on table and volumes, and draw some of them as a model will see them."""
     table = read_table(args.csv, args.label_columns or (), labels_required=False, allow_patient_overlap=True)
     prep = decide_preprocessing(table, (64, 224, 224), WINDOW_PRESETS["chest"], args)
-    show_data(table, prep, args.output_dir, args.on_bad_volume == "skip")
+    check_data(table, prep, args.output_dir / "data_check.png", skip=args.on_bad_volume == "skip")
     return 0
 
 

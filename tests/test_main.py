@@ -352,14 +352,14 @@ def going_bad(scans, tmp_path, monkeypatch):
     folder = shutil.copytree(scans.parent, tmp_path / "broken")
     rows = read_rows(folder / scans.name)
     broken = [[row for row in rows if row["split"] == split][2] for split in ("train", "val")]
-    check = finetune_siglip.show_data
+    check = finetune_siglip.check_data
 
-    def check_then_damage(*arguments):
-        check(*arguments)
+    def check_then_damage(*arguments, **more):
+        check(*arguments, **more)
         for row in broken:
             damage(folder / row["img_path"])
 
-    monkeypatch.setattr("finetune_siglip.show_data", check_then_damage)
+    monkeypatch.setattr("finetune_siglip.check_data", check_then_damage)
     monkeypatch.setattr("finetune_siglip.READ_DELAYS", (0.0, 0.0))
     return folder / scans.name, {row["split"]: row["series_id"] for row in broken}
 

@@ -6076,6 +6076,19 @@ def build_model(args: argparse.Namespace, table: Table, runtime: Runtime) -> tup
     return model.to(runtime.device), prep
 
 
+# Resuming. A run goes on only where nothing that affects numbers has changed, so that what it ends with is what it
+# would have ended with unstopped. All arguments count but these, which change no number, only lengthen the run, or are
+# compared by what they lead to: the weights read, say, and not the path they lie at.
+RESUME_MAY_CHANGE = {
+    "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
+    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "epochs",
+    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume", "check_data", "prepare",
+    "format", "config", "command", "explain", "soup", "use_3channel", "images", "score", "wandb_log_model",
+    "csv", "pretrained", "amp", "orientation", "intensity", "num_slices", "threshold", "cache_features", "slice_chunk",
+    "grad_checkpointing",
+}  # fmt: skip
+
+
 class Run:
     """A training run with all its parts. Once they are read, checked and built, only time can go wrong."""
 
@@ -6138,20 +6151,22 @@ class Run:
             "select": args.select,
             "origin": {"pretrained": args.pretrained, "pretrained digest": weights},
         }
+        self.settings = json.loads(json.dumps(vars(args), default=str))
         self.facts = provenance(args, self.runtime, self.setup["origin"])
-        self.identity = {
-            "arguments": json.loads(json.dumps(vars(args), default=str)),
-            "facts": self.facts,
-            "plan": plan,
-            "tracker": secrets.token_hex(4),  # the run's id there, which it keeps when it is resumed
-            "training and validation rows": digest_of(rows),
-            "pretrained weights": weights,
+        compared = {
+            f"--{name.replace('_', '-')}": x for name, x in self.settings.items() if name not in RESUME_MAY_CHANGE
+        }
+        compared |= {
+            "digest of the training and validation rows": digest_of(rows),
+            "digest of the pretrained weights": weights,
             "preprocessing": prep.to_dict(),
             "use of cached features": bool(args.cache_features),
             "thresholds (--threshold)": self.setup["thresholds"],
             "precision": self.facts["precision"],
             "number of processes": self.runtime.world_size,
         }
+        kept = {"epochs": args.epochs, "plan": plan, "tracker": secrets.token_hex(4)}  # the run's id there
+        self.identity: dict[str, Any] = {"compared": compared, "facts": self.facts, **kept}
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -6357,7 +6372,7 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
             run = Run(args, runtime, stop, folder)
             start_or_resume(run, source)
             apply_memory_plan(unwrap(run.state.model), *run.identity["plan"])
-            known = run.identity["arguments"], folder.path, runtime.is_main, run.identity["tracker"]
+            known = run.settings, folder.path, runtime.is_main, run.identity["tracker"]
             with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
                 run.tracker.record(run.history.lines)
                 stop.patient = True
@@ -6389,19 +6404,6 @@ def train_to_the_end(run: Run) -> None:
             run.save()
             log.info("the state is saved: --resume auto goes on from epoch %d", run.state.epoch + 1)
         raise
-
-
-# Resuming. A run goes on only where nothing that affects numbers has changed, so that what it ends with is what it
-# would have ended with unstopped. All arguments count but these, which change no number, only lengthen the run, or are
-# compared by what they lead to: the weights read, say, and not the path they lie at.
-RESUME_MAY_CHANGE = {
-    "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
-    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "epochs",
-    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume", "check_data", "prepare",
-    "format", "config", "command", "explain", "soup", "use_3channel", "images", "score", "wandb_log_model",
-    "csv", "pretrained", "amp", "orientation", "intensity", "num_slices", "threshold", "cache_features", "slice_chunk",
-    "grad_checkpointing",
-}  # fmt: skip
 
 
 def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | None:
@@ -6443,12 +6445,19 @@ def resume_run(run: Run, source: RunFolder) -> None:
     content, history, now = source.load(), run.history, run.identity
     with reading(source.last):
         then = content["identity"]
-        if changed := differences(then, now):
+        changed = [
+            f"{name} was {then['compared'].get(name)!s:.200}, now {value!s:.200}"
+            for name, value in now["compared"].items()
+            if then["compared"].get(name) != value
+        ]
+        if now["epochs"] < then["epochs"]:
+            changed.append(f"--epochs was {then['epochs']}, now {now['epochs']}: it can only grow")
+        if changed:
             raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
         for name in ("script SHA-256", "device", "threads", "torch", "transformers", "monai", "numpy"):
             if then["facts"][name] != now["facts"][name]:
                 log.warning("%s was %s, now %s: bits may differ", name, then["facts"][name], now["facts"][name])
-        slices = run.args.batch_size * now["preprocessing"]["grid"][0]
+        slices = run.args.batch_size * now["compared"]["preprocessing"]["grid"][0]
         now["plan"] = keep_plan(run.args, unwrap(run.state.model), slices, run.runtime, then["plan"], now["plan"])
         now["tracker"] = then["tracker"]
         run.setup["origin"]["pretrained"] = then["facts"]["pretrained"]  # not where the same weights lie now
@@ -6467,25 +6476,8 @@ def resume_run(run: Run, source: RunFolder) -> None:
         run.redo_files()
     run.saved = run.position
     log.info("resumed %s after epoch %d, forward pass %d", source.path, run.state.epoch, run.state.micro)
-    if now["arguments"]["epochs"] != then["arguments"]["epochs"] and run.args.scheduler == "cosine":
+    if now["epochs"] != then["epochs"] and run.args.scheduler == "cosine":
         log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
-
-
-def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What of a run's identity has changed in a way that changes its numbers."""
-    before, after = then["arguments"], now["arguments"]
-    found = [
-        f"--{name.replace('_', '-')} was {before.get(name)!r}, now {value!r}"
-        for name, value in after.items()
-        if name not in RESUME_MAY_CHANGE and before.get(name) != value
-    ]
-    if after["epochs"] < before["epochs"]:
-        found.append(f"--epochs was {before['epochs']}, now {after['epochs']}: it can only grow")
-    for name in now.keys() - {"arguments", "facts", "plan", "tracker"}:
-        if then.get(name) != now[name]:
-            was, is_now = (str(identity.get(name)) for identity in (then, now))
-            found.append(f"the {name} differ" if len(was) == 64 else f"{name} was {was[:200]}, now {is_now[:200]}")
-    return found
 
 
 def table_of_scans(named: Sequence[Path], labels: Sequence[str]) -> Table:

@@ -106,10 +106,10 @@ BUGS = {
                                         f"{CRASH} -k somebody_kept"),
     "another folder changed on falling back": ("        elif source.fell_back:", "        if source.fell_back:",
                                                f"{CRASH} -k falling_back_in_another"),
-    "values of thresholds not compared": (', "thresholds (--threshold)": setup["thresholds"]', "", f"{CRASH} -k file_of_thresholds"),
+    "values of thresholds not compared": ('            "thresholds (--threshold)": self.setup["thresholds"],\n', "", f"{CRASH} -k file_of_thresholds"),
     "prediction without the lock": (
-        "with folder.locked() if runtime.is_main else nullcontext():\n        if several",
-        "args.output_dir.mkdir(parents=True, exist_ok=True)\n    with nullcontext():\n        if several",
+        "with folder.locked() if is_main else nullcontext():",
+        "args.output_dir.mkdir(parents=True, exist_ok=True)\n    with nullcontext():",
         f"{CRASH} -k second_run",
     ),
     "map not turned back from SRA": (
@@ -126,7 +126,7 @@ BUGS = {
         "    full[:, : relevance.shape[1]] = relevance\n",
         f"{EXPLAIN} -k plain_graph",
     ),
-    "changed argument accepted": ("        if name not in RESUME_MAY_CHANGE and", "        if False and",
+    "changed argument accepted": ("if name not in RESUME_MAY_CHANGE\n", "if False\n",
                                   f"{CRASH} -k changed_arguments"),
     "ranks leave before rank 0": ("            torch.distributed.barrier(runtime.unhurried)\n", "", f"{CRASH} -k all_ranks_stay"),
     "a stop leaves no note": ("                save_bytes(folder.stopped,", "                print(folder.stopped,", f"{CRASH} -k before_training"),

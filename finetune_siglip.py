@@ -6209,6 +6209,80 @@ class Run:
             plot_progress(self.folder.path, [json.loads(line) for line in self.history.lines], self.args.select)
 
 
+def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | None:
+    """The run to resume, None for a new one: `--resume auto` is --output-dir, else a folder or the last.ckpt in it.
+
+    Raises BadInput where --output-dir holds a run that was not asked for; touches nothing.
+    """
+    elsewhere = args.resume not in (None, "auto")
+    path = Path(args.resume) if elsewhere else folder.path
+    source = RunFolder(path.parent if path.name == folder.last.name else path)
+    found = bool(args.resume) and source.has_state()
+    if elsewhere and not found:
+        raise BadInput(f"{args.resume} holds no run to resume: name its folder, or its {folder.last.name}")
+    mine = found and source.same_as(folder)
+    if not mine and not args.overwrite and folder.holds_run(*([] if found else [CHECKPOINT])):
+        what = "a run: --resume auto continues it," if folder.has_state() else "files of a run that is gone:"
+        raise BadInput(f"{folder.path} holds {what} --overwrite replaces it, or choose another --output-dir")
+    return source if found else None
+
+
+def start_or_resume(run: Run, source: RunFolder | None) -> None:
+    """Begin with an empty folder, or where another run has left off."""
+    folder = run.folder
+    if any(agree(run.runtime, bool(source))):  # a disk may show ranks on other machines different things
+        resume_run(run, source or folder)
+    elif run.runtime.is_main:
+        if run.args.resume:
+            log.info("--resume auto: %s holds no run yet, so a new one starts", folder.path)
+        folder.clear()
+    if run.runtime.is_main:  # at its largest moment there are three states, the top k, one more and the best
+        weights, moments = tensor_bytes(unwrap(run.state.model).state_dict()), 2 if run.args.optimizer == "adamw" else 1
+        state = weights + tensor_bytes(optimized(run.state)) * (moments + bool(run.state.ema))
+        present = sum(file.stat().st_size for file in folder.ours(CHECKPOINT, *DERIVED, r"last.*\.ckpt"))
+        require_space(folder.path, max(0, 3 * state + weights * (run.history.top.k + 2) - present))
+
+
+def resume_run(run: Run, source: RunFolder) -> None:
+    """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
+    content, history, now = source.load(), run.history, run.identity
+    with reading(source.last):
+        then = content["identity"]
+        changed = [
+            f"{name} was {then['compared'].get(name)!s:.200}, now {value!s:.200}"
+            for name, value in now["compared"].items()
+            if then["compared"].get(name) != value
+        ]
+        if now["epochs"] < then["epochs"]:
+            changed.append(f"--epochs was {then['epochs']}, now {now['epochs']}: it can only grow")
+        if changed:
+            raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
+        for name in ("script SHA-256", "device", "threads", "torch", "transformers", "monai", "numpy"):
+            if then["facts"][name] != now["facts"][name]:
+                log.warning("%s was %s, now %s: bits may differ", name, then["facts"][name], now["facts"][name])
+        slices = run.args.batch_size * now["compared"]["preprocessing"]["grid"][0]
+        now["plan"] = keep_plan(run.args, unwrap(run.state.model), slices, run.runtime, then["plan"], now["plan"])
+        now["tracker"] = then["tracker"]
+        run.setup["origin"]["pretrained"] = then["facts"]["pretrained"]  # not where the same weights lie now
+        restore_state(content, run.state, history, run.runtime.rank)
+    source.load_top(history, run.setup["thresholds"])
+    mark = derive_seed(*run.position)
+    if agree(run.runtime, mark, -mark) != [mark, -mark]:  # and nobody removes what another still reads
+        raise BadEnvironment(f"{source.path}: the processes of this run don't find the same state there")
+    if run.runtime.is_main:
+        if not source.same_as(run.folder):
+            for name in set(history.top.names) - history.lost:
+                link_atomic(source.path / name, run.folder.path / name)
+            run.folder.commit(content)
+        elif source.fell_back:  # or the next commit would keep the damaged file as the previous one
+            link_atomic(source.previous, source.last)
+        run.redo_files()
+    run.saved = run.position
+    log.info("resumed %s after epoch %d, forward pass %d", source.path, run.state.epoch, run.state.micro)
+    if now["epochs"] != then["epochs"] and run.args.scheduler == "cosine":
+        log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
+
+
 def announce_steps(schedule: Schedule, steps_per_epoch: int, patience: int) -> None:
     """Log how many optimiser steps there are and where warm-up ends; warn where warm-up takes too much of them."""
     warmup, total, epochs = schedule.warmup, schedule.total_steps, schedule.warmup / steps_per_epoch
@@ -6362,28 +6436,6 @@ def write_facts(args: argparse.Namespace, title: str, facts: dict[str, Any], tab
             log.info("report: %s", write_report(args.output_dir))
 
 
-def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
-    """Fine-tune, keep the best, predict."""
-    folder = RunFolder(args.output_dir)
-    source = check_folder(args, folder)
-    with folder.locked() if runtime.is_main else nullcontext():
-        setup_logging(args.output_dir, runtime.is_main)
-        try:
-            run = Run(args, runtime, stop, folder)
-            start_or_resume(run, source)
-            apply_memory_plan(unwrap(run.state.model), *run.identity["plan"])
-            known = run.settings, folder.path, runtime.is_main, run.identity["tracker"]
-            with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
-                run.tracker.record(run.history.lines)
-                stop.patient = True
-                train_to_the_end(run)
-        except (Exception, Interrupted) as error:
-            if runtime.is_main and isinstance(stop.reason(error), Interrupted):
-                save_bytes(folder.stopped, f"{stop.reason(error)}\n".encode())
-            raise
-    return 0
-
-
 def train_to_the_end(run: Run) -> None:
     """Epoch after epoch until all are done, patience is over or a signal comes."""
     args, patience = run.args, run.args.early_stopping_patience
@@ -6406,78 +6458,26 @@ def train_to_the_end(run: Run) -> None:
         raise
 
 
-def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | None:
-    """The run to resume, None for a new one: `--resume auto` is --output-dir, else a folder or the last.ckpt in it.
-
-    Raises BadInput where --output-dir holds a run that was not asked for; touches nothing.
-    """
-    elsewhere = args.resume not in (None, "auto")
-    path = Path(args.resume) if elsewhere else folder.path
-    source = RunFolder(path.parent if path.name == folder.last.name else path)
-    found = bool(args.resume) and source.has_state()
-    if elsewhere and not found:
-        raise BadInput(f"{args.resume} holds no run to resume: name its folder, or its {folder.last.name}")
-    mine = found and source.same_as(folder)
-    if not mine and not args.overwrite and folder.holds_run(*([] if found else [CHECKPOINT])):
-        what = "a run: --resume auto continues it," if folder.has_state() else "files of a run that is gone:"
-        raise BadInput(f"{folder.path} holds {what} --overwrite replaces it, or choose another --output-dir")
-    return source if found else None
-
-
-def start_or_resume(run: Run, source: RunFolder | None) -> None:
-    """Begin with an empty folder, or where another run has left off."""
-    folder = run.folder
-    if any(agree(run.runtime, bool(source))):  # a disk may show ranks on other machines different things
-        resume_run(run, source or folder)
-    elif run.runtime.is_main:
-        if run.args.resume:
-            log.info("--resume auto: %s holds no run yet, so a new one starts", folder.path)
-        folder.clear()
-    if run.runtime.is_main:  # at its largest moment there are three states, the top k, one more and the best
-        weights, moments = tensor_bytes(unwrap(run.state.model).state_dict()), 2 if run.args.optimizer == "adamw" else 1
-        state = weights + tensor_bytes(optimized(run.state)) * (moments + bool(run.state.ema))
-        present = sum(file.stat().st_size for file in folder.ours(CHECKPOINT, *DERIVED, r"last.*\.ckpt"))
-        require_space(folder.path, max(0, 3 * state + weights * (run.history.top.k + 2) - present))
-
-
-def resume_run(run: Run, source: RunFolder) -> None:
-    """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
-    content, history, now = source.load(), run.history, run.identity
-    with reading(source.last):
-        then = content["identity"]
-        changed = [
-            f"{name} was {then['compared'].get(name)!s:.200}, now {value!s:.200}"
-            for name, value in now["compared"].items()
-            if then["compared"].get(name) != value
-        ]
-        if now["epochs"] < then["epochs"]:
-            changed.append(f"--epochs was {then['epochs']}, now {now['epochs']}: it can only grow")
-        if changed:
-            raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
-        for name in ("script SHA-256", "device", "threads", "torch", "transformers", "monai", "numpy"):
-            if then["facts"][name] != now["facts"][name]:
-                log.warning("%s was %s, now %s: bits may differ", name, then["facts"][name], now["facts"][name])
-        slices = run.args.batch_size * now["compared"]["preprocessing"]["grid"][0]
-        now["plan"] = keep_plan(run.args, unwrap(run.state.model), slices, run.runtime, then["plan"], now["plan"])
-        now["tracker"] = then["tracker"]
-        run.setup["origin"]["pretrained"] = then["facts"]["pretrained"]  # not where the same weights lie now
-        restore_state(content, run.state, history, run.runtime.rank)
-    source.load_top(history, run.setup["thresholds"])
-    mark = derive_seed(*run.position)
-    if agree(run.runtime, mark, -mark) != [mark, -mark]:  # and nobody removes what another still reads
-        raise BadEnvironment(f"{source.path}: the processes of this run don't find the same state there")
-    if run.runtime.is_main:
-        if not source.same_as(run.folder):
-            for name in set(history.top.names) - history.lost:
-                link_atomic(source.path / name, run.folder.path / name)
-            run.folder.commit(content)
-        elif source.fell_back:  # or the next commit would keep the damaged file as the previous one
-            link_atomic(source.previous, source.last)
-        run.redo_files()
-    run.saved = run.position
-    log.info("resumed %s after epoch %d, forward pass %d", source.path, run.state.epoch, run.state.micro)
-    if now["epochs"] != then["epochs"] and run.args.scheduler == "cosine":
-        log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
+def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:
+    """Fine-tune, keep the best, predict."""
+    folder = RunFolder(args.output_dir)
+    source = check_folder(args, folder)
+    with folder.locked() if runtime.is_main else nullcontext():
+        setup_logging(args.output_dir, runtime.is_main)
+        try:
+            run = Run(args, runtime, stop, folder)
+            start_or_resume(run, source)
+            apply_memory_plan(unwrap(run.state.model), *run.identity["plan"])
+            known = run.settings, folder.path, runtime.is_main, run.identity["tracker"]
+            with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
+                run.tracker.record(run.history.lines)
+                stop.patient = True
+                train_to_the_end(run)
+        except (Exception, Interrupted) as error:
+            if runtime.is_main and isinstance(stop.reason(error), Interrupted):
+                save_bytes(folder.stopped, f"{stop.reason(error)}\n".encode())
+            raise
+    return 0
 
 
 def table_of_scans(named: Sequence[Path], labels: Sequence[str]) -> Table:

@@ -6125,12 +6125,9 @@ class Run:
             Ema(model) if args.use_ema else None,
             loss_sum=torch.zeros((), dtype=torch.float64, device=runtime.device),
         )  # fmt: skip
-        effective = args.batch_size * runtime.world_size * args.gradient_accumulation_steps
-        log.info(
-            "%d training, %d validation scans; effective batch %d = %d x %d processes x %d accumulated",
-            len(self.train), len(self.val), effective, args.batch_size, runtime.world_size,
-            args.gradient_accumulation_steps,
-        )  # fmt: skip
+        batch = args.batch_size, runtime.world_size, args.gradient_accumulation_steps
+        scans = f"{len(self.train)} training, {len(self.val)} validation scans"
+        log.info("%s; effective batch %d = %d x %d processes x %d accumulated", scans, math.prod(batch), *batch)
         announce_steps(self.state.schedule, steps_per_epoch, args.early_stopping_patience)
         self.describe(model, prep, plan)
         self.saved_at, self.saved = time.monotonic(), ()  # the position that the last commit holds

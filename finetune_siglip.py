@@ -68,8 +68,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta, timezone
@@ -466,10 +465,16 @@ def own_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+# Several processes. A rank that dies closes its connections: whoever exchanges something with it through gloo finds out
+# at once, leaves, and so takes along those that wait for it. One that hangs is found out when the timeout is over. What
+# rank 0 does alone (save, publish) may take longer than any timeout that is of use: for that the others wait in a group
+# of their own, `unhurried`. Nobody leaves before rank 0 has committed and published, since whoever launched the ranks
+# ends all of them as soon as the first has ended.
+
+
 def init_runtime(amp: bool, deterministic: bool = True) -> Runtime:
-    """Device and precision of this process, and its place among those that `torchrun` started."""
-    rank, world_size = own_rank(), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
+    """Device and precision of this process, and its place among those that `torchrun` started, which it meets."""
+    rank, world_size, device = own_rank(), int(os.environ.get("WORLD_SIZE", 1)), torch.device("cpu")
     with warnings.catch_warnings(record=True) as said:  # such as a driver that is too old
         warnings.simplefilter("always")
         usable = torch.cuda.is_available()
@@ -482,34 +487,17 @@ def init_runtime(amp: bool, deterministic: bool = True) -> Runtime:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, not deterministic
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see add_in_fixed_order; read by the first product
-    unhurried = join_ranks(device) if world_size > 1 else None
-    amp_dtype = None
-    if amp:
-        has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-        amp_dtype = torch.bfloat16 if has_bf16 else torch.float16
-    return Runtime(device, amp_dtype, rank, world_size, unhurried)
-
-
-# Several processes. A rank that dies closes its connections: whoever exchanges something with it through gloo finds out
-# at once, leaves, and so takes along those that wait for it. One that hangs is found out when the timeout is over. What
-# rank 0 does alone (save, publish) may take longer than any timeout that is of use: for that the others wait in a group
-# of its own. Nobody leaves before rank 0 has committed and published, since whoever
-# launched the ranks ends all of them as soon as the first has ended.
-
-
-def join_ranks(device: torch.device) -> Any:
-    """Meet the other processes of this run; returns the group without a limit."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    amp_dtype = (torch.bfloat16 if has_bf16 else torch.float16) if amp else None
+    if world_size == 1:
+        return Runtime(device, amp_dtype)
     if not torch.distributed.is_initialized():
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30), device_id=gpu)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that dies stops its ranks, which would else train on
-        end_with_parent(signal.SIGTERM)
-    return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-
-
-def end_with_parent(number: int) -> None:
-    """Let Linux send this process a signal when the one that started it ends, however it ends."""
-    torch.multiprocessing._prctl_pr_set_pdeathsig(number)  # type: ignore[attr-defined]
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+    unhurried = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
+    return Runtime(device, amp_dtype, rank, world_size, unhurried)
 
 
 @contextmanager
@@ -564,14 +552,14 @@ def usable_cores() -> int:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises BadInput."""
-    if path.exists() and not path.is_file():
-        raise BadInput(f"{path}: not a regular file, name a JSON file")
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a regular file")
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"holds a {type(content).__name__}, not an object")
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error}): get it again, or remove it") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path}: holds a {type(content).__name__} where a JSON object is needed")
+        raise BadInput(f"{path}: not readable as a JSON object ({error}): get it again, or remove it") from None
     return content
 
 
@@ -715,23 +703,6 @@ def optional(what: str) -> Iterator[None]:
         log.warning("%s is left out: %s", what, first_line(error))
 
 
-def within(seconds: float, action: Callable[[], Any]) -> Any:
-    """What `action` returns. Raises TimeoutError where it takes longer: it goes on alone, and nobody waits for it."""
-    future: Future[Any] = Future()
-
-    def attempt() -> None:
-        try:
-            future.set_result(action())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=attempt, daemon=True).start()
-    try:
-        return future.result(seconds)
-    except FutureTimeout:
-        raise TimeoutError(f"no answer within {seconds:g} seconds") from None
-
-
 def flat_figures(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested figures under one name each, `Lung nodule/auc`; undefined ones are left out."""
     flat: dict[str, Any] = {}
@@ -744,111 +715,78 @@ def flat_figures(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Tracker:
-    """Weights & Biases where it works and nothing where it does not: it never stops a run, nor holds it up for long.
+    """Weights & Biases, or nothing: its first trouble is its last, a warning, and training goes on without it."""
 
-    Its first trouble is its last: one warning, and no further attempt. It counts epochs itself, since wandb's own steps
-    can only rise, whereas a run that was killed comes back with epochs that may or may not have been logged.
-    """
-
-    PATIENCE = 20.0  # seconds that anything but a checkpoint may take
-
-    def __init__(self, run: Any = None, package: Any = None):
-        self.run, self.package, self.works, self.seen = run, package, run is not None, 0
+    def __init__(self, run: Any = None, seen: int = 0):
+        self.run, self.seen = run, seen  # so many epochs have been logged
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        patience = self.PATIENCE if kind is None else self.PATIENCE / 5  # a run that is stopped may be killed soon
-        if self.run is not None:
-            self.attempt(lambda: self.run.finish(exit_code=int(kind is not None)), patience, even_so=True)
-        if self.package:  # its service is a process of its own, which would go on trying and keep the id
-            self.attempt(self.package.teardown, patience, even_so=True)
+        self.attempt(lambda run: run.finish(exit_code=int(kind is not None)))
 
-    def attempt(self, action: Callable[[], object], patience: float | None = None, even_so: bool = False) -> None:
+    def attempt(self, action: Callable[[Any], object]) -> None:
         try:
-            if self.works or even_so:
-                within(patience or self.PATIENCE, action)
-        except Exception as error:  # whatever it is, training goes on without the tracker
-            level = logging.WARNING if self.works else logging.DEBUG
-            log.log(level, "Weights & Biases stopped: %s", first_line(error))
-            self.works = False
+            if self.run is not None:
+                action(self.run)
+        except Exception as error:
+            log.warning("Weights & Biases stopped: %s", first_line(error))
+            self.run = None
 
     def record(self, lines: Sequence[str]) -> None:
-        """Log the epochs that have not been logged yet, from the lines of all: line i belongs to epoch i + 1."""
+        """Log those lines of results.jsonl that have not been logged yet: line i belongs to epoch i + 1."""
         new, self.seen = lines[self.seen :], max(self.seen, len(lines))
-        self.attempt(lambda: [self.run.log(flat_figures(json.loads(line))) for line in new])
+        self.attempt(lambda run: [run.log(flat_figures(json.loads(line))) for line in new])
 
-    def show(self, media: Callable[[Any], dict[str, Any]], summary: dict[str, Any]) -> None:
-        """Log tables and plots, as made with the package, and set figures of the whole run."""
-        self.attempt(lambda: (self.run.log(media(self.package)), self.run.summary.update(summary)))
+    def summarise(self, figures: dict[str, Any]) -> None:
+        self.attempt(lambda run: run.summary.update(flat_figures(figures)))
 
-    def keep_model(self, path: Path, facts: dict[str, Any]) -> None:
+    def keep_model(self, path: Path, epoch: int) -> None:
         """Upload a checkpoint, waiting for it as long as 2 MB a second would take. An offline run leaves it here."""
 
-        def send() -> None:
-            artifact = self.package.Artifact(f"model-{self.run.id}", type="model", metadata=facts)
-            artifact.add_file(str(path), policy="immutable", skip_cache=True)  # no further copy on this disk
-            self.run.log_artifact(artifact, aliases=["best", f"epoch-{facts['epoch']}"]).wait()
+        def upload(run: Any) -> None:
+            if not run.offline:
+                import wandb
 
-        if self.works and not self.run.offline:
-            self.attempt(send, self.PATIENCE + path.stat().st_size / 2e6)
+                model = wandb.Artifact(f"model-{run.id}", type="model")
+                model.add_file(str(path), policy="immutable", skip_cache=True)  # no further copy on this disk
+                sent = run.log_artifact(model, aliases=["best", f"epoch-{epoch}"])
+                sent.wait(timeout=20 + path.stat().st_size // 2_000_000)
 
-
-def wandb_mode(asked: str) -> str:
-    """`auto` is WANDB_MODE where that is set, else online; without a key, which wandb would ask for, it is offline."""
-    from requests.utils import get_netrc_auth
-
-    mode = os.environ.get("WANDB_MODE", "online") if asked == "auto" else asked
-    keys = "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"
-    if mode == "online" and not (any(map(os.environ.get, keys)) or get_netrc_auth(wandb_url())):
-        return "offline"
-    return mode
-
-
-def wandb_url() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-
-
-def open_wandb(wandb: Any, mode: str, **options: Any) -> Tracker:
-    """A tracker in this very mode, which knows the epochs that a resumed run's server has. Raises what wandb raises."""
-    import requests
-
-    online = mode == "online"
-    if online:  # a look at the server takes less time than wandb's own attempts
-        within(Tracker.PATIENCE / 4, lambda: requests.head(wandb_url(), timeout=Tracker.PATIENCE / 4))
-    patience = Tracker.PATIENCE if online else 90  # offline nothing but a busy machine takes time
-    settings = wandb.Settings(silent=True, console="off", init_timeout=patience, finish_timeout=Tracker.PATIENCE / 4)
-    resume = "allow" if online else None  # offline there is nothing to look up
-    run = within(patience + 40, lambda: wandb.init(mode=mode, resume=resume, settings=settings, **options))
-    if run.offline:
-        log.info("Weights & Biases: offline, `wandb sync %s` uploads later", Path(run.dir).parent)
-    tracker = Tracker(run, wandb)
-    tracker.attempt(lambda: run.define_metric("*", step_metric="epoch"))
-    tracker.seen = int(run.summary.get("epoch") or 0)
-    return tracker
+        self.attempt(upload)
 
 
 def start_wandb(
     project: str, mode: str, config: dict[str, Any], folder: Path, is_main: bool, run_id: str | None = None
 ) -> Tracker:
-    """A tracker of this run; without package, key or network it says so in one line and works offline or not at all.
+    """A tracker of this run, which goes on in the run `run_id` where the server has it; offline where it can't be
+    reached, and none without the package. `auto` is WANDB_MODE, else online."""
+    mode = os.environ.get("WANDB_MODE", "online") if mode == "auto" else mode
+    if mode == "disabled" or not is_main:
+        return Tracker()
+    try:
+        from requests.utils import get_netrc_auth
 
-    With the `run_id` of a run that is resumed it goes on in that one.
-    """
-    wanted = wandb_mode(mode) if is_main else "disabled"
-    for chosen in dict.fromkeys((wanted, "offline")) if wanted != "disabled" else ():
-        try:
-            import wandb
+        import wandb
 
-            return open_wandb(wandb, chosen, project=project, config=config, dir=folder, id=run_id)
-        except ImportError as error:
-            log.warning("Weights & Biases is off: %s", first_line(error))
-            break
-        except Exception as error:  # refused key, broken proxy, a server that hangs: never a reason to lose a run
-            log.warning("Weights & Biases is not %s: %s", chosen, first_line(error))
-            Tracker(package=wandb).__exit__(None)
-    return Tracker()
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or get_netrc_auth(host)):
+            mode = "offline"  # else wandb asks for a key, and waits
+        how = {"mode": mode, "resume": "allow" if mode == "online" else None}
+        settings = wandb.Settings(silent=True, console="off", init_timeout=20, finish_timeout=10)
+        run = wandb.init(project=project, config=config, dir=folder, id=run_id, settings=settings, **how)
+        run.define_metric("*", step_metric="epoch")
+    except Exception as error:  # a refused key, a server that hangs: never a reason to lose a run
+        log.warning("Weights & Biases is not %s: %s", mode, first_line(error))
+        if mode != "online" or isinstance(error, ImportError):
+            return Tracker()
+        with suppress(Exception):
+            wandb.teardown()  # it would go on trying, and keep the id
+        return start_wandb(project, "offline", config, folder, is_main, run_id)
+    if run.offline:
+        log.info("Weights & Biases: offline, `wandb sync %s` uploads later", Path(run.dir).parent)
+    return Tracker(run, seen=int(run.summary.get("epoch") or 0))
 
 
 def free_memory(device: torch.device) -> int:
@@ -884,6 +822,10 @@ def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple
     return rows[order], values[order]
 
 
+# Files are whole or not there: what is written goes to a file beside the one it becomes, to the disk, and only then
+# gets its name; the folder follows it to the disk, since without that a power cut can undo the renaming.
+
+
 @contextmanager
 def put_in_place(temporary: Path, path: Path, size: int = 0) -> Iterator[None]:
     """Give what the body writes to `temporary`, in the same folder, the name `path`: `path` is the old or the new file.
@@ -895,10 +837,10 @@ def put_in_place(temporary: Path, path: Path, size: int = 0) -> Iterator[None]:
             temporary.unlink()  # a leftover may be a second name of a good file: never write into it
         yield
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
-        why = getattr(error.__cause__ or error.__context__ or error, "strerror", None) or str(error).splitlines()[0]
+        why = getattr(error.__cause__ or error.__context__ or error, "strerror", None) or first_line(error)
         needed = f"{size:,} bytes are needed and " if size else ""
         raise BadEnvironment(f"{path} can't be written ({why}); {needed}{free:,} bytes are free there") from error
     finally:
@@ -906,23 +848,30 @@ def put_in_place(temporary: Path, path: Path, size: int = 0) -> Iterator[None]:
             temporary.unlink()  # renaming one name of a file to another of its names leaves both
 
 
-def write_synced(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a new file, and bring it to the disk."""
-    with open(path, "xb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+def sync(path: Path) -> None:
+    """Bring what has been written to a file, or what a folder lists, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
-    """Let `write` fill a file beside `path`, bring it to the disk, then give it its name as `put_in_place` does."""
+    """Let `write` fill a file that becomes `path` as `put_in_place` has it."""
     temporary = temporary_name(path)
     with put_in_place(temporary, path, size):
-        write_synced(temporary, write)
+        with open(temporary, "xb") as file:
+            write(file)
+        sync(temporary)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it gets its name; TEMPORARY knows these names again."""
+    return path.with_name(f".{path.name}.{os.getpid()}.siglip.tmp")
 
 
 def save_bytes(path: Path, data: bytes) -> None:
-    """`save_atomic` of what is in memory."""
     save_atomic(path, lambda file: file.write(data), len(data))
 
 
@@ -931,20 +880,6 @@ def write_rows(path: Path, rows: Sequence[Sequence[Any]]) -> None:
     buffer = io.StringIO(newline="")
     csv.writer(buffer, lineterminator="\n").writerows(rows)
     save_bytes(path, buffer.getvalue().encode())
-
-
-def temporary_name(path: Path) -> Path:
-    """Where a file is written before it gets its name; TEMPORARY knows these names again."""
-    return path.with_name(f".{path.name}.{os.getpid()}.siglip.tmp")
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring a rename to the disk: without this a power cut can undo it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ── 3 Table ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2324,7 +2259,8 @@ def one_thread_per_worker(_: int) -> None:
     from threadpoolctl import threadpool_limits
 
     threadpool_limits(1)
-    end_with_parent(signal.SIGKILL)  # lest a killed rank's connections stay open in its workers
+    # Lest a killed rank's connections stay open in its workers.
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # type: ignore[attr-defined]
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc: M_MMAP_MAX and M_TRIM_THRESHOLD. What one scan
         mallopt(-4, 0), mallopt(-1, 1 << 30)  # frees serves the next: new pages take a tenth of the time of reading it
 
@@ -3653,14 +3589,14 @@ def frozen_in_amp(backbone: Any, device_type: str) -> Iterator[None]:
     LoRA, keep each of these copies for the backward pass. The weights themselves stay as they are, for all who read
     or save them. Only layers whose operations autocast computes in its precision are concerned.
     """
-    dtype, wanted, places = torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type), []
-    for module in backbone.modules() if wanted else ():
-        if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
-            own = module._parameters.items()
-            places += [(module, k, p) for k, p in own if p is not None and not p.requires_grad and p.dtype != dtype]
+    dtype, layers, places = torch.get_autocast_dtype(device_type), (nn.Linear, nn.modules.conv._ConvNd), []
     kept = backbone.__dict__.setdefault("frozen_copies", {})
-    for learning in kept.keys() - {p for _, _, p in places} if wanted else ():  # by now
-        del kept[learning]
+    if torch.is_autocast_enabled(device_type):
+        own = [m for m in backbone.modules() if isinstance(m, (*layers, nn.MultiheadAttention))]
+        weights = [(m, name, p) for m in own for name, p in m._parameters.items() if p is not None]
+        places = [(m, name, p) for m, name, p in weights if not p.requires_grad and p.dtype != dtype]
+        for learning in [p for p in kept if p.requires_grad]:  # by now
+            del kept[learning]
     try:
         for module, name, p in places:
             made_of = p._version, p.device, dtype  # changes when other weights are loaded
@@ -3761,10 +3697,6 @@ class SiglipClassifier(nn.Module):
             return tuple(self.slice_features(blank).shape[1:])
         return 1 if self.backbone.volumetric else grid[0], self.width
 
-    def classify(self, features: Tensor) -> Tensor:
-        """Slice features (N, S, E) -> logits (N, L)."""
-        return self.weigh(features)[0]
-
     def weigh(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, L) and the share of each slice in them, (N, S, 1) or with `label` pooling (N, S, L).
 
@@ -3780,7 +3712,7 @@ class SiglipClassifier(nn.Module):
             return (shares * logits).sum(dim=1), shares
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classify(x if x.ndim == 3 else self.slice_features(x))
+        return self.weigh(x if x.ndim == 3 else self.slice_features(x))[0]
 
 
 def merged_weights(model: SiglipClassifier) -> dict[str, Tensor]:
@@ -3806,32 +3738,27 @@ def drop_lora(model: nn.Module) -> None:
 # resumed keeps it, to give the same bits, unless it no longer fits.
 
 
-def kept_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> int:
-    """Bytes that autograd keeps of a forward pass over `volume` (N, C, S, H, W), weights aside."""
-    known, total = {p.untyped_storage().data_ptr() for p in model.parameters()}, 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:  # all that is packed stays alive until the end, so addresses are unique
-            known.add(storage.data_ptr())
-            total += storage.nbytes()
-        return tensor
-
-    model.backbone.train()
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), runtime.autocast():
-        kept = model.slice_features(volume)
-    for name, buffer in model.named_buffers():  # the statistics of BatchNorm have seen nothing
-        buffer.copy_(buffers[name])
-    del kept
-    return total
-
-
 def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> int:
     """Bytes that the slices of `volume` (N, C, S, H, W) take until the backward pass: what twice as many keep more."""
-    twice = torch.cat([volume, volume], dim=2)
-    return kept_bytes(model, twice, runtime) - kept_bytes(model, volume, runtime)
+
+    def kept(volume: Tensor) -> int:
+        stored = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}  # bytes by address, weights aside
+
+        def pack(tensor: Tensor) -> Tensor:  # all that is packed stays alive until the end, so addresses are unique
+            stored.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), runtime.autocast():
+            features = model.slice_features(volume)
+        del features
+        return sum(stored.values())
+
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    model.backbone.train()
+    difference = kept(torch.cat([volume, volume], dim=2)) - kept(volume)
+    for name, buffer in model.named_buffers():  # the statistics of BatchNorm have seen nothing
+        buffer.copy_(buffers[name])
+    return difference
 
 
 def sample_volume(model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> Tensor:
@@ -3840,29 +3767,6 @@ def sample_volume(model: SiglipClassifier, shape: Sequence[int], runtime: Runtim
     sample = torch.full((1, shape[0], slices, *shape[2:]), -1000, dtype=torch.int16, device=runtime.device)
     sample[..., 1:-1, 1:-1] = 0  # a body, or --skip-air would leave nothing to measure
     return sample
-
-
-def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime) -> bool:
-    """Have a GPU's kernels add their terms in one order, so that the same seed gives the same bits.
-
-    One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned. Any other
-    error of that pass, such as no memory, is raised.
-    """
-    torch.use_deterministic_algorithms(True)
-    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, only of use in a hunt for bugs
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        with runtime.autocast():
-            logits = model.eval()(sample)
-        torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
-    except RuntimeError as error:
-        torch.use_deterministic_algorithms(False)
-        if "does not have a deterministic implementation" not in str(error):
-            raise
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True  # no use in half of it
-        log.warning("runs agree to rounding only, not to the bit: %s", first_line(error))
-        return False
-    return True
 
 
 def usual_chunk(runtime: Runtime) -> int:
@@ -3878,14 +3782,13 @@ def free_for_slices(model: SiglipClassifier, runtime: Runtime, share: float) -> 
 
 
 def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> list[int]:
-    """Decide what goes through the backbone at once, and whether it is computed again in the backward pass.
+    """[slice_chunk, recompute]: what goes through the backbone at once, and whether it is computed again.
 
-    `shape` is (C, S, H, W). Returns [slice_chunk, recompute]. A chunk is a power of two, so that two starts on one
-    machine agree; no larger than helps, for memory grows with it.
+    `shape` is (C, S, H, W). A chunk is a power of two, so that two starts on one machine agree; no larger than helps,
+    for memory grows with it.
     """
     recompute, chunk = args.grad_checkpointing == "on", usual_chunk(runtime)
-    learns = any(p.requires_grad for p in model.backbone.parameters())
-    if learns and not (args.slice_chunk and args.grad_checkpointing != "auto"):
+    if any(p.requires_grad for p in model.backbone.parameters()):
         sample = sample_volume(model, shape, runtime)
         model.slice_bytes = max(1, saved_bytes(model, sample, runtime) // sample.shape[2])
         room = free_for_slices(model, runtime, share=0.7)
@@ -3900,10 +3803,8 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
 def keep_plan(
     args: argparse.Namespace, model: SiglipClassifier, slices: int, runtime: Runtime, before: list[int], now: list[int]
 ) -> list[int]:
-    """Of a resumed run's plan and the one made now: the first, for the same bits, where it fits and is not overruled.
-
-    A pass has `slices`, batch and depth together.
-    """
+    """Of a resumed run's plan and the one made now the first, for the same bits, where it fits `slices`, those of a
+    batch, and flags don't overrule it."""
     chunk, recompute = before
     needed = (2 * min(chunk, slices) if recompute else slices) * model.slice_bytes
     scarce = needed > free_for_slices(model, runtime, share=0.9)  # more than a new plan takes, so that none wavers
@@ -3916,14 +3817,36 @@ def keep_plan(
 
 
 def apply_memory_plan(model: SiglipClassifier, chunk: int, recompute: int) -> None:
-    """Set what `plan_memory` decided. Of a prediction no more than two blocks' tensors are there at a time, so its
-    chunks are larger."""
+    """Set what was planned. A prediction holds no more than two blocks' tensors at a time, so its chunks are larger."""
     usual, blocks = usual_chunk(Runtime(model.windows.low.device)), len(model.backbone.blocks())
     model.slice_chunk, model.predict_chunk = chunk, max(chunk, min(usual, chunk * blocks // 2))
     model.recompute = model.backbone.recompute = bool(recompute)
-    what = "kept" if not recompute else "computed again in the backward pass"
     unit = "volumes whole" if model.backbone.volumetric else f"{chunk} slices at a time"
+    what = "computed again in the backward pass" if recompute else "kept"
     log.info("backbone: %s, activations %s", unit, what)
+
+
+def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime) -> bool:
+    """Have a GPU's kernels add their terms in one order, so that the same seed gives the same bits.
+
+    One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned. Any other
+    error of that pass, such as no memory, is raised.
+    """
+    torch.use_deterministic_algorithms(True)
+    setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, only of use in a hunt for bugs
+    try:
+        with runtime.autocast():
+            logits = model.eval()(sample)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        torch.autograd.grad(logits.float().sum(), trained, allow_unused=True)
+    except RuntimeError as error:
+        torch.use_deterministic_algorithms(False)
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True  # no use in half of it
+        log.warning("runs agree to rounding only, not to the bit: %s", first_line(error))
+        return False
+    return True
 
 
 class CompilerWarnings(logging.Handler):
@@ -3938,14 +3861,13 @@ class CompilerWarnings(logging.Handler):
             log.warning("torch.compile: %s; that runs uncompiled, slower and with the same results", line)
 
 
-COMPILER_WARNINGS = CompilerWarnings(logging.WARNING)
+# All blocks of a backbone are one piece of code, compiled anew for each way in which one of them is run: learning or
+# frozen or adapted, training or not, with padding or without, for each stage of a ResNet. The usual limit of 8 is soon
+# reached, and what comes after runs as it is. Numbers of slices and patches become variables by themselves.
 
 
 def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
-    """Compile the repeated block of the backbone in place; `auto` does so on a GPU that Triton supports.
-
-    Where that fails, for want of a compiler or for a block's own reasons, the run goes on without.
-    """
+    """Compile the repeated block of the backbone in place, where that works; `auto`: on a GPU that Triton supports."""
     capable = runtime.device.type == "cuda" and torch.cuda.get_device_capability(runtime.device) >= (7, 0)
     if mode == "off" or (mode == "auto" and not (capable and find_spec("triton"))):
         return
@@ -3953,12 +3875,9 @@ def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=runtime.device))
     except Exception as error:  # each layer of a compiler has its own
         return log.warning("nothing is compiled, torch.compile fails here: %s", first_line(error))
-    # All blocks of a backbone are one piece of code, compiled anew for each way in which one of them is run: learning
-    # or frozen or adapted, training or not, with padding or without, for each stage of a ResNet. The usual limit of 8
-    # is soon reached, and what comes after runs as it is. Numbers of slices and patches become variables by themselves.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 256
     torch._dynamo.config.suppress_errors = True  # a block that can't be compiled runs as it is
-    logging.getLogger("torch._dynamo").addHandler(COMPILER_WARNINGS)
+    logging.getLogger("torch._dynamo").addHandler(CompilerWarnings(logging.WARNING))
     for block in model.backbone.blocks():
         block.compile()
 
@@ -4224,13 +4143,6 @@ class TrainState:
     skipped_in_row: int = 0
     loss_sum: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     tally: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("known", "norm", "steps"), 0.0))
-    unsettled: Callable[[], None] | None = None
-
-    def settle(self) -> None:
-        """Learn whether the last step was taken: after this, and only then, the state is whole."""
-        if self.unsettled:
-            finish, self.unsettled = self.unsettled, None
-            finish()
 
     def next_epoch(self) -> None:
         self.epoch, self.micro = self.epoch + 1, 0
@@ -4285,28 +4197,6 @@ def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int
     return windows
 
 
-class Later:
-    """A scalar on its way to the host: calling it waits for that copy, not for work queued after it.
-
-    A step's norm is read while the next step runs. Reading it at once would leave a GPU without work, after every step,
-    until the host has sent it the next batch and the first of its kernels.
-    """
-
-    def __init__(self, value: Tensor):
-        self.host = value.to("cpu", non_blocking=True)  # into pinned memory
-        self.copied = torch.cuda.Event() if value.device.type == "cuda" else None
-        if self.copied:
-            self.copied.record()
-
-    def ready(self) -> bool:
-        return self.copied is None or self.copied.query()
-
-    def __call__(self) -> float:
-        if self.copied:
-            self.copied.synchronize()
-        return self.host.item()
-
-
 def forward_backward(
     state: TrainState, batch: dict[str, Any], loss_fn: MultilabelBCELoss, recipe: Recipe, runtime: Runtime,
     known: int, last: bool,
@@ -4331,8 +4221,8 @@ def forward_backward(
     return loss.detach()
 
 
-def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float = 0.0) -> Later:
-    """Clip and step, unless a gradient is not finite: that is decided on the device. Returns a reader of the norm.
+def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float = 0.0) -> Callable[[], float]:
+    """Clip and step, unless a gradient is not finite: that is decided on the device. Returns what reads the norm.
 
     `loss`, the sum over the step's labels, counts if the step is taken.
     """
@@ -4353,15 +4243,12 @@ def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float
         state.optimizer.found_inf = (~finite).float()  # the fused kernels change nothing where this is 1
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return Later(norm)
+    return norm.item
 
 
-def settle_step(
-    state: TrainState, norm: Later | float, scans: Callable[[], str], may_skip: bool, known: int = 0
-) -> None:
-    """Count the step taken and its known labels, or the one skipped; in full precision one that is skipped, else ten in
-    a row, end the run."""
-    norm = norm() if isinstance(norm, Later) else norm
+def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_skip: bool, known: int = 0) -> None:
+    """Count a step taken and its known labels, or one skipped, of which in full precision one, else ten in a row, end
+    the run."""
     if math.isfinite(norm):
         state.schedule.steps += 1
         state.skipped_in_row = 0
@@ -4374,9 +4261,8 @@ def settle_step(
     state.skipped_in_row += 1
     where = f"epoch {state.epoch + 1}, after {state.schedule.steps} steps"
     if not may_skip or state.skipped_in_row >= 10:
-        raise Diverged(
-            f"the gradient is {norm} in {where}, scans {scans()}: lower --lr, add --warmup or leave out --amp"
-        )
+        advice = "lower --lr, add --warmup or leave out --amp"
+        raise Diverged(f"the gradient is {norm} in {where}, scans {scans()}: {advice}")
     log.warning("the gradient is %s in %s: a step is skipped, the %d. of this run", norm, where, state.skipped)
 
 
@@ -4387,15 +4273,15 @@ def train_one_epoch(
     """Train from `state.micro` to the end of the epoch.
 
     Returns `lr`, `train_loss` (mean over known labels), `grad_norm` (mean over steps), `seconds` waited for data and
-    spent on the rest, and how many `scans` that was. `after_step` is called between optimiser steps, where a settled
-    state can be saved; in the context `waiting` the next batch is waited for. Raises Diverged.
+    spent on the rest, and how many `scans` that was. `after_step` is called between optimiser steps, where the state
+    can be saved; in the context `waiting` the next batch is waited for. Raises Diverged.
     """
     done = math.ceil(state.micro / recipe.accumulation)  # the last window of an epoch may be a short one
     windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[done:]
     plan = [rows for window in windows for rows in window.batches]
     batches = iter(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting, persist=True))
-    waited, started, norm, may_skip = 0.0, time.perf_counter(), None, runtime.amp_dtype is not None
     bar = progress_bar(f"epoch {state.epoch + 1}", sum(map(len, plan)), runtime)
+    waited, started = 0.0, time.perf_counter()
     state.model.train()
     for window in windows:
         loss, lost = torch.zeros_like(state.loss_sum), []
@@ -4403,21 +4289,21 @@ def train_one_epoch(
             for number, rows in enumerate(window.batches, 1):
                 asked = time.perf_counter()
                 batch = next(batches)
-                if norm is None or norm.ready():  # else the GPU had work all the while, and no time was lost
+                if number == 1 or runtime.device.type == "cpu":  # later in a step a GPU has work, and loses no time
                     waited += time.perf_counter() - asked
                 lost += [row for row, bad in zip(rows, batch["bad"].tolist(), strict=True) if bad and row >= 0]
                 last = number == len(window.batches)
                 loss += forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
                 bar.update(len(rows))
-        state.settle()  # the step before this one
         known = window.known - forget_lost(state, dataset, window.known, lost, runtime)
         norm = optimizer_step(state, recipe.max_grad_norm, loss)
-        state.unsettled = partial(settle_step, state, norm, partial(window.scans, dataset.table), may_skip, known)
+        # The step's only wait for the device: a GPU idles for the milliseconds in which the next batch reaches it.
+        settle_step(state, norm(), partial(window.scans, dataset.table), runtime.amp_dtype is not None, known)
         if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
-            show_progress(bar, state, runtime)
+            mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
+            bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
         after_step()
     bar.close()
-    state.settle()
     labels, steps = state.tally["known"], state.tally["steps"]  # these stay, for validation may be interrupted
     return {
         "lr": state.optimizer.param_groups[0]["lr"],
@@ -4462,13 +4348,6 @@ def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
 
     hidden = True if not runtime.is_main else None  # None: hidden where the output is not a terminal
     return tqdm(total=total, desc=title, unit="scan", leave=False, disable=hidden, dynamic_ncols=True)
-
-
-def show_progress(bar: Any, state: TrainState, runtime: Runtime) -> None:
-    """The epoch's loss so far and the learning rate, beside the bar; the device is waited for."""
-    state.settle()
-    mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
-    bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
 
 
 def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
@@ -4624,17 +4503,11 @@ def fit_to_image(maps: Tensor, size: Sequence[int], patch: int) -> Tensor:
     return F.pad(maps, (0, size[1] - covered[1], 0, size[0] - covered[0]))
 
 
-def findings_to_explain(
-    ids: Sequence[str], probabilities: np.ndarray, thresholds: np.ndarray, n: int, wanted: Sequence[str]
-) -> dict[int, list[int]]:
-    """Row -> labels: the n most probable scans that each label is called in, ties to the earlier row, and every label
-    called in the wanted scans (the most probable one where none is)."""
+def findings_to_explain(probabilities: np.ndarray, thresholds: np.ndarray, n: int) -> dict[int, list[int]]:
+    """Row -> labels: the n most probable scans that each label is called in, ties to the earlier row."""
     called = probabilities >= thresholds
     order = np.argsort(-np.where(called, probabilities, -1.0), axis=0, kind="stable")
     chosen = called & (np.argsort(order, axis=0) < n)
-    for row in [row for row, name in enumerate(ids) if name in set(wanted)]:
-        chosen[row] |= called[row]
-        chosen[row, probabilities[row].argmax()] |= not called[row].any()
     return {row: np.flatnonzero(chosen[row]).tolist() for row in np.flatnonzero(chosen.any(axis=1)).tolist()}
 
 
@@ -4921,8 +4794,8 @@ def link_atomic(source: Path, path: Path) -> None:
         try:
             os.link(source, temporary)
         except OSError:
-            with source.open("rb") as original:
-                write_synced(temporary, lambda file: shutil.copyfileobj(original, file, 2**22))
+            shutil.copyfile(source, temporary)
+            sync(temporary)
 
 
 def digest_of(content: Any) -> str:
@@ -5130,7 +5003,7 @@ class History:
 
 
 def pack_state(state: TrainState, losses: list[float], history: History, identity: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a resumed run needs to go on as if nothing had happened; the state must be settled.
+    """Everything that a resumed run needs to go on as if nothing had happened.
 
     There are no random states in it: every draw is a function of (seed, epoch, forward pass, rank). `losses` holds each
     rank's sum so far. `parameters` names what the optimiser knows by number only.
@@ -5562,11 +5435,11 @@ def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
 
 def explain_split(
     folder: Path, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, probabilities: np.ndarray,
-    thresholds: np.ndarray, n: int, wanted: Sequence[str], num_workers: int,
+    thresholds: np.ndarray, n: int, num_workers: int,
 ) -> None:  # fmt: skip
     """explanations/*.png of the findings chosen by `findings_to_explain`, and explanations_{split}.json on them."""
     table, names, device = dataset.table, window_names(dataset.prep), next(model.parameters()).device
-    chosen = findings_to_explain(table.series_ids, probabilities, thresholds, n, wanted)
+    chosen = findings_to_explain(probabilities, thresholds, n)
     (folder / "explanations").mkdir(exist_ok=True)
     findings = []
     for batch in build_loader(dataset, [[row] for row in chosen], num_workers, device):
@@ -5979,51 +5852,12 @@ def found_together(e: dict) -> dict[str, list]:
 def track_results(
     tracker: Tracker, folder: Path, splits: Iterable[str], best: dict[str, Any], with_model: bool
 ) -> None:
-    """Give the tracker what the report says, but neither ids nor pictures of scans: those stay here."""
-    facts, curves = {"epoch": best["epoch"], "macro_f1": best["metrics"]["macro_f1"]}, folder / "progress.png"
-    summary = {f"best_{name}": value for name, value in facts.items()}
-    tracker.show(lambda wandb: {"progress": wandb.Image(str(curves))} if curves.exists() else {}, summary)
-    for path in (folder / f"evaluation_{split}.json" for split in splits):
-        if path.exists():
-            e = read_evaluation(path)
-            named = with_ends(e["metrics"], e["intervals"], REPORT_HEADLINES)
-            tracker.show(partial(split_media, e), flat_figures({e["split"]: named}))
+    """Give the tracker the figures of the best epoch, but neither ids nor pictures of scans: those stay here."""
+    files = {split: folder / f"evaluation_{split}.json" for split in splits}
+    figures = {split: read_json(file)["metrics"] for split, file in files.items() if file.exists()}
+    tracker.summarise({"best_epoch": best["epoch"], **figures})
     if with_model:
-        tracker.keep_model(folder / "best_model.pth", facts)
-
-
-def with_ends(figures: dict, intervals: dict, keys: Iterable[str], prefix: str = "") -> dict[str, float | None]:
-    """Figures with the ends of their intervals: `macro_f1`, `macro_f1_low`, `macro_f1_high`, …"""
-    named: dict[str, float | None] = {}
-    for key in keys:
-        low, high = intervals.get(prefix + key) or (None, None)
-        named |= {key: figures[prefix + key], f"{key}_low": low, f"{key}_high": high}
-    return named
-
-
-def split_media(e: dict, wandb: Any, points: int = 200) -> dict[str, Any]:
-    """Table of all figures per label, ROC and precision-recall of all labels, each curve by so many points at most."""
-    from sklearn.metrics import precision_recall_curve, roc_curve
-
-    metrics, intervals, curves = e["metrics"], e["intervals"], {}
-    spread, rows = intervals.get("per_label", {}), []
-    for i, (label, m) in enumerate(metrics["per_label"].items()):
-        cells = with_ends(m, spread.get(label, {}), REPORT_COLUMNS).values()
-        rows.append([label, m["n_positive"], m["n_known"], float(e["cuts"][i]), *cells])
-        y, p = known_pairs(e, i)
-        if 0 < y.sum() < len(y):
-            curves[label] = roc_curve(y, p)[:2], [axis[::-1] for axis in precision_recall_curve(y, p)[1::-1]]
-    for kind in ("macro", "micro"):
-        named = with_ends(metrics, intervals, REPORT_COLUMNS, f"{kind}_")
-        rows.append([kind, None, None, None, *named.values()])
-    media = {"labels": wandb.Table(columns=["label", "positive", "known", "threshold", *named], data=rows)}
-    plots = {"roc": ("ROC", "1 - specificity"), "precision_recall": ("Precision", "recall")} if curves else {}
-    for k, (name, (title, x)) in enumerate(plots.items()):
-        lines = [c[k] for c in curves.values()]
-        some = [np.linspace(0, len(line[0]) - 1, min(points, len(line[0]))).astype(int) for line in lines]
-        xs, ys = ([line[axis][at].tolist() for line, at in zip(lines, some, strict=True)] for axis in (0, 1))
-        media[name] = wandb.plot.line_series(xs, ys, keys=[*curves], title=f"{title}, {e['split']}", xname=x)
-    return {f"{e['split']}/{name}": value for name, value in media.items()}
+        tracker.keep_model(folder / "best_model.pth", best["epoch"])
 
 
 # ── 13 Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6171,7 +6005,6 @@ class Run:
 
     def save(self) -> None:
         """Commit the state as it is now, between two steps, unless the last commit is of this very step."""
-        self.state.settle()
         if self.position != self.saved:
             losses = rank_losses(self.state, self.runtime)
             if self.runtime.is_main:
@@ -6413,7 +6246,7 @@ def publish_all(
             how = thresholds, tuned_here.get(split), args.bootstrap, args.seed, level
             publish(args.output_dir, split, dataset, to_windows, probabilities, *how)
         if args.explain:
-            which = thresholds, args.explain, (), args.num_workers
+            which = thresholds, args.explain, args.num_workers
             explain_split(args.output_dir, split, dataset, model, probabilities, *which)
         else:  # those of an earlier model must not stand beside these figures
             (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)

@@ -48,10 +48,10 @@ BUGS = {
         "    for name, tensor in ():\n        if (stored", f"{KEEP} -k moments",
     ),
     "written in place": ("    temporary = temporary_name(path)\n    with put_in_place(temporary, path, size):\n"
-                         "        write_synced(temporary, write)\n",
+                         "        with open(temporary, \"xb\") as file:\n            write(file)\n        sync(temporary)\n",
                          "    with open(path, \"wb\") as file:\n        write(file)\n", f"{KEEP} -k failed_write"),
-    "content not synced": ("        os.fsync(file.fileno())\n", "", f"{KEEP} -k reaches_the_disk"),
-    "folder not synced": ("        os.replace(temporary, path)\n        sync_folder(path.parent)\n    except (OSError",
+    "content not synced": ("            write(file)\n        sync(temporary)\n", "            write(file)\n", f"{KEEP} -k reaches_the_disk"),
+    "folder not synced": ("        os.replace(temporary, path)\n        sync(path.parent)\n    except (OSError",
                           "        os.replace(temporary, path)\n    except (OSError", f"{KEEP} -k reaches_the_disk"),
     "half a file left over": ("            temporary.unlink()  # renaming", "            pass  # renaming", f"{KEEP} -k failed_write"),
     "named before its time": (

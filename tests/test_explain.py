@@ -96,7 +96,7 @@ def plain_relevance(model, volume, label):
     largest = (lambda x: x.amax(1)) if model.pool.mode == "label" else (lambda x: x[:, 0, :0])
     features = torch.cat([torch.cat([model.backbone.pool(x), largest(x)], 1) for x in tokens])[None]
     features.retain_grad()
-    model.classify(features)[0, label].backward()
+    model.weigh(features)[0][0, label].backward()
     maps = torch.zeros(len(tokens), 4)
     for out, x, keep in zip(maps, tokens, masks, strict=True):
         out[keep] = (x.grad * x).sum(-1)[0].detach()
@@ -114,7 +114,7 @@ def label_gains(model, features, label):
     attention = [gate * score.exp() / total for score in scores]
     attention[logits.index(max(logits))] += 1 - gate
     gains = torch.stack([a * logit for a, logit in zip(attention, logits, strict=True)])
-    torch.testing.assert_close(gains.sum(), model.classify(features[None])[0, label])
+    torch.testing.assert_close(gains.sum(), model.weigh(features[None])[0][0, label])
     return gains
 
 
@@ -229,15 +229,12 @@ def test_explaining_leaves_the_model_as_it_was_and_builds_no_graph_of_the_backbo
     assert all(np.array_equal(a.maps, b.maps) and a.gains == b.gains for a, b in zip(first, again, strict=True))
 
 
-def test_the_most_probable_scans_called_of_each_label_and_the_scans_asked_for_are_explained():
+def test_the_most_probable_scans_called_of_each_label_are_explained():
     probabilities = np.array([[0.9, 0.1], [0.6, 0.3], [0.9, 0.7], [0.2, 0.4], [0.95, 0.2]])
-    thresholds, ids = np.array([0.5, 0.4]), ["a", "b", "c", "d", "e"]
-    chosen = fs.findings_to_explain(ids, probabilities, thresholds, 2, [])
+    thresholds = np.array([0.5, 0.4])
+    chosen = fs.findings_to_explain(probabilities, thresholds, 2)
     assert chosen == {0: [0], 2: [1], 3: [1], 4: [0]}  # ties to the earlier row
-    chosen = fs.findings_to_explain(ids, probabilities, thresholds, 1, ["c", "b"])
-    assert chosen == {1: [0], 2: [0, 1], 4: [0]}
-    assert fs.findings_to_explain(ids, probabilities / 10, thresholds, 3, ["d"]) == {3: [1]}  # nothing called: the best
-    assert fs.findings_to_explain(ids, probabilities / 10, thresholds, 3, []) == {}
+    assert fs.findings_to_explain(probabilities / 10, thresholds, 3) == {}
 
 
 def test_a_picture_shows_each_different_window_and_any_text_as_it_is():
@@ -321,9 +318,7 @@ def test_a_run_explains_its_findings_in_files_and_in_the_report(explained):
         content = json.loads((explained / f"explanations_{split}.json").read_text())
         evaluation = json.loads((explained / f"evaluation_{split}.json").read_text())
         assert (content["split"], content["labels"]) == (split, LABELS)
-        chosen = fs.findings_to_explain(
-            evaluation["ids"], np.array(evaluation["probabilities"]), np.full(2, 0.01), 2, []
-        )
+        chosen = fs.findings_to_explain(np.array(evaluation["probabilities"]), np.full(2, 0.01), 2)
         pairs = [(evaluation["ids"][row], LABELS[i]) for row, labels in chosen.items() for i in labels]
         assert [(f["id"], f["label"]) for f in content["findings"]] == pairs
         assert len(pairs) == 2 * min(2, size)

@@ -116,7 +116,7 @@ def test_frozen_weights_stay_to_the_bit_and_build_no_graph():
     assert not features.requires_grad
     assert not any(m.training for m in model.backbone.net.modules())
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5)
-    model.classify(features).sum().backward()
+    model.weigh(features)[0].sum().backward()
     optimizer.step()
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == name.startswith("backbone."), name

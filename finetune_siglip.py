@@ -663,7 +663,7 @@ class ConsoleHandler(logging.Handler):
 
 
 class LineFormatter(logging.Formatter):
-    """Puts the time before each line of a message, so that the log can be read, cut and sorted by lines."""
+    """Puts the time before each line of a message."""
 
     def format(self, record: logging.LogRecord) -> str:
         head = f"{self.formatTime(record)} {record.levelname:7} "
@@ -3889,9 +3889,8 @@ def maybe_compile(model: SiglipClassifier, mode: str, runtime: Runtime) -> None:
 class MultilabelBCELoss(nn.Module):
     """Binary cross-entropy of logits (N, L) and targets (N, L) in {0, 1, NaN}; NaN is unknown and has weight 0.
 
-    `reduction="mean"` divides by the number of known entries, `"sum"` does not (the training loop divides by the known
-    entries of a whole accumulation window). Without a known entry the loss is 0. With `smoothing` e the loss is
-    (1 - e / 2) times that of the target plus e / 2 times that of its opposite.
+    `reduction="mean"` divides by the number of known entries, `"sum"` leaves that to the training loop; without a known
+    entry the loss is 0. With `smoothing` e it is 1 - e / 2 of the target's loss and e / 2 of its opposite's.
     """
 
     smoothing = 0.0
@@ -3912,8 +3911,9 @@ class MultilabelBCELoss(nn.Module):
 
 
 class FocalLoss(MultilabelBCELoss):
-    """alpha * (1 - p_t)^gamma * BCE, p_t being the probability of the true class (Lin et al., "Focal Loss for Dense
-    Object Detection", ICCV 2017); alpha multiplies both classes alike, and gamma = 0, alpha = 1 is BCE.
+    """alpha * (1 - p_t)^gamma * BCE, p_t being the probability of the true class; gamma = 0, alpha = 1 is BCE.
+
+    Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; here alpha multiplies both classes alike.
     """
 
     def __init__(self, alpha: float = 1.0, gamma: float = 2.0):
@@ -3940,10 +3940,9 @@ class BalancedBCELoss(MultilabelBCELoss):
 
 
 class AsymmetricLoss(MultilabelBCELoss):
-    """-(1 - p)^1 log p for positives and -q^4 log(1 - q) for negatives, where q = max(p - 0.05, 0).
+    """-(1 - p)^1 log p for positives and -q^4 log(1 - q) for negatives, q = max(p - 0.05, 0): easy ones count nothing.
 
-    Easy negatives, those below 0.05, count for nothing (Ridnik et al., "Asymmetric Loss For Multi-Label
-    Classification", ICCV 2021, with its gammas 1 and 4 and its clip of 0.05).
+    Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, with its gammas and its clip.
     """
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -3960,13 +3959,12 @@ def balancing_weights(targets: np.ndarray) -> np.ndarray:
 
 def build_loss(args: argparse.Namespace, train_targets: np.ndarray) -> MultilabelBCELoss:
     """The loss that `--loss` names; `balanced` takes its weights from the known training targets (n, L)."""
-    losses: dict[str, Callable[[], MultilabelBCELoss]] = {
-        "bce": MultilabelBCELoss,
-        "focal": lambda: FocalLoss(args.focal_alpha, args.focal_gamma),
-        "balanced": lambda: BalancedBCELoss(torch.from_numpy(balancing_weights(train_targets))),
-        "asl": AsymmetricLoss,
-    }
-    loss = losses[args.loss]()
+    if args.loss == "balanced":
+        loss: MultilabelBCELoss = BalancedBCELoss(torch.from_numpy(balancing_weights(train_targets)))
+    elif args.loss == "focal":
+        loss = FocalLoss(args.focal_alpha, args.focal_gamma)
+    else:
+        loss = AsymmetricLoss() if args.loss == "asl" else MultilabelBCELoss()
     loss.smoothing = args.label_smoothing
     return loss
 
@@ -4410,8 +4408,6 @@ def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
 
 # Why a finding was called: the slices, and the places in them, that its logit came from.
 
-EXPLAINED_SLICES = 3  # shown of each finding
-
 
 @dataclass(frozen=True)
 class Evidence:
@@ -4452,20 +4448,16 @@ def find_evidence(model: SiglipClassifier, volume: Tensor, labels: Sequence[int]
         gains = relevance.sum((1, 2)) if model.backbone.volumetric else relevance
         if maxima:  # there the logit is a sum over slices
             gains = shares[0, :, label] * model.head(features)[0, :, label]
-        best = gains.argsort(descending=True, stable=True)[:EXPLAINED_SLICES]
+        best = gains.argsort(descending=True, stable=True)[:3]  # shown of each finding
         worth = gains[best] > 0.01 * gains[best[0]].clamp(min=0)  # what adds nothing, or less, is no reason
         best = best[: max(1, int(worth.sum()))]
-        if model.backbone.volumetric:
-            maps = relevance[best]
-        else:
-            maps = slice_relevance(model, volume[0, :, best].transpose(0, 1), gradient[best])
+        chosen = volume[0, :, best].transpose(0, 1)
+        maps = relevance[best] if model.backbone.volumetric else slice_relevance(model, chosen, gradient[best])
         depth = volume.shape[2] / len(gains)  # slices of the grid in each of a 3D map's layers, else 1
         slices = [int((s + 0.5) * depth) for s in best.tolist()]
-        weights = (
-            shares[0, best, label if maxima else 0].tolist() if model.pool.mode in ("attention", "label") else None
-        )
+        attention = shares[0, best, label if maxima else 0].tolist() if hasattr(model.pool, "score") else None
         maps = fit_to_image(maps, volume.shape[-2:], model.backbone.config.get("patch_size", 1))
-        found.append(Evidence(slices, gains[best].tolist(), weights, maps.cpu().numpy()))
+        found.append(Evidence(slices, gains[best].tolist(), attention, maps.cpu().numpy()))
     return found
 
 

@@ -4264,54 +4264,6 @@ def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_sk
     log.warning("the gradient is %s in %s: a step is skipped, the %d. of this run", norm, where, state.skipped)
 
 
-def train_one_epoch(
-    state: TrainState, dataset: CTVolumeDataset, loss_fn: MultilabelBCELoss, recipe: Recipe, runtime: Runtime,
-    after_step: Callable[[], None] = lambda: None, waiting: Callable[[], AbstractContextManager] = nullcontext,
-) -> dict[str, Any]:  # fmt: skip
-    """Train from `state.micro` to the end of the epoch.
-
-    Returns `lr`, `train_loss` (mean over known labels), `grad_norm` (mean over steps), `seconds` waited for data and
-    spent on the rest, and how many `scans` that was. `after_step` is called between optimiser steps, where the state
-    can be saved; in the context `waiting` the next batch is waited for. Raises Diverged.
-    """
-    done = math.ceil(state.micro / recipe.accumulation)  # the last window of an epoch may be a short one
-    windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[done:]
-    plan = [rows for window in windows for rows in window.batches]
-    batches = iter(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting, persist=True))
-    bar = progress_bar(f"epoch {state.epoch + 1}", sum(map(len, plan)), runtime)
-    waited, started = 0.0, time.perf_counter()
-    state.model.train()
-    for window in windows:
-        loss, lost = torch.zeros_like(state.loss_sum), []
-        with taken_back(state, len(window.batches)):
-            for number, rows in enumerate(window.batches, 1):
-                asked = time.perf_counter()
-                batch = next(batches)
-                if number == 1 or runtime.device.type == "cpu":  # later in a step a GPU has work, and loses no time
-                    waited += time.perf_counter() - asked
-                lost += [row for row, bad in zip(rows, batch["bad"].tolist(), strict=True) if bad and row >= 0]
-                last = number == len(window.batches)
-                loss += forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
-                bar.update(len(rows))
-        known = window.known - forget_lost(state, dataset, window.known, lost, runtime)
-        norm = optimizer_step(state, recipe.max_grad_norm, loss)
-        # The step's only wait for the device: a GPU idles for the milliseconds in which the next batch reaches it.
-        settle_step(state, norm(), partial(window.scans, dataset.table), runtime.amp_dtype is not None, known)
-        if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
-            mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
-            bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
-        after_step()
-    bar.close()
-    labels, steps = state.tally["known"], state.tally["steps"]  # these stay, for validation may be interrupted
-    return {
-        "lr": state.optimizer.param_groups[0]["lr"],
-        "train_loss": sum(rank_losses(state, runtime)) / labels if labels else None,  # no step taken, no label known
-        "grad_norm": state.tally["norm"] / steps if steps else None,
-        "seconds": {"data": waited, "train": time.perf_counter() - started - waited},
-        "scans": bar.total * runtime.world_size,
-    }
-
-
 @contextmanager
 def taken_back(state: TrainState, passes: int) -> Iterator[None]:
     """A step whose data don't come is taken back to its beginning, where the state can be saved."""
@@ -4356,6 +4308,70 @@ def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
     return losses
 
 
+def train_one_epoch(
+    state: TrainState, dataset: CTVolumeDataset, loss_fn: MultilabelBCELoss, recipe: Recipe, runtime: Runtime,
+    after_step: Callable[[], None] = lambda: None, waiting: Callable[[], AbstractContextManager] = nullcontext,
+) -> dict[str, Any]:  # fmt: skip
+    """Train from `state.micro` to the end of the epoch.
+
+    Returns `lr`, `train_loss` (mean over known labels), `grad_norm` (mean over steps), and `seconds` waited for data
+    and spent on the rest. `after_step` is called between optimiser steps, where the state can be saved; in the context
+    `waiting` the next batch is waited for. Raises Diverged.
+    """
+    done = math.ceil(state.micro / recipe.accumulation)  # the last window of an epoch may be a short one
+    windows = plan_epoch(dataset.table.targets, recipe, runtime, state.epoch)[done:]
+    plan = [rows for window in windows for rows in window.batches]
+    batches = iter(build_loader(dataset, plan, recipe.num_workers, runtime.device, waiting, persist=True))
+    bar = progress_bar(f"epoch {state.epoch + 1}", sum(map(len, plan)), runtime)
+    waited, started = 0.0, time.perf_counter()
+    state.model.train()
+    for window in windows:
+        loss, lost = torch.zeros_like(state.loss_sum), []
+        with taken_back(state, len(window.batches)):
+            for number, rows in enumerate(window.batches, 1):
+                asked = time.perf_counter()
+                batch = next(batches)
+                if number == 1 or runtime.device.type == "cpu":  # later in a step a GPU has work, and loses no time
+                    waited += time.perf_counter() - asked
+                lost += [row for row, bad in zip(rows, batch["bad"].tolist(), strict=True) if bad and row >= 0]
+                last = number == len(window.batches)
+                loss += forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
+                bar.update(len(rows))
+        known = window.known - forget_lost(state, dataset, window.known, lost, runtime)
+        norm = optimizer_step(state, recipe.max_grad_norm, loss)
+        # The step's only wait for the device: a GPU idles for the milliseconds in which the next batch reaches it.
+        settle_step(state, norm(), partial(window.scans, dataset.table), runtime.amp_dtype is not None, known)
+        if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
+            mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
+            bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
+        after_step()
+    bar.close()
+    labels, steps = state.tally["known"], state.tally["steps"]  # these stay, for validation may be interrupted
+    return {
+        "lr": state.optimizer.param_groups[0]["lr"],
+        "train_loss": sum(rank_losses(state, runtime)) / labels if labels else None,  # no step taken, no label known
+        "grad_norm": state.tally["norm"] / steps if steps else None,
+        "seconds": {"data": waited, "train": time.perf_counter() - started - waited},
+    }
+
+
+def share_statistics(model: nn.Module, runtime: Runtime) -> None:
+    """Give all ranks the BatchNorm statistics of the first, which are the ones that are saved: each has its own."""
+    if runtime.world_size > 1:
+        for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            for buffer in norm.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+
+def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
+    """Let every rank know of the scans that others could not read."""
+    if runtime.world_size > 1 and dataset.on_bad_volume == "skip":
+        found: list[Any] = [None] * runtime.world_size
+        torch.distributed.all_gather_object(found, dataset.skipped)
+        for skipped in found:
+            dataset.skipped |= skipped
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module, dataset: CTVolumeDataset, recipe: Recipe, runtime: Runtime, title: str = "predict",
@@ -4387,23 +4403,6 @@ def predict(
     bar.close()
     share_skipped(dataset, runtime)
     return gather_rows(runtime, torch.cat(rows).numpy(), torch.cat(logits).cpu().numpy())[1]
-
-
-def share_statistics(model: nn.Module, runtime: Runtime) -> None:
-    """Give all ranks the BatchNorm statistics of the first, which are the ones that are saved: each has its own."""
-    if runtime.world_size > 1:
-        for norm in (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
-            for buffer in norm.buffers():
-                torch.distributed.broadcast(buffer, 0)
-
-
-def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
-    """Let every rank know of the scans that others could not read."""
-    if runtime.world_size > 1 and dataset.on_bad_volume == "skip":
-        found: list[Any] = [None] * runtime.world_size
-        torch.distributed.all_gather_object(found, dataset.skipped)
-        for skipped in found:
-            dataset.skipped |= skipped
 
 
 # Why a finding was called: the slices, and the places in them, that its logit came from.
@@ -6132,7 +6131,7 @@ def run_epoch(run: Run) -> None:
     state, history, top, started = run.state, run.history, run.history.top, time.perf_counter()
     epoch, between_steps = state.epoch + 1, partial(run.poll, may_save=True)
     figures = train_one_epoch(state, run.train, run.loss_fn, run.recipe, run.runtime, between_steps, run.waiting)
-    seconds, _ = figures.pop("seconds"), figures.pop("scans")
+    seconds = figures.pop("seconds")
     with state.weights:
         metrics = validate(run)
         key = comparison_key(metrics, run.args.select)

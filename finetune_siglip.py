@@ -766,9 +766,8 @@ def start_wandb(
     if mode == "disabled" or not is_main:
         return Tracker()
     try:
-        from requests.utils import get_netrc_auth
-
         import wandb
+        from requests.utils import get_netrc_auth
 
         host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or get_netrc_auth(host)):

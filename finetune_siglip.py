@@ -2752,12 +2752,13 @@ class Found:
 
     def heads(self, width: int, act: str, stated: int | None = None) -> int:
         """Attention heads from `--backbone-heads`, else as stated, else those of published towers, assumed aloud."""
-        heads = self.asked_heads or stated or {1152: 16, 1536: 16}.get(width, width / 64)
-        if width % heads or heads != int(heads):
-            raise BadInput(f"{self.source}: {heads:g} heads do not divide its width of {width}: see --backbone-heads")
+        usual = {1152: 16, 1536: 16}.get(width, 0 if width % 64 else width // 64)
+        heads = self.asked_heads or stated or usual
+        if not heads or width % heads:
+            raise BadInput(f"{self.source}: {heads or '?'} heads do not divide its width {width}: see --backbone-heads")
         if not (self.asked_heads or stated):
-            self.notes.append(f"assumed, without a config.json: {heads:g} heads (--backbone-heads), {act}")
-        return int(heads)
+            self.notes.append(f"assumed, without a config.json: {heads} heads (--backbone-heads), {act}")
+        return heads
 
     def normalisation(self, channels: int) -> dict[str, Any]:
         """Windows in HU, and mean and deviation of what they show in [0, 1], None being those of each slice.
@@ -2817,10 +2818,10 @@ class Backbone(nn.Module):
     orientation = "SPL"
     volumetric = False
     recompute = False  # each block of a volumetric one is computed again in the backward pass
-    prefix = 0  # class and register tokens, which come before those of patches
+    leading = 0  # class and register tokens, which come before those of patches
     repeated = ""  # name in `net` of the list of its blocks, where that is not the longest of its lists
     net: Any  # the family's own module
-    # Images, and of SigLIP the patches kept, to all last features, (n, *grid, E) or (n, prefix + P, E), and which of
+    # Images, and of SigLIP the patches kept, to all last features, (n, *grid, E) or (n, leading + P, E), and which of
     # these are no padding, (n, M), None being all.
     encode: Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -2857,7 +2858,7 @@ class Backbone(nn.Module):
 
     def summary(self, x: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
         """What `encode` gave to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well."""
-        feature, tokens = self.pool(x, real), x.flatten(1, -2)[:, self.prefix :]
+        feature, tokens = self.pool(x, real), x.flatten(1, -2)[:, self.leading :]
         if not maxima:
             return feature
         tokens = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
@@ -2871,7 +2872,8 @@ class Backbone(nn.Module):
     def tokens(self, images: Tensor) -> Tensor:
         """Last spatial features, (n, *grid, E)."""
         x, _ = self.encode(images)
-        return x if x.ndim > 3 else x[:, self.prefix :].unflatten(1, (images.shape[2] // self.config["patch_size"], -1))
+        rows = images.shape[2] // self.config.get("patch_size", 1)
+        return x if x.ndim > 3 else x[:, self.leading :].unflatten(1, (rows, -1))
 
     def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Spatial features (n, *grid, E) that decide on what `forward` gives, and what makes that of them."""
@@ -3056,11 +3058,11 @@ class ViTBackbone(Backbone):
             grid = self.tokens(images).shape[1:3]
 
         def finish(tokens: Tensor) -> Tensor:
-            x = torch.cat([given[0][:, : self.prefix], tokens.flatten(1, 2)], 1)
+            x = torch.cat([given[0][:, : self.leading], tokens.flatten(1, 2)], 1)
             with last.register_forward_pre_hook(lambda _, inputs: (x, *inputs[1:])):
                 return self(images, maxima=maxima)
 
-        return given[0][:, self.prefix :].unflatten(1, grid), finish
+        return given[0][:, self.leading :].unflatten(1, grid), finish
 
 
 class TimmBackbone(ViTBackbone):
@@ -3100,7 +3102,7 @@ class TimmBackbone(ViTBackbone):
         arguments = config["arguments"] | size | {"in_chans": config["num_channels"], "num_classes": 0}
         net: Any = timm.create_model(config["architecture"], **arguments)
         super().__init__(config | {"image_size": net.patch_embed.img_size[0]}, net, net.num_features)
-        self.prefix = net.num_prefix_tokens
+        self.leading = net.num_prefix_tokens
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed and resized by the function that timm itself has for published files."""
@@ -3136,7 +3138,7 @@ class TransformersBackbone(ViTBackbone):
         options = {"add_pooling_layer": False} if self.library.model_type == "vit" else {}
         net = AutoModel.from_config(self.library, attn_implementation="sdpa", **options)
         super().__init__(config, net, self.library.hidden_size)
-        self.prefix = 1 + getattr(self.library, "num_register_tokens", 0)
+        self.leading = 1 + getattr(self.library, "num_register_tokens", 0)
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed by the library itself: names in published files and in memory differ from release to release."""

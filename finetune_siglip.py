@@ -1238,8 +1238,9 @@ def parse_npy(head: bytes, size: int) -> tuple[Header, Callable[[Any], np.ndarra
     return Header(shape, dtype), lambda data: np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
 
 
-def open_npz(path: Path, told: dict[str, Any]) -> Opened:
-    """The member `image`; what others say of it goes to `told`."""
+def open_npz(path: Path) -> tuple[Header, Callable[[], np.ndarray], dict[str, Any]]:
+    """The member `image`, and what others say of it."""
+    told = {}
     with path.open("rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         if (image := members.get("image.npy")) is None:
@@ -1264,13 +1265,13 @@ def open_npz(path: Path, told: dict[str, Any]) -> Opened:
             raise ValueError("its bytes do not match their checksum")
         return as_array(data)
 
-    return dataclasses.replace(header, crc=image.CRC), load
+    return dataclasses.replace(header, crc=image.CRC), load, told
 
 
-def open_b2nd(path: Path, told: dict[str, Any]) -> Opened:
-    """A blosc2 array. Files of others have no checksum; those of `--prepare` have."""
+def open_b2nd(path: Path) -> tuple[Header, Callable[[], np.ndarray], dict[str, Any]]:
+    """A blosc2 array, and what it says of it. Files of others have no checksum; those of `--prepare` have."""
     array = raw_library("blosc2").open(str(path), mode="r", dparams={"nthreads": 1})
-    told |= array.schunk.vlmeta.getall().get("scan", {})
+    told = array.schunk.vlmeta.getall().get("scan", {})
     if told.pop("check", None) != (facts_check(array, told) if told else None):
         raise ValueError("its facts do not match their checksum")
 
@@ -1280,7 +1281,7 @@ def open_b2nd(path: Path, told: dict[str, Any]) -> Opened:
             raise ValueError("its voxels do not match their checksum")
         return voxels
 
-    return Header(tuple(array.shape), array.dtype, crc=told.get("crc32")), load
+    return Header(tuple(array.shape), array.dtype, crc=told.get("crc32")), load, told
 
 
 def facts_check(array: Any, facts: dict[str, Any]) -> int:
@@ -1294,9 +1295,9 @@ def open_stored(path: Path) -> Opened:
         head = file.read(4096)
     told: dict[str, Any] = {}
     if head[:4] == b"PK\3\4":
-        header, load = open_npz(path, told)
+        header, load, told = open_npz(path)
     elif head[2:9] == b"b2frame":
-        header, load = open_b2nd(path, told)
+        header, load, told = open_b2nd(path)
     elif head[:6] == b"\x93NUMPY":
         header, as_array = parse_npy(head, path.stat().st_size)
         load = lambda: as_array(path.read_bytes())  # noqa: E731
@@ -1362,7 +1363,7 @@ def resample_channel(
     channel: np.ndarray, out: np.ndarray, scale: float = 1.0, offset: float = 0.0
 ) -> tuple[float, float]:
     """Resample a channel (three axes, any number type) into int16 `out`, as scale * value + offset, rounded. Returns
-    the range of the results, NaN where a voxel is not finite."""
+    the range of the results; BadVolume where int16 can't hold them."""
     (_, rows_in, columns_in), (_, n_rows, n_columns) = channel.shape, out.shape
     sizes = (rows_in, columns_in), (n_rows, columns_in), (n_rows, n_columns)
     block, rows, final = (np.zeros((8, *size), np.float32) for size in sizes)
@@ -1380,9 +1381,10 @@ def resample_channel(
         result = final[:n]
         if (scale, offset) != (1.0, 0.0):
             result[:] = result * np.float32(scale) + np.float32(offset)
+        if not (result.min() >= -32768 and result.max() <= 32767):  # NaN too
+            remedy = "convert it again, or name another --intensity or --hu-range"
+            raise BadVolume(f"holds voxels that are not finite, or beyond ±32767: {remedy}")
         low, high = min(low, float(result.min())), max(high, float(result.max()))
-        if not math.isfinite(low + high):  # NaN would get lost in min and max
-            return math.nan, math.nan
         np.copyto(out[outputs], np.rint(result, out=result), casting="unsafe")
     return low, high
 
@@ -1458,6 +1460,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])  # DICOM and ITK count towards left and 
 NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # terms of RescaleType for other quantities
 REMEDY = "let dcm2niix straighten it (its file named Tilt), or nibabel.processing.resample_to_output(image, cval=-1024)"
 PLACE_TAGS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}  # how many numbers each has
+FRAME_GROUPS = ("PlanePosition", "PlaneOrientation", "PixelMeasures", "PixelValueTransformation")
 VALUE_TAGS = ("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence")
 MHA_TYPES = {"CHAR": "i1", "UCHAR": "u1", "SHORT": "i2", "USHORT": "u2", "INT": "i4", "UINT": "u4", "FLOAT": "f4",
              "DOUBLE": "f8", "LONG_LONG": "i8", "ULONG_LONG": "u8"}  # fmt: skip
@@ -1592,11 +1595,11 @@ def frame_numbers(data: Any) -> list[list[float]]:
     if len(each) != count and (each or count > 1):
         raise BadVolume(f"has {count} frames, but says where {len(each)} of them lie: export it again")
     frames = []
-    for own in each or [()]:
-        groups = [group.value[0] for item in (*shared, own) for group in item if group.VR == "SQ" and group.value]
+    for own in each or [{}]:
+        sequences = [item.get(f"{name}Sequence") for item in (*shared, own) for name in FRAME_GROUPS]
         told: dict[str, Any] = {}
-        for place in (data, *groups):  # what a frame says of itself comes last
-            told |= {tag: place[tag].value for tag in (*PLACE_TAGS, *VALUE_TAGS) if place.get(tag) not in (None, "")}
+        for place in (data, *(found[0] for found in sequences if found)):  # what a frame says of itself comes last
+            told |= {tag: got for tag in (*PLACE_TAGS, *VALUE_TAGS) if (got := place.get(tag)) not in (None, "")}
         if (kind := told.get("RescaleType")) in NOT_HU or told.get("ModalityLUTSequence"):
             raise BadVolume(f"its values are {kind or 'those of a look-up table'}, not HU: export it in HU")
         for tag, length in PLACE_TAGS.items():
@@ -1671,13 +1674,10 @@ def decode(data: Any, frames: list[list[float]]) -> Iterator[np.ndarray]:
         decoder = pydicom.pixels.get_decoder(syntax)
         if not decoder.is_available:
             raise BadEnvironment(f"its compression needs a decoder: {syntax.name}: {decoder.missing_dependencies}")
-        pixels = data.get_item("PixelData", keep_deferred=True)  # where its bytes lie
-        last = max(data.keys()) == pixels.tag and not syntax.is_deflated
-        spare = path.stat().st_size - pixels.value_tell - pixels.length if last else 0
         stored = decoder.as_array(data, raw=True)[0].reshape(len(frames), data.Rows, data.Columns)
+        if not syntax.is_compressed and len(data.PixelData) - stored.nbytes not in (0, 1):
+            raise BadVolume("is damaged: it does not hold the pixels it promises: copy it again")
         del data.PixelData  # the volume holds it now
-        if not syntax.is_compressed and (spare or pixels.length - stored.nbytes not in (0, 1)):
-            raise BadVolume("is damaged: it does not end with the pixels it promises: copy it again")
         padding = data.get("PixelPaddingValue")  # writers give it unsigned where voxels are signed
         ends = np.array([padding or 0, data.get("PixelPaddingRangeLimit", padding or 0)], np.int64).astype(stored.dtype)
         for plane, (*_, slope, intercept) in zip(stored, frames, strict=True):
@@ -1853,9 +1853,7 @@ def prepare_volume(
         floor = np.float32(floor) if volume.dtype.kind == "f" else np.int16(max(-32768, math.ceil(floor)))
         size = [max(1, round(n * a / b)) for n, a, b in zip(volume.shape[1:], header.spacing, spacing, strict=True)]
         resampled = np.empty(size, np.int16)
-        low, high = resample_channel(np.fmax(volume[0], floor), resampled, scale, offset)
-        if not (low >= -32768 and high <= 32767):
-            raise BadVolume(f"would have {low:g} to {high:g} HU: --intensity or --hu-range does not fit it")
+        resample_channel(np.fmax(volume[0], floor), resampled, scale, offset)
     box = [round(mm / new) for mm, new in zip(FIELD_OF_VIEW, spacing, strict=True)]
     cut, missing = [], []
     for centre, n, kept in zip(body_centre(resampled, spacing), size, box, strict=True):
@@ -1888,10 +1886,7 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, that the file's bytes must not be changed
             ranges = [resample_channel(*pair, scale, offset) for pair in zip(stored, voxels, strict=False)]
-        low, high = np.min(ranges), np.max(ranges)
-        if not (low >= -32768 and high <= 32767):  # NaN too
-            raise BadVolume("holds voxels that are not finite, or beyond ±32767: leave it out or convert it again")
-        if low == high:
+        if np.min(ranges) == np.max(ranges):
             raise BadVolume("has the same value in every voxel: it holds no scan")
         return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, prep.orientation)))
 
@@ -2462,8 +2457,7 @@ def prepare_scan(scan: tuple[Path, Path], how: tuple) -> UserError | None:
         with suppress(BadVolume):
             if read_volume(target, voxels=False)[0].source == source.hex():
                 return None
-        with reading_scan(path):
-            image = prepare_volume(path, *how)
+        image = prepare_volume(path, *how)
         facts = {"orientation": "SPL", "spacing": list(how[0]), "source": list(source)}
         write = write_npz if target.suffix == ".npz" else write_b2nd
         save_atomic(target, partial(write, image=image, facts=facts))

@@ -2564,21 +2564,16 @@ NOT_A_MODEL = (  # pattern of a name in a folder without weights; what the folde
     ("models--*", "the hub's cache: name one of its models"),
     ("snapshots/*", "several snapshots of a hub model: name one of them"),
 )  # fmt: skip
-UNFIT = (  # pattern of a tensor's name, type and shape; what an encoder that holds it is
+UNFIT = (  # pattern of a tensor's name, type and shape; what a file is whose encoder holds it
     (r"\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale\w*) | torch\.(q?u?int8|qint32|float8\w*) ",
      "a quantised model: use the original weights"),
     (r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.", "a model with LoRA adapters: merge it into its base model, "
      "model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"),
     (r" \(0,\)$", f"empty placeholders {UNZERO}"),
     (r"conv1\.weight \S+ \(\d+, \d+, 7, 7, 7\)", "a 3D ResNet of MedicalNet's kind: other strides than Merlin's"),
-    (r"embeddings\.class_embedding ", "a CLIP model, not SigLIP"),
-)  # fmt: skip
-LOOKS = (  # the same, of a file without a known encoder
+    (r"embeddings\.class_embedding |\.resblocks\.", "a CLIP model, not SigLIP"),
     (r"^visual_transformer\.|enc_(spatial|temporal)_transformer\.", "CT-CLIP (a CTViT), which no library here builds"),
-    (r"\.resblocks\.", "a CLIP model, not SigLIP"),
-    (r"(^|\.)(cls|class)_token ", "a ViT without the config.json that describes it"),
-    (r"(^|\.)layer[1-4]\.\d+\.conv1\.weight ", "a ResNet other than the 3D ResNet-152 and BioViL's"),
-)
+)  # fmt: skip
 SUPPORTED = (
     "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, DINOv2 "
     "and other ViTs, COLIPRI, the 3D ResNet-152 of Merlin and BioViL(-T)"
@@ -3294,7 +3289,6 @@ ANCHORS: tuple[tuple[str, Any], ...] = (  # pattern of a tensor that ends any pr
     (r"layer3\.35\.conv3\.weight \S+ \(\d+, \d+, 1, 1, 1\)", ResNet3DBackbone),
     (r"encoder\.encoder\.layer4\.1\.conv2\.weight ", BiovilBackbone),
 )
-FAMILIES: dict[str, Callable[..., Backbone]] = {kind.family: kind for _, kind in ANCHORS}
 
 
 def read_tensors(tensors: dict[str, Tensor], found: Found) -> Found:
@@ -3312,7 +3306,7 @@ def read_tensors(tensors: dict[str, Tensor], found: Found) -> Found:
     found.take(tensors, prefix)
     inside = "\n".join(fact for fact in facts.values() if fact.startswith(prefix))
     unknown = (r"", f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
-    for pattern, what in UNFIT if ends else (*UNFIT, *LOOKS, unknown):
+    for pattern, what in UNFIT if ends else (*UNFIT, unknown):
         if re.search(pattern, inside, re.MULTILINE):
             raise BadInput(f"{found.source}: seems to be {what}. {SUPPORTED}")
     if others := ", ".join(repr(other) for other in ends if other != prefix):
@@ -3350,7 +3344,7 @@ def read_pretrained(source: str | Path, heads: int | None = None) -> Found:
 
 def build_backbone(config: dict[str, Any]) -> Backbone:
     """The architecture that `config` describes, with random weights."""
-    return FAMILIES[config["family"]](config)
+    return {kind.family: kind for _, kind in ANCHORS}[config["family"]](config)
 
 
 @torch.no_grad()

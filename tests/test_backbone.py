@@ -774,16 +774,12 @@ def tensors(*names):
 
 
 WRONG_TENSORS = {
-    "a ViT without the config": tensors(
-        "class_token", "conv_proj.weight", "encoder.layers.encoder_layer_0.ln_1.weight"
-    ),
     "CT-CLIP": tensors(
         "visual_transformer.enc_spatial_transformer.layers.0.0.dsconv.weight", "to_visual_latent.weight"
     ),
     "MedicalNet": {"module.conv1.weight": torch.ones(4, 1, 7, 7, 7), "module.layer3.35.conv3.weight": torch.ones(2, 2)},
     "CLIP": tensors("vision_model.embeddings.patch_embedding.weight", "vision_model.embeddings.class_embedding"),
     "LoRA": tensors("base.layers.0.q_proj.lora_A.weight"),
-    "ResNet other than": tensors("conv1.weight", "layer1.0.conv1.weight", "layer4.2.conv3.weight"),
     "unknown model \\(weight, bias\\)": tensors("weight", "bias"),
     "no tensor at all": {"epoch": 3},
 }

@@ -1051,21 +1051,6 @@ def check_row(line: int, row: dict[str, str], labels: Sequence[str], first: dict
             wrong.add("labels", line, f"label {name!r} is {row[name]!r}: {must}")
 
 
-def split_overlaps(table: Table) -> list[tuple[int, str]]:
-    """(line, message) for each patient, and each file, that is in more than one split."""
-    found = []
-    for what, keys in (("patient", table.patient_ids), ("file", [os.path.normpath(path) for path in table.paths])):
-        seen: dict[str, dict[str, int]] = {}
-        for line, key, split in zip(table.line_numbers, keys, table.splits, strict=True):
-            if split in SPLITS and key not in ("", "."):
-                seen.setdefault(key, {}).setdefault(split, line)
-        for key, places in seen.items():
-            if len(places) > 1:
-                where = ", ".join(f"{split} (line {line})" for split, line in places.items())
-                found.append((max(places.values()), f"{what} {key!r} is in {where}"))
-    return found
-
-
 def check_table(table: Table, wrong: Complaints, volumes: bool, allow_patient_overlap: bool) -> None:
     """BadInput with everything that `wrong` holds and that the rows contradict together or on the disk."""
     if not len(table) and not wrong.found:
@@ -1075,7 +1060,16 @@ def check_table(table: Table, wrong: Complaints, volumes: bool, allow_patient_ov
     for line, problem in zip(table.line_numbers, problems, strict=volumes):
         if problem:
             wrong.add("img_path", line, problem)
-    overlaps = split_overlaps(table)
+    overlaps = []
+    for what, keys in (("patient", table.patient_ids), ("file", [os.path.normpath(path) for path in table.paths])):
+        seen: dict[str, dict[str, int]] = {}
+        for line, key, split in zip(table.line_numbers, keys, table.splits, strict=True):
+            if split in SPLITS and key not in ("", "."):
+                seen.setdefault(key, {}).setdefault(split, line)
+        for key, places in seen.items():
+            if len(places) > 1:
+                where = ", ".join(f"{split} (line {line})" for split, line in places.items())
+                overlaps.append((max(places.values()), f"{what} {key!r} is in {where}"))
     if overlaps and allow_patient_overlap:
         what = f"{len(overlaps)} patients or files are in two splits, such as line {overlaps[0][0]}: {overlaps[0][1]}"
         log.warning("%s: scores will look better than they are", what)
@@ -2022,12 +2016,10 @@ CACHE_SPARE = 2 << 30  # bytes left free on the disk: checkpoints need room too
 
 def file_identity(path: Path) -> list:
     """What changes when a file, or one in a folder, is replaced: sizes and times. Raises BadVolume."""
-    try:
+    with reading_scan(path):
         source = scan_source(path)[0]
         files = sorted(source.iterdir()) if source.is_dir() else [source]
         found = [(file.name, file.stat()) for file in files]
-    except OSError as error:
-        raise BadVolume(f"{path}: cannot be read ({error.strerror})") from None
     return [os.path.abspath(path), [[name, entry.st_size, entry.st_mtime_ns] for name, entry in found]]
 
 
@@ -2092,7 +2084,7 @@ class VolumeCache:
             if shutil.disk_usage(self.folder).free < CACHE_SPARE:
                 raise BadEnvironment(f"{self.folder}: less than {CACHE_SPARE:,} bytes are free")
             write_entry(entry, volume.numpy())
-        except BadEnvironment as problem:
+        except (BadEnvironment, OSError) as problem:
             if not self.full:
                 log.warning("%s; training goes on, with what --cache-dir holds", problem)
             self.full.fill_(1)
@@ -2416,27 +2408,25 @@ def window_names(prep: Preprocessing) -> list[str]:
 
 
 def draw_contact_sheet(samples: dict[str, Tensor], prep: Preprocessing, path: Path) -> None:
-    """A row for each scan; for each window an axial, a coronal and a sagittal slice through the middle."""
+    """A row for each scan; for each window an axial, a coronal and a sagittal slice through the middle, as squares."""
     from matplotlib.figure import Figure
 
-    windowed, names = prep.intensity == "windowed", window_names(prep)[:3]
-    figure = Figure((5.1 * len(names), 1.8 * len(samples) + 0.7), layout="constrained")
-    how = f"read as --orientation {prep.orientation} --intensity {prep.intensity}"
-    right = "right where the spine is at P, the head at S, the liver at R; otherwise see --orientation"
-    figure.suptitle(f"{how}: {right}", fontsize=8)
-    axes = figure.subplots(len(samples), 3 * len(names), squeeze=False)
-    for line, (series, sample) in zip(axes, samples.items(), strict=True):
-        line[0].set_ylabel(series[:24], fontsize=7)
-        _, s, h, w = sample.shape
-        for column, name in enumerate(names):
-            volume = sample[column if windowed else 0].float().numpy()
-            lo, hi = (0, WINDOWED_SCALE) if windowed else prep.windows[column]
-            views = {"axial, R to L, A to P": volume[s // 2], "coronal, R to L, S to I": volume[::-1, h // 2],
-                     "sagittal, A to P, S to I": volume[::-1, :, w // 2]}  # fmt: skip
-            for axis, (view, picture) in zip(line[3 * column :], views.items(), strict=False):
-                axis.imshow(picture, cmap="gray", vmin=lo, vmax=hi, aspect="auto")
-                axis.set(xticks=[], yticks=[])
-                axis.set_title(f"{view}\n{name}" if line is axes[0] else "", fontsize=7)
+    windows = [(0, WINDOWED_SCALE)] * prep.channels if prep.intensity == "windowed" else prep.windows
+    figure = Figure((15, 1.8 * len(samples) + 1), layout="constrained")
+    figure.suptitle(
+        f"Axial, coronal and sagittal slices in {' | '.join(window_names(prep)[:3])}, read as --orientation "
+        f"{prep.orientation} --intensity {prep.intensity}.\nRight where the spine is below in the first, to the right "
+        "in the third, the liver to the left, the head above; see --orientation.", fontsize=9,
+    )  # fmt: skip
+    axes = figure.subplots(len(samples), squeeze=False)[:, 0]
+    for axis, (series, sample) in zip(axes, samples.items(), strict=True):
+        tiles, (_, s, h, w) = [], sample.shape
+        for column, (lo, hi) in enumerate(windows[:3]):
+            volume = (sample[column if prep.intensity == "windowed" else 0].float() - lo) / (hi - lo)
+            views = volume[s // 2], volume.flip(0)[:, h // 2], volume.flip(0)[:, :, w // 2]
+            tiles += [F.interpolate(view[None, None], (256, 256))[0, 0] for view in views]
+        axis.imshow(torch.cat(tiles, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+        axis.set(ylabel=series[:24], xticks=[], yticks=[])
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -2468,11 +2458,10 @@ def prepare_scan(scan: tuple[Path, Path], how: tuple) -> UserError | None:
 
 def write_npz(file: BinaryIO, image: np.ndarray, facts: dict[str, Any]) -> None:
     """As savez_compressed does, at the level that is 2.7 times as fast and makes files 1.5 % larger."""
-    types = {"spacing": np.float32, "source": np.uint8}
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, value in {"image": image, **facts}.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(value, types.get(name)), allow_pickle=False)
+                np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
 
 
 def write_b2nd(file: BinaryIO, image: np.ndarray, facts: dict[str, Any]) -> None:

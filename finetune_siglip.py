@@ -982,9 +982,7 @@ def read_rows(csv_path: Path, wrong: Complaints) -> tuple[list[str], list[tuple[
     return rows[0][1], rows[1:]
 
 
-def find_columns(
-    header: list[str], wanted: Sequence[str], optional: Sequence[str], wrong: Complaints
-) -> dict[str, int]:
+def find_columns(header: list[str], wanted: list[str], optional: Sequence[str], wrong: Complaints) -> dict[str, int]:
     """Where each wanted column stands; one that is missing or twice there becomes a complaint."""
     for name in wanted:
         if header.count(name) > 1:
@@ -2200,12 +2198,9 @@ def build_loader(
     """
     loader = dataset.loader if persist else None
     if loader is None:
-        workers, batch_bytes = (
-            min(num_workers, usable_cores()),
-            dataset.blank.nbytes * max(map(len, batches), default=1),
-        )
+        workers, longest = min(num_workers, usable_cores()), max(map(len, batches), default=1)
         if workers and os.path.isdir("/dev/shm"):  # a full one kills workers, and containers often have 64 MB of it
-            room = int(0.8 * shutil.disk_usage("/dev/shm").free / batch_bytes)
+            room = int(0.8 * shutil.disk_usage("/dev/shm").free / (longest * dataset.blank.nbytes))
             if room < 2 * workers + 1:  # one batch is in use, two wait at each worker
                 workers, why = max(0, room - 1) // 2, "start the container with --shm-size or --ipc=host"
                 log.warning("/dev/shm is too small for %d workers, so %d read: %s", num_workers, workers, why)
@@ -2285,7 +2280,7 @@ def augment(volumes: Tensor, rows: Sequence[int], strength: str, seed: int, epoc
         turn, zoom, zoom_z, x, y, z, shift, gamma, noise = draws.tolist()
         moved = move_volume(
             volume, math.radians(turn * limits["turn"]), math.exp(zoom * limits["zoom"]),
-            math.exp(zoom_z * limits["zoom"]), [part * limits["move"] for part in (x, y, z)], outside=low,
+            math.exp(zoom_z * limits["zoom"]), [part * limits["move"] for part in (x, y, z)], air=low,
         )  # fmt: skip
         unit = ((moved - low) / span).clamp_(0, 1)
         moved += span * (unit ** math.exp(gamma * limits["gamma"]) - unit + shift * limits["shift"])
@@ -2294,9 +2289,7 @@ def augment(volumes: Tensor, rows: Sequence[int], strength: str, seed: int, epoc
     return result
 
 
-def move_volume(
-    volume: Tensor, angle: float, zoom: float, zoom_z: float, move: Sequence[float], outside: float
-) -> Tensor:
+def move_volume(volume: Tensor, angle: float, zoom: float, zoom_z: float, move: Sequence[float], air: float) -> Tensor:
     """One (C, S, H, W) volume, float32: linear along the body, then one affine bilinear pass over all slices at once.
 
     `move` is in parts of the field of view (columns, rows, slices); past the first and last slice these repeat. All of
@@ -2308,21 +2301,19 @@ def move_volume(
     below = z.floor().long()
     above = (below + 1).clamp(max=s - 1)
     weight = (z - below)[:, None, None]
-    stack = torch.lerp(volume[:, below].float(), volume[:, above].float(), weight) - outside
+    stack = torch.lerp(volume[:, below].float(), volume[:, above].float(), weight) - air
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     row, column = (((torch.arange(n, device=volume.device) + 0.5) * 2 / n - 1) for n in (h, w))  # pixel centres
     x = column * cos - row[:, None] * (sin * h / w) + 2 * move[0]
     y = column * (sin * w / h) + row[:, None] * cos + 2 * move[1]
     moved = F.grid_sample(stack.view(1, c * s, h, w), torch.stack((x, y), -1)[None], align_corners=False)
-    return moved.view(c, s, h, w) + outside
+    return moved.view(c, s, h, w) + air
 
 
 # The check: what a person should know of the data before a long run, and a picture that shows a wrong axis at once.
 
 
-def check_data(
-    table: Table, prep: Preprocessing, picture: Path | None = None, sample: int = 12, skip: bool = False
-) -> list[str]:
+def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, skip: bool = False) -> list[str]:
     """Log, and return, lines on the table, the headers of all files and the voxels of a sample, worst news last.
 
     Writes the contact sheet of the sample to `picture`. Raises BadInput with all files that are not as they should be;
@@ -2331,7 +2322,7 @@ def check_data(
     import pandas
 
     headers, samples, lines, damaged = read_headers(table), {}, [], []
-    for row in spread(range(len(table)), sample):
+    for row in spread(range(len(table)), 12):
         try:
             samples[row] = load_sample(table.paths[row], prep)
         except BadVolume as problem:
@@ -2377,9 +2368,7 @@ def slice_distance(table: Table, headers: Sequence[Header], prep: Preprocessing)
     return lines
 
 
-def find_doubts(
-    table: Table, headers: Sequence[Header], samples: dict[int, Tensor], prep: Preprocessing
-) -> Iterator[str]:
+def find_doubts(table: Table, headers: list[Header], samples: dict[int, Tensor], prep: Preprocessing) -> Iterator[str]:
     """Scans with the same file or voxels, and those of a sample that show no chest, or one that is turned."""
     seen: dict[Any, int] = {}
     for row, (path, header) in enumerate(zip(table.paths, headers, strict=True)):

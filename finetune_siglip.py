@@ -1224,7 +1224,8 @@ def parse_npy(head: bytes, size: int) -> tuple[Header, Callable[[Any], np.ndarra
     parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     with ONE_PARSER:
         shape, fortran, dtype = parse(stream)
-    start, order = stream.tell(), "F" if fortran else "C"
+    start = stream.tell()
+    order: Any = "F" if fortran else "C"
     if dtype.hasobject or start + math.prod(shape) * dtype.itemsize != size or min(shape, default=1) < 1:
         raise ValueError(f"its header does not match its data: {dtype} {shape} in {size} bytes")
     return Header(shape, dtype), lambda data: np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
@@ -1250,7 +1251,7 @@ def open_npz(path: Path) -> tuple[Header, Callable[[], np.ndarray], dict[str, An
         with path.open("rb") as file:
             file.seek(image.header_offset)
             file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
-            data = file.read(image.compress_size)
+            data: Any = file.read(image.compress_size)
         if image.compress_type == zipfile.ZIP_DEFLATED:
             data = deflate.deflate_decompress(data, image.file_size)
         if len(data) != image.file_size or deflate.crc32(data) != image.CRC:
@@ -1700,7 +1701,7 @@ def open_nifti(path: Path) -> Opened:
     unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
 
     def load() -> np.ndarray:
-        data = path.read_bytes()
+        data: Any = path.read_bytes()
         claimed = int.from_bytes(data[-4:], "little")
         if packed and end <= claimed <= 1032 * len(data):
             with suppress(deflate.DeflateError):  # twice as fast as zlib, but it reads one part only
@@ -1733,7 +1734,7 @@ def open_mha(path: Path) -> Opened:
     shape = (*map(int, fields["DimSize"].split()), int(fields.get("ElementNumberOfChannels", 1)))
 
     def load() -> np.ndarray:
-        data = memoryview(path.read_bytes())[end.end() :]
+        data: Any = memoryview(path.read_bytes())[end.end() :]
         data = zlib.decompress(data) if packed else data
         return to_hu(np.frombuffer(data, dtype).reshape(shape, order="F"))
 
@@ -1793,8 +1794,8 @@ def read_volume(
         if orientation and not header.raw:
             if header.orientation not in (None, orientation):
                 raise BadVolume(f"says it is stored {header.orientation}, not {orientation}: see --orientation")
-            own = [header.spacing[axis] for axis in spl_axes(orientation)[0]] if header.spacing else spacing
-            if spacing and not np.allclose(own, spacing, rtol=0.02):
+            own = [header.spacing[axis] for axis in spl_axes(orientation)[0]] if header.spacing else []
+            if own and spacing and not np.allclose(own, spacing, rtol=0.02):
                 raise BadVolume(f"says its spacing is {own} mm, not {list(spacing)} (D, H, W): prepare all scans alike")
         return header, load() if voxels else None
 
@@ -1841,9 +1842,10 @@ def prepare_volume(
         if intensity == "auto":
             judge_voxels(header, volume)
         scale, offset = (hu_range[1] - hu_range[0], hu_range[0]) if intensity == "unit" else (1.0, 0.0)
-        floor = (AIR - offset) / scale
+        floor: Any = (AIR - offset) / scale
         floor = np.float32(floor) if volume.dtype.kind == "f" else np.int16(max(-32768, math.ceil(floor)))
-        size = [max(1, round(n * a / b)) for n, a, b in zip(volume.shape[1:], header.spacing, spacing, strict=True)]
+        pairs = zip(volume.shape[1:], header.spacing or (), spacing, strict=True)
+        size = [max(1, round(n * mm / new)) for n, mm, new in pairs]
         resampled = np.empty(size, np.int16)
         resample_channel(np.fmax(volume[0], floor), resampled, scale, offset)
     box = [round(mm / new) for mm, new in zip(FIELD_OF_VIEW, spacing, strict=True)]

@@ -5924,7 +5924,8 @@ class Run:
         log.info("%s; effective batch %d = %d x %d processes x %d accumulated", scans, math.prod(batch), *batch)
         announce_steps(self.state.schedule, steps_per_epoch, args.early_stopping_patience)
         self.describe(model, prep, plan)
-        self.saved_at, self.saved = time.monotonic(), ()  # the position that the last commit holds
+        self.saved_at = time.monotonic()
+        self.saved: tuple[int, ...] = ()  # the position that the last commit holds
 
     def describe(self, model: SiglipClassifier, prep: Preprocessing, plan: list[int]) -> None:
         """Put down, in plain types, what checkpoints tell besides weights and what a resumed run is compared with."""

@@ -772,7 +772,7 @@ def start_wandb(
         host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or get_netrc_auth(host)):
             mode = "offline"  # else wandb asks for a key, and waits
-        how = {"mode": mode, "resume": "allow" if mode == "online" else None}
+        how: dict[str, Any] = {"mode": mode, "resume": "allow" if mode == "online" else None}
         settings = wandb.Settings(silent=True, console="off", init_timeout=20, finish_timeout=10)
         run = wandb.init(project=project, config=config, dir=folder, id=run_id, settings=settings, **how)
         run.define_metric("*", step_metric="epoch")

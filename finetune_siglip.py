@@ -1555,9 +1555,8 @@ def find_scans(path: Path) -> list[tuple[str, str]]:
     found = []
     for folder in (path, *sorted(item for item in path.rglob("*") if item.is_dir())):
         name = str(folder.relative_to(path)) if folder != path else path.resolve().name
-        for item in sorted(folder.iterdir()):
-            if item.is_file() and re.search(SCAN_FILE, item.name):
-                found.append((re.sub(SCAN_FILE, "", str(item.relative_to(path))), str(item)))
+        files = [item for item in sorted(folder.iterdir()) if item.is_file() and re.search(SCAN_FILE, item.name)]
+        found += [(re.sub(SCAN_FILE, "", str(file.relative_to(path))), str(file)) for file in files]
         series = look_into(folder)[0]
         found += [(f"{name}#{uid}", f"{folder}#{uid}") if len(series) > 1 else (name, str(folder)) for uid in series]
     return found
@@ -1721,7 +1720,8 @@ def open_mha(path: Path) -> Opened:
     end = re.search(rb"(?m)^ElementDataFile *= *LOCAL *\r?\n", head)
     pairs = re.findall(r"(?m)^ *(\w+) *= *(.*?) *\r?$", head[: end.end() if end else 0].decode("latin-1"))
     fields = {MHA_ALIASES.get(key, key): value for key, value in pairs}
-    if not end or fields.get("BinaryData", "True") != "True" or fields.get("HeaderSize", "0") != "0":
+    plain = len(fields) == len(pairs) and fields.get("BinaryData", "True") == "True"  # a field twice is damage
+    if not end or not plain or fields.get("HeaderSize", "0") != "0":
         raise BadVolume("is no MHA with its voxels inside, or has them in another file: save it with SimpleITK")
     if not {"ElementSpacing", "TransformMatrix"} <= {*fields}:
         raise BadVolume("does not say how it lies (ElementSpacing, TransformMatrix): convert it again")
@@ -1991,8 +1991,8 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
         prep = dataclasses.replace(prep, spacing=tuple(map(float, reversed(args.spacing))))
         what = "the checkpoint was trained on files of unknown spacing: raw scans are assumed to fit when brought to"
         log.warning("%s %g x %g x %g mm (columns, rows, slices; see --spacing)", what, *args.spacing)
-    orientation = decide_orientation(table, headers, args.orientation, prep.orientation)
-    prep = dataclasses.replace(prep, orientation=orientation)
+    code = decide_orientation(table, headers, args.orientation, prep.orientation)
+    prep = dataclasses.replace(prep, orientation=code)
     problems, rows = [], spread(range(len(table)), 4)
     for row in rows:
         try:

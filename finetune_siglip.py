@@ -3558,14 +3558,11 @@ def frozen_in_amp(backbone: Any, device_type: str) -> Iterator[None]:
     LoRA, keep each of these copies for the backward pass. The weights themselves stay as they are, for all who read
     or save them. Only layers whose operations autocast computes in its precision are concerned.
     """
-    dtype, layers, places = torch.get_autocast_dtype(device_type), (nn.Linear, nn.modules.conv._ConvNd), []
-    kept = backbone.__dict__.setdefault("frozen_copies", {})
-    if torch.is_autocast_enabled(device_type):
-        own = [m for m in backbone.modules() if isinstance(m, (*layers, nn.MultiheadAttention))]
-        weights = [(m, name, p) for m in own for name, p in m._parameters.items() if p is not None]
-        places = [(m, name, p) for m, name, p in weights if not p.requires_grad and p.dtype != dtype]
-        for learning in [p for p in kept if p.requires_grad]:  # by now
-            del kept[learning]
+    dtype, layers = torch.get_autocast_dtype(device_type), (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
+    kept, places = backbone.__dict__.setdefault("frozen_copies", {}), []
+    for module in backbone.modules() if torch.is_autocast_enabled(device_type) else ():
+        own = module._parameters.items() if isinstance(module, layers) else ()
+        places += [(module, name, p) for name, p in own if p is not None and not p.requires_grad and p.dtype != dtype]
     try:
         for module, name, p in places:
             made_of = p._version, p.device, dtype  # changes when other weights are loaded
@@ -3587,15 +3584,9 @@ class SiglipClassifier(nn.Module):
     """
 
     def __init__(
-        self,
-        backbone: Backbone,
-        windows: Sequence[tuple[float, float]],
-        intensity: str,
-        num_labels: int,
-        pooling: str = "attention",
-        dropout: float = 0.1,
-        skip_air: bool = False,
-    ):
+        self, backbone: Backbone, windows: Sequence[tuple[float, float]], intensity: str, num_labels: int,
+        pooling: str = "attention", dropout: float = 0.1, skip_air: bool = False,
+    ):  # fmt: skip
         super().__init__()
         self.backbone, self.windows = backbone, CTWindows(windows, intensity)
         if skip_air and (backbone.family != "siglip" or intensity == "windowed"):

@@ -3871,10 +3871,8 @@ class MultilabelBCELoss(nn.Module):
 
 
 class FocalLoss(MultilabelBCELoss):
-    """alpha * (1 - p_t)^gamma * BCE, p_t being the probability of the true class; gamma = 0, alpha = 1 is BCE.
-
-    Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017; here alpha multiplies both classes alike.
-    """
+    """alpha * (1 - p_t)^gamma * BCE, p_t being the probability of the true class; gamma = 0, alpha = 1 is BCE (Lin et
+    al., "Focal Loss for Dense Object Detection", ICCV 2017; here alpha multiplies both classes alike)."""
 
     def __init__(self, alpha: float = 1.0, gamma: float = 2.0):
         super().__init__()
@@ -3900,10 +3898,8 @@ class BalancedBCELoss(MultilabelBCELoss):
 
 
 class AsymmetricLoss(MultilabelBCELoss):
-    """-(1 - p)^1 log p for positives and -q^4 log(1 - q) for negatives, q = max(p - 0.05, 0): easy ones count nothing.
-
-    Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, with its gammas and its clip.
-    """
+    """-(1 - p)^1 log p for positives and -q^4 log(1 - q) for negatives, q = max(p - 0.05, 0): easy ones count nothing
+    (Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, with its gammas and its clip)."""
 
     def elementwise(self, logits: Tensor, targets: Tensor) -> Tensor:
         shifted = (logits.sigmoid() - 0.05).clamp(min=0)  # q, at most 0.95, so that its logarithm stays finite

@@ -1,5 +1,6 @@
 """Puts the script on the import path and makes what several end-to-end tests share."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,12 @@ def pytest_configure(config):
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="where tests marked gpu run [cuda]")
     parser.addoption("--small", action="store_true", help="tests marked gpu take small models")
+
+
+@pytest.fixture(autouse=True)
+def heard_by_caplog():
+    """caplog listens to loggers that pass nothing on when a test begins: ours is one, whatever ran before."""
+    logging.getLogger("finetune_siglip").propagate = False
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,6 @@ def test_cached_scans_cost_a_worker_no_voxel(scans: Table, tmp_path: Path, monke
 def test_a_full_disk_warns_once_and_training_goes_on(
     scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(finetune_siglip.log, "propagate", True)
     cache = cache_in(tmp_path)
     cache.load(scans.paths[0])
 
@@ -215,7 +214,6 @@ def test_an_entry_that_vanishes_on_the_way_is_read_again(scans: Table, tmp_path:
 def test_a_folder_that_cannot_be_used_is_the_environments_fault(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(finetune_siglip.log, "propagate", True)
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OSError, match="exists") as caught:
         cache_in(tmp_path)
@@ -226,7 +224,6 @@ def test_a_folder_that_cannot_be_used_is_the_environments_fault(
 def test_the_size_is_told_and_the_disk_is_not_filled_to_the_brim(
     scans: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(finetune_siglip.log, "propagate", True)
     spare = finetune_siglip.CACHE_SPARE
     monkeypatch.setattr(finetune_siglip.shutil, "disk_usage", lambda _: Namespace(free=spare + 20_000_000))
     with caplog.at_level("INFO", "finetune_siglip"):

@@ -208,7 +208,6 @@ def test_where_compiling_fails_the_run_goes_on_and_says_so(monkeypatch, caplog):
         raise RuntimeError("No working C++ compiler found\nand much more")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    monkeypatch.setattr(fs.log, "propagate", True)
     model = small_classifier()
     fs.maybe_compile(model, "on", CPU)
     assert [record.getMessage() for record in caplog.records] == [
@@ -272,7 +271,6 @@ def test_no_way_to_run_a_model_is_left_uncompiled(monkeypatch, caplog, how):
     if how == "lora":
         add_lora(model.backbone, 2)
     compile_with(monkeypatch, model)
-    monkeypatch.setattr(fs.log, "propagate", True)
     fs.apply_memory_plan(model, 4, 1)
     size = 32 if how == "resnet3d" else 16
     for runtime in (dataclasses.replace(CPU, amp_dtype=torch.bfloat16), CPU):
@@ -290,7 +288,6 @@ def test_a_limit_of_the_compiler_that_is_met_is_said_once(monkeypatch, caplog):
     torch._dynamo.reset()
     model = small_classifier().eval()
     compile_with(monkeypatch, model)
-    monkeypatch.setattr(fs.log, "propagate", True)
     monkeypatch.setattr(fs.CompilerWarnings, "said", set())
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     for runtime in (CPU, dataclasses.replace(CPU, amp_dtype=torch.bfloat16), CPU):

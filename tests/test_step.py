@@ -397,7 +397,6 @@ def free_order():
 
 
 def test_kernels_add_in_a_fixed_order_or_the_log_says_that_they_do_not(free_order, caplog, monkeypatch):
-    monkeypatch.setattr(fs.log, "propagate", True)
     model = small_classifier(skip_air=True)
     sample = fs.sample_volume(model, (1, 64, 16, 16), CPU)
     assert fs.add_in_fixed_order(model, sample, CPU)
@@ -413,7 +412,6 @@ def test_kernels_add_in_a_fixed_order_or_the_log_says_that_they_do_not(free_orde
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: illegal")])
 def test_any_other_error_is_not_taken_for_a_kernel_without_an_order(free_order, monkeypatch, caplog, error):
-    monkeypatch.setattr(fs.log, "propagate", True)
     model = small_classifier()
 
     def fail(volume):

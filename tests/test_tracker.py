@@ -48,7 +48,8 @@ def sync(folder: Path) -> None:
     """Upload the offline run below this folder, as the log advises."""
     (run,) = folder.glob("wandb/offline-run-*")
     command = [sys.executable, "-m", "wandb", "sync", str(run)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "HOME": "/nowhere"})
+    environment = {**os.environ, "HOME": "/nowhere"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr
 
 

@@ -701,7 +701,6 @@ def test_a_full_shared_memory_ends_the_run_in_one_line(
         )
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_using_fd_cpu", full)
-    monkeypatch.setattr(finetune_siglip.log, "propagate", True)
     with pytest.raises(RuntimeError, match="No space") as caught:
         list(build_loader(CTVolumeDataset(scans, prep((4, 6, 6))), [[0]], 1, CPU))
     assert finetune_siglip.say_why(caught.value) == 3

@@ -4669,13 +4669,6 @@ def format_summary(split: str, scored: dict) -> str:
     return f"{split}, {figures['n_scans']} scans: {', '.join(parts)}, F1 {f1} thresholds"
 
 
-def move_thresholds_to_half(probabilities: np.ndarray, thresholds: float | np.ndarray) -> np.ndarray:
-    """A strictly rising map per label that puts each threshold at 0.5, where some graders cut; AUROC is unchanged."""
-    p, t = np.asarray(probabilities, np.float64), np.asarray(thresholds, np.float64)
-    below = np.minimum(0.5 * p / np.maximum(t, 1e-300), np.nextafter(0.5, 0))  # rounding must not lift it onto 0.5
-    return np.where(p < t, below, 0.5 + 0.5 * (p - t) / np.maximum(1 - t, 1e-300))
-
-
 def comparison_key(figures: dict, select: str = "macro_f1") -> tuple[float, ...]:
     """What epochs are compared by, the greater the better: `select`, macro average precision, a lower `val_loss`.
 
@@ -4778,28 +4771,16 @@ def tensor_bytes(content: Any) -> int:
     return sum(tensor.nbytes for _, tensor in tensors_in(content))
 
 
-def require_finite(content: Any, where: str) -> None:
-    """Raises Diverged, naming the tensor, if any number in nested containers is NaN or infinite."""
-    for name, tensor in tensors_in(content, where):
+def save_checked(path: Path, content: dict[str, Any]) -> str:
+    """Save plain types and tensors together with their digest, which is returned. Raises Diverged for a NaN."""
+    for name, tensor in tensors_in(content, path.name):
         numbers = tensor.is_floating_point() and tensor.numel()
         if numbers and not torch.stack(tensor.aminmax()).isfinite().all():  # NaN comes through; one pass, no copy
             raise Diverged(f"{name} is not finite and is not saved; the last save stands: lower --lr or add --warmup")
-
-
-def save_checked(path: Path, content: dict[str, Any]) -> str:
-    """Save plain types and finite tensors together with their digest, which is returned."""
-    require_finite(content, path.name)
     require_space(path.parent, tensor_bytes(content))
     digest = digest_of(content)
     save_atomic(path, lambda file: torch.save({**content, "digest": digest}, file), tensor_bytes(content))
     return digest
-
-
-FIELDS: dict[str, dict[str, type]] = {
-    MODEL_KIND: {"model": dict, "labels": list, "preprocessing": dict, "backbone": dict, "head": dict, "epoch": int},
-    RUN_KIND: {"identity": dict, "model": dict, "optimizer": dict, "schedule": dict, "scaler": dict, "progress": dict,
-               "parameters": list, "losses": list, "history": dict},
-}  # fmt: skip
 
 
 def load_checked(path: Path, kind: str, digest: str | None = None) -> dict[str, Any]:
@@ -4808,26 +4789,20 @@ def load_checked(path: Path, kind: str, digest: str | None = None) -> dict[str, 
     With `digest` the file must also be the very one that had it when it was saved.
     """
     what = "a checkpoint of this script" if kind == MODEL_KIND else "the state of a run of this script"
-    if not os.path.isfile(path):
-        raise BadInput(f"{path}: there is no such file; name {what}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        why = f"{type(error).__name__}; it is damaged or another file"
+        why = f"{type(error).__name__}: it is damaged or another file" if path.exists() else "there is no such file"
         raise BadInput(f"{path}: not readable as {what} ({why})") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise BadInput(f"{path}: not {what}; --pretrained takes other people's weights")
     if content.get("format") != FORMAT:
-        theirs = content.get("format")
-        raise BadInput(f"{path}: format {theirs}, this script reads {FORMAT}; use the script that wrote it")
+        raise BadInput(f"{path}: format {content.get('format')}, not {FORMAT}; use the script that wrote it")
     stored, whole = content.pop("digest", None), False
     with suppress(Exception):  # a crafted tensor can claim any shape over few bytes: its size is looked at first
         whole = tensor_bytes(content) <= path.stat().st_size and stored == digest_of(content)
     if not whole or digest not in (None, stored):
         raise BadInput(f"{path}: damaged, its content doesn't match its digest; use another copy")
-    lacking = [name for name, form in FIELDS[kind].items() if not isinstance(content.get(name), form)]
-    if lacking:
-        raise BadInput(f"{path}: lacks {', '.join(lacking)}; use the script that wrote it")
     return content
 
 
@@ -4845,10 +4820,8 @@ def reading(path: Path) -> Iterator[None]:
 
 def require_space(folder: Path, needed: int) -> None:
     """Raises BadEnvironment unless `needed` bytes and a little more are free in a folder."""
-    if not folder.exists():  # the write that follows says so
-        return
-    free = shutil.disk_usage(folder).free
-    if free < (needed := needed + 2**20):
+    needed, free = needed + 2**20, shutil.disk_usage(folder).free
+    if free < needed:
         raise BadEnvironment(f"{folder}: {needed:,} bytes are needed there, {free:,} are free; make room")
 
 
@@ -4875,12 +4848,11 @@ def mean_weights(contents: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     Wortsman et al., "Model soups", ICML 2022.
     """
     models = [content["model"] for content in contents]
-    return {
-        name: torch.stack([model[name].double() for model in models]).mean(0).to(x.dtype)
-        if x.is_floating_point()
-        else x
-        for name, x in models[0].items()
-    }
+    mean = dict(models[0])
+    for name, first in models[0].items():
+        if first.is_floating_point():
+            mean[name] = torch.stack([model[name].double() for model in models]).mean(0).to(first.dtype)
+    return mean
 
 
 def classifier_from(content: dict[str, Any], path: Path = Path("checkpoint")) -> SiglipClassifier:
@@ -4896,18 +4868,16 @@ def classifier_from(content: dict[str, Any], path: Path = Path("checkpoint")) ->
     return model
 
 
-def require_fit(what: str, stored: dict[str, Any], wanted: dict[str, Tensor]) -> None:
+def require_fit(what: str, stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     """Raises ValueError unless both hold the same names, each with the same shape and type.
 
     PyTorch itself takes an optimiser state of any shape, and copies (1,) over (n,) without a word.
     """
-    if missing := [name for name in wanted if not isinstance(stored.get(name), Tensor)]:
-        raise ValueError(f"{what} lacks {', '.join(missing[:5])}")
-    if foreign := [name for name in stored if name not in wanted]:
-        raise ValueError(f"{what} has {', '.join(map(str, foreign[:5]))} that this model has not")
+    if odd := [name for name in {**wanted, **stored} if (name in stored) != (name in wanted)]:
+        raise ValueError(f"{what} and this model don't both have {', '.join(odd[:5])}")
     for name, tensor in wanted.items():
-        if (stored[name].shape, stored[name].dtype) != (tensor.shape, tensor.dtype):
-            forms = [f"{tuple(t.shape)} {t.dtype}" for t in (stored[name], tensor)]
+        forms = [f"{tuple(t.shape)} {t.dtype}" for t in (stored[name], tensor)]
+        if forms[0] != forms[1]:
             raise ValueError(f"{what}/{name} is {forms[0]}, this model needs {forms[1]}")
 
 
@@ -4991,14 +4961,9 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
     if content["parameters"] != list(parameters):
         raise ValueError("the optimiser steps other parameters than this run's")
     for number, (name, parameter) in enumerate(parameters.items()):
-        moments = {
-            key: value
-            for key, value in content["optimizer"]["state"].get(number, {}).items()
-            if key != "step" and value is not None
-        }
+        stored = content["optimizer"]["state"].get(number, {})
+        moments = {key: value for key, value in stored.items() if key != "step" and value is not None}
         require_fit(f"optimizer/{name}", moments, dict.fromkeys(moments, parameter))
-    if bool(content["ema"]) != bool(state.ema):
-        raise ValueError("only one of the two runs averages its weights")
     if state.ema:
         require_fit("ema", content["ema"]["average"], state.ema.average)
         state.ema.steps = content["ema"]["steps"]
@@ -5018,22 +4983,27 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
         history.skipped.setdefault(split, {}).update(rows)
 
 
-# names, as patterns, of the files that a run makes in its folder and in these below it
+# Order of writes. A run is what its last.ckpt says, and is whole whenever the power goes: the checkpoints of the top k
+# are on the disk before last.ckpt counts them, the state before it keeps a name of its own until the new one has its,
+# and all else (results.jsonl, best_model.pth, the removal of what has left the ranking) only follows from it and is
+# made again by a resume. Each file is written under a temporary name, synced and renamed. Damage that comes later is
+# found by the digest inside, and the state before goes on.
+
+# Names, as patterns, of the files that a run makes in its folder and in these below it.
 FOLDERS = ("pictures", "explanations")
 CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
 DERIVED = (
     r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html", r"evaluation_\w+\.json", r"run\.json",
     r"explanations_\w+\.json", r"skipped\.csv", r"test_predictions\.csv", r"[0-9a-f]{16}\.png",
 )  # fmt: skip
-TEMPORARY = r"last\.fresh\.ckpt|\..+\.\d+\.siglip\.tmp"
+TEMPORARY = r"\..+\.\d+\.siglip\.tmp"
 
 
 class RunFolder:
     """`--output-dir` of one run: `last.ckpt` is the single point of commit, all other files follow from it."""
 
     def __init__(self, path: Path):
-        self.path, self.last = path, path / "last.ckpt"
-        self.previous, self.fresh = path / "last.previous.ckpt", path / "last.fresh.ckpt"
+        self.path, self.last, self.previous = path, path / "last.ckpt", path / "last.previous.ckpt"
         self.stopped = path / "stopped"  # names the signal that ended the run, all saved; gone once it goes on
         self.fell_back = False
 
@@ -5057,21 +5027,15 @@ class RunFolder:
         A record lock, for it ends with this very process: a data-loading worker that outlives a killed run inherits any
         other kind, and the run could not be resumed at once.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / ".lock", "a+")  # noqa: SIM115, closed below
-        except OSError as error:
-            raise BadEnvironment(
-                f"{self.path} can't be written ({error.strerror}); choose another --output-dir"
-            ) from error
-        with handle:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as handle:
             try:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                handle.seek(0)
+                used = f"{self.path} is in use by {handle.read().strip() or 'another run'}"
+                raise BadEnvironment(f"{used}; wait for it, stop it or choose another --output-dir") from None
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    handle.seek(0)
-                    used = f"{self.path} is in use by {handle.read().strip() or 'another run'}"
-                    raise BadEnvironment(f"{used}; wait for it, stop it or choose another --output-dir") from None
                 log.warning("%s: this disk has no locks (%s); start no second run there", self.path, error.strerror)
             handle.truncate(0)
             handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
@@ -5087,33 +5051,18 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget an earlier run (`--overwrite`): it is whole until last.ckpt goes, and from then on there is none."""
-        try:
-            for file in [self.previous, self.last, *self.ours(*DERIVED, CHECKPOINT, TEMPORARY)]:
-                file.unlink(missing_ok=True)
-        except OSError as error:
-            raise BadEnvironment(f"{error.filename} can't be removed ({error.strerror})") from error
+        for file in [self.previous, self.last, *self.ours(*DERIVED, CHECKPOINT, TEMPORARY)]:
+            file.unlink(missing_ok=True)
 
     def commit(self, content: dict[str, Any]) -> None:
-        """Make `content` the state of the run. The one before it gives way once the new one has been read back."""
-        with put_in_place(self.fresh, self.last):
-            digest = save_checked(self.fresh, content)
-            with (
-                suppress(OSError),
-                self.fresh.open("rb") as file,
-            ):  # it is to be read back from the disk, not from memory
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            try:
-                load_checked(self.fresh, RUN_KIND, digest)
-            except BadInput as error:
-                why = f"what was written reads back damaged; check this disk ({error})"
-                raise BadEnvironment(f"{self.path}: {why}") from error
-            if self.last.exists():
-                link_atomic(self.last, self.previous)
+        """Make `content` the state of the run; the one before it stays, in case this one is damaged some day."""
+        if self.last.exists():
+            link_atomic(self.last, self.previous)
+        save_checked(self.last, content)
 
     def derive(self, history: History) -> None:
         """Bring every other file in line with what was committed; what no longer counts goes last."""
-        lines = "".join(line + "\n" for line in history.lines).encode()
-        save_bytes(self.path / "results.jsonl", lines)
+        save_bytes(self.path / "results.jsonl", "".join(line + "\n" for line in history.lines).encode())
         if history.top.entries:
             best = self.path / history.top.names[0]
             if history.top.best and (best.name in history.lost or not best.exists()):  # its content is in memory
@@ -5222,7 +5171,7 @@ def cache_features(
 
 
 # ── 12 Papers ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# What a person reads: results, predictions, plots, report.
+# What a person reads: predictions, pictures, curves, the report.
 
 
 REPORT_COLUMNS = {
@@ -5235,39 +5184,22 @@ REPORT_HEADLINES = {
     "micro_f1": "micro F1", "crg": "CRG", "accuracy": "accuracy", "macro_brier": "macro Brier score",
     "macro_ece": "macro calibration error",
 }  # fmt: skip
-
-
-def write_predictions(
-    path: Path, series_ids: Sequence[str], probabilities: np.ndarray, thresholds: float | np.ndarray,
-    labels: Sequence[str],
-) -> None:  # fmt: skip
-    """CSV `id,{label}_prob,{label}_pred`, rows in the given order; a number read back is the very same number.
-
-    A path that ends in .json gets the VLM3D challenge's format: one entry per scan, named without its file ending. Its
-    grader cuts at 0.5, so thresholds are moved there.
-    """
-    probabilities = np.asarray(probabilities, np.float64)
-    if path.suffix != ".json":
-        return write_rows(path, prediction_rows(series_ids, probabilities, thresholds, labels))
-    names = [re.sub(r"\.(nii\.gz|mha|npz)$", "", series_id) for series_id in series_ids]
-    moved = move_thresholds_to_half(probabilities, thresholds).tolist()
-    content = {
-        "name": "Generated probabilities", "type": "Abnormality Classification", "version": {"major": 1, "minor": 0},
-        "predictions": [
-            {"input_image_name": name, "probabilities": dict(zip(labels, row, strict=True))}
-            for name, row in zip(names, moved, strict=True)
-        ],
-    }  # fmt: skip
-    save_bytes(path, json.dumps(content, indent=1, allow_nan=False).encode())
+FEWEST_IN_BIN = 5  # scans that a point of the calibration curve stands for at least
 
 
 def prediction_rows(
     series_ids: Sequence[str], probabilities: np.ndarray, thresholds: float | np.ndarray, labels: Sequence[str]
 ) -> list[list]:
-    """The rows of test_predictions.csv, its header first."""
+    """The rows of test_predictions.csv: a header `id,{label}_prob,{label}_pred`, then scans in the given order."""
+    probabilities = np.asarray(probabilities, np.float64)  # written so that the very same number is read back
     cells = np.stack([probabilities.astype(object), (probabilities >= thresholds).astype(int)], 2)  # (n, L, 2)
     header = ["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))]
     return [header, *([name, *row.ravel()] for name, row in zip(series_ids, cells, strict=True))]
+
+
+def write_predictions(path: Path, *what: Any) -> None:
+    """test_predictions.csv, from the arguments of `prediction_rows`."""
+    write_rows(path, prediction_rows(*what))
 
 
 def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
@@ -5286,17 +5218,22 @@ def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: 
     return np.array([*found.values()], np.float64)
 
 
+def save_figure(path: Path, figure: Any) -> None:
+    """A matplotlib figure as PNG."""
+    path.parent.mkdir(exist_ok=True)
+    save_atomic(path, partial(figure.savefig, format="png", dpi=110))
+
+
 def plot_progress(folder: Path, results: list[dict], select: str = "macro_f1") -> None:
     """progress.png, redrawn after each epoch."""
-    figure = draw_progress(results, select)
-    save_atomic(folder / "progress.png", lambda file: figure.savefig(file, format="png", dpi=110))
+    save_figure(folder / "progress.png", draw_progress(results, select))
 
 
 def draw_progress(results: list[dict], select: str) -> Any:
     """Losses, macro F1 and AUROC, learning rate by epoch, with the best epoch marked."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
-    figure, best = Figure(figsize=(12, 3.6), layout="constrained"), best_epoch(results, select)
+    figure, best = Figure(figsize=(9, 3.1), layout="constrained"), best_epoch(results, select)
     panels = {"loss": ("train_loss", "val_loss"), "validation": ("macro_f1", "macro_auc"), "learning rate": ("lr",)}
     for axis, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
@@ -5309,6 +5246,94 @@ def draw_progress(results: list[dict], select: str) -> Any:
         axis.grid(alpha=0.3)
         axis.legend()
     return figure
+
+
+def picture_path(folder: Path, series_id: str, label: str | None = None) -> Path:
+    """Where a scan's picture lies, or the one of a finding in it: ids may hold characters that no file name can."""
+    key = series_id if label is None else f"{series_id}\0{label}"
+    name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return folder / ("pictures" if label is None else "explanations") / f"{name}.png"
+
+
+def legible_windows(windows: np.ndarray) -> dict[int, np.ndarray]:
+    """Of windows (K, S, H, W) in [0, 1] the first of equal ones (Merlin's checkpoints see one three times), by number.
+
+    A window that is mostly dark, like that of bone, is shown as its square root. Models see it as it is.
+    """
+    different = [k for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
+    dark = [k for k in different if windows[k].sum() < 0.25 * np.count_nonzero(windows[k])]
+    return {k: np.sqrt(windows[k]) if k in dark else windows[k] for k in different}
+
+
+def draw_slices(
+    windows: np.ndarray, names: Sequence[str], title: str, slices: Sequence[int], notes: Sequence[str] | None = None,
+    maps: np.ndarray | None = None,
+) -> Any:  # fmt: skip
+    """A column for each slice of windows (K, S, H, W) in [0, 1], a row for each different window.
+
+    With relevance `maps` (slices, H, W) there is a last row, in which they lie over the mean of the windows.
+    """
+    from matplotlib.figure import Figure
+
+    rows = {names[k]: window[slices] for k, window in legible_windows(windows).items()}
+    if maps is not None:
+        rows["relevance"] = np.mean([*rows.values()], axis=0)
+        shares = maps / (maps.max() or 1.0)
+    figure = Figure((1.6 * len(slices) + 0.5, 1.6 * len(rows) + 0.8), layout="constrained")
+    axes = figure.subplots(len(rows), len(slices), squeeze=False)
+    for line, (name, images) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=8)
+        for k, axis in enumerate(line):
+            axis.imshow(images[k], cmap="gray", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
+            if name == "relevance":
+                axis.imshow(shares[k], cmap="inferno", vmin=0, vmax=1, alpha=0.75 * np.sqrt(shares[k]))
+    for axis, s, note in zip(axes[0], slices, notes or [""] * len(slices), strict=True):
+        axis.set_title(f"slice {s + 1} of {windows.shape[1]}\n{note}".strip(), fontsize=8)
+    figure.suptitle(title, fontsize=8, parse_math=False)
+    figure.supxlabel("front up, patient's right on the left · not for diagnosis", fontsize=8)
+    return figure
+
+
+def explain_split(
+    folder: Path, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, probabilities: np.ndarray,
+    thresholds: np.ndarray, n: int, num_workers: int,
+) -> None:  # fmt: skip
+    """explanations/*.png of the findings chosen by `findings_to_explain`, and explanations_{split}.json on them."""
+    table, names, device = dataset.table, window_names(dataset.prep), next(model.parameters()).device
+    chosen = findings_to_explain(probabilities, thresholds, n)
+    findings = []
+    for batch in build_loader(dataset, [[row] for row in chosen], num_workers, device):
+        row, volume = int(batch["row"]), batch["volume"].to(device)
+        if row in dataset.skipped:
+            continue
+        series, windows = table.series_ids[row], model.windows(volume)[0].cpu().numpy()
+        for i, found in zip(chosen[row], find_evidence(model, volume, chosen[row]), strict=True):
+            label, p, truth = table.labels[i], float(probabilities[row, i]), table.targets[row, i]
+            notes = [f"logit {gain:+.2f}" for gain in found.gains]
+            if found.attention:
+                notes = [f"{note}, attention {share:.0%}" for note, share in zip(notes, found.attention, strict=True)]
+            title = f"{label[:60]}: probability {p:.3f}, scan {series[:60]}"
+            figure = draw_slices(windows, names, title, found.slices, notes, found.maps)
+            save_figure(picture_path(folder, series, label), figure)
+            findings.append({
+                "id": series, "label": label, "probability": p, "target": None if np.isnan(truth) else int(truth),
+                "slices": found.slices, "gains": found.gains, "attention": found.attention,
+            })  # fmt: skip
+    content = {"split": split, "depth": dataset.prep.grid[0], "labels": list(table.labels), "findings": findings}
+    save_bytes(folder / f"explanations_{split}.json", json.dumps(content, allow_nan=False).encode())
+    log.info("%s: %d explanations in %s", split, len(findings), folder / "explanations")
+
+
+def most_wrong(
+    targets: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray, n: int = 12
+) -> list[tuple[int, list[int]]]:
+    """The n scans with the most confidently wrong decision: (row, its wrong labels, the worst first)."""
+    wrong = ~np.isnan(targets) & ((probabilities >= thresholds) != (targets == 1))
+    error = np.where(wrong, np.abs(probabilities - np.nan_to_num(targets)), 0.0)
+    rows = np.argsort(-error.max(axis=1, initial=0.0), kind="stable")[:n]
+    ranked = np.argsort(-error, axis=1, kind="stable").tolist()
+    return [(r, [c for c in ranked[r] if wrong[r, c]]) for r in rows.tolist() if wrong[r].any()]
 
 
 def save_evaluation(
@@ -5328,113 +5353,13 @@ def save_evaluation(
     save_bytes(folder / f"evaluation_{split}.json", json.dumps(content, allow_nan=False).encode())
 
 
-def most_wrong(
-    targets: np.ndarray, probabilities: np.ndarray, thresholds: np.ndarray, n: int = 12
-) -> list[tuple[int, list[int]]]:
-    """The n scans with the most confidently wrong decision: (row, its wrong labels, the worst first)."""
-    wrong = ~np.isnan(targets) & ((probabilities >= thresholds) != (targets == 1))
-    error = np.where(wrong, np.abs(probabilities - np.nan_to_num(targets)), 0.0)
-    rows = np.argsort(-error.max(axis=1, initial=0.0), kind="stable")[:n]
-    ranked = np.argsort(-error, axis=1, kind="stable").tolist()
-    return [(r, [c for c in ranked[r] if wrong[r, c]]) for r in rows.tolist() if wrong[r].any()]
-
-
-def picture_path(folder: Path, series_id: str, label: str | None = None) -> Path:
-    """Where a scan's picture lies, or the one of a finding in it: ids may hold characters that no file name can."""
-    key = series_id if label is None else f"{series_id}\0{label}"
-    name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return folder / ("pictures" if label is None else "explanations") / f"{name}.png"
-
-
-def save_pictures(
-    folder: Path, dataset: CTVolumeDataset, to_windows: Callable[[Tensor], Tensor], rows: Sequence[int]
-) -> None:
-    """pictures/*.png of these rows of the dataset, windowed by to_windows (N, C, S, H, W) -> (N, K, S, H, W)."""
-    (folder / "pictures").mkdir(exist_ok=True)
-    for row in rows:
-        with torch.no_grad():
-            windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
-        save_bytes(picture_path(folder, dataset.table.series_ids[row]), draw_scan(windows))
-
-
-def legible_windows(windows: np.ndarray) -> dict[int, np.ndarray]:
-    """Of windows (K, S, H, W) in [0, 1] the first of equal ones (Merlin's checkpoints see one three times), by number.
-
-    A window that is mostly dark, like that of bone, is shown as its square root. Models see it as it is.
-    """
-    different = [k for k, w in enumerate(windows) if not any(np.array_equal(w, before) for before in windows[:k])]
-    dark = [k for k in different if windows[k].sum() < 0.25 * np.count_nonzero(windows[k])]
-    return {k: np.sqrt(windows[k]) if k in dark else windows[k] for k in different}
-
-
-def draw_scan(windows: np.ndarray, columns: int = 5, size: int = 112) -> bytes:
-    """PNG of axial slices, feet to head, one line per different window, from windows (K, S, H, W) in [0, 1]."""
-    from PIL import Image  # matplotlib brings it
-
-    depth, *in_plane = windows.shape[1:]
-    at = [np.linspace(0, n - 1, max(1, round(n * size / max(in_plane)))).round().astype(int) for n in in_plane]
-    slices = ((np.arange(columns) + 0.5) / columns * depth).astype(int)
-    lines = [np.hstack([np.pad(w[s][np.ix_(*at)], 1) for s in slices]) for w in legible_windows(windows).values()]
-    buffer = io.BytesIO()
-    Image.fromarray((np.vstack(lines).clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def explain_split(
-    folder: Path, split: str, dataset: CTVolumeDataset, model: SiglipClassifier, probabilities: np.ndarray,
-    thresholds: np.ndarray, n: int, num_workers: int,
-) -> None:  # fmt: skip
-    """explanations/*.png of the findings chosen by `findings_to_explain`, and explanations_{split}.json on them."""
-    table, names, device = dataset.table, window_names(dataset.prep), next(model.parameters()).device
-    chosen = findings_to_explain(probabilities, thresholds, n)
-    (folder / "explanations").mkdir(exist_ok=True)
-    findings = []
-    for batch in build_loader(dataset, [[row] for row in chosen], num_workers, device):
-        row, volume = int(batch["row"]), batch["volume"].to(device)
-        if row in dataset.skipped:
-            continue
-        series, windows = table.series_ids[row], model.windows(volume)[0].cpu().numpy()
-        for i, found in zip(chosen[row], find_evidence(model, volume, chosen[row]), strict=True):
-            label, p, truth = table.labels[i], float(probabilities[row, i]), table.targets[row, i]
-            image = draw_evidence(found, windows, names, f"{label[:60]}: probability {p:.3f}, scan {series[:60]}")
-            save_bytes(picture_path(folder, series, label), image)
-            findings.append({
-                "id": series, "label": label, "probability": p, "target": None if np.isnan(truth) else int(truth),
-                "slices": found.slices, "gains": found.gains, "attention": found.attention,
-            })  # fmt: skip
-    content = {"split": split, "depth": dataset.prep.grid[0], "labels": list(table.labels), "findings": findings}
-    path = folder / f"explanations_{split}.json"
-    save_bytes(path, json.dumps(content, allow_nan=False).encode())
-    log.info("%s: %d explanations in %s", split, len(findings), folder / "explanations")
-
-
-def draw_evidence(found: Evidence, windows: np.ndarray, names: Sequence[str], title: str) -> bytes:
-    """PNG: a row for each slice, with its windows of (K, S, H, W) in [0, 1] and the relevance over their mean."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.figure import Figure
-
-    kept, top = legible_windows(windows), float(found.maps.max()) or 1.0
-    figure = Figure((1.6 * (len(kept) + 1) + 1, 1.65 * len(found.slices) + 0.8), layout="constrained")
-    axes = figure.subplots(len(found.slices), len(kept) + 1, squeeze=False)
-    for row, (line, s) in enumerate(zip(axes, found.slices, strict=True)):
-        share, images = found.maps[row] / top, [w[s] for w in kept.values()]
-        images.append(np.mean(images, axis=0))
-        for axis, image, name in zip(line, images, [*(names[k] for k in kept), "relevance"], strict=True):
-            axis.imshow(image, cmap="gray", vmin=0, vmax=1)
-            axis.set(xticks=[], yticks=[])
-            axis.set_title(f"{name}\nR   front   L" if row == 0 else "", fontsize=7)
-            if axis is not line[-1] and share.max() > 0.5:
-                axis.contour(share, levels=[0.5], colors="tab:orange", linewidths=0.8)
-        line[-1].imshow(share, cmap="inferno", vmin=0, vmax=1, alpha=0.75 * np.sqrt(share))
-        weight = f", attention {found.attention[row]:.0%}" if found.attention else ""
-        line[0].set_ylabel(f"slice {s + 1} of {windows.shape[1]}\nlogit {found.gains[row]:+.2f}{weight}", fontsize=7)
-    scale = ScalarMappable(cmap="inferno")
-    figure.colorbar(scale, ax=axes[:, -1], ticks=[0, 0.5, 1], label="share of the strongest relevance")
-    figure.suptitle(title, fontsize=8, parse_math=False)
-    figure.supxlabel("line: half of the strongest relevance   ·   not for diagnosis", fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return buffer.getvalue()
+def read_evaluation(path: Path) -> dict:
+    """What `save_evaluation` wrote, with arrays: targets (n, L) NaN unknown, probabilities (n, L), cuts (L,)."""
+    content = read_json(path)
+    with reading(path):
+        shape = (len(content["ids"]), len(content["labels"]))
+        content |= {k: np.array(content[k], np.float64).reshape(shape) for k in ("targets", "probabilities")}
+        return content | {"cuts": np.array([content["thresholds"][label] for label in content["labels"]], np.float64)}
 
 
 def publish(
@@ -5442,15 +5367,21 @@ def publish(
     probabilities: np.ndarray, thresholds: np.ndarray, tuned_here: str | None, resamples: int, seed: int,
     level: int = logging.INFO,
 ) -> dict:  # fmt: skip
-    """Score a split, log it (the table at `level`), write what the report says of it; returns what `evaluate` does."""
+    """Score a split, log it (the table at `level`), write what the report says of it; returns what `evaluate` does.
+
+    `to_windows`: (N, C, S, H, W) as read -> (N, K, S, H, W) as models see it, for pictures of the most wrong scans.
+    """
     table = dataset.table
     scored = evaluate(
         table.targets, probabilities, table.labels, thresholds, table.patient_ids, tuned_here, resamples, seed
     )
     save_evaluation(folder, split, table, probabilities, thresholds, scored)
-    wrong = most_wrong(table.targets, probabilities, thresholds)
-    with optional("the report's pictures"):
-        save_pictures(folder, dataset, to_windows, [row for row, _ in wrong])
+    with optional("the report's pictures"), torch.no_grad():
+        for row, _ in most_wrong(table.targets, probabilities, thresholds):
+            windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
+            slices, series = [int((k + 0.5) / 4 * windows.shape[1]) for k in range(4)], table.series_ids[row]
+            figure = draw_slices(windows, window_names(dataset.prep), series[:60], slices)
+            save_figure(picture_path(folder, series), figure)
     log.log(level, "%s", format_metrics_table(scored["metrics"]))
     log.info("%s", format_summary(split, scored))
     return scored
@@ -5459,41 +5390,21 @@ def publish(
 def save_run(folder: Path, title: str, facts: dict, args: argparse.Namespace, table: Table) -> None:
     """Add what the report says of this run, its settings and its data under this title to run.json."""
     path, settings = folder / "run.json", {k: v for k, v in vars(args).items() if v is not None and k != "command"}
-    sections = {"Run": facts, "Settings": settings, "Data": summarise_table(table)}
+    parts = {name: table.split(name) for name in dict.fromkeys(table.splits)}
+    data = {name: f"{len(part)} scans of {len(set(part.patient_ids))} patients" for name, part in parts.items()}
+    sections = {"Run": facts, "Settings": settings, "Data": data}
     content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
     save_bytes(path, json.dumps(content, default=str, indent=1).encode())
 
 
-def summarise_table(table: Table) -> dict[str, dict]:
-    """Scans and patients per split, and positives of known values per label and split: the report's data summary."""
-    splits = {name: table.split(name) for name in dict.fromkeys(table.splits)}
-    counts = {name: {"scans": len(t), "patients": len(set(t.patient_ids))} for name, t in splits.items()}
-    positives = {
-        label: {n: f"{(t.targets[:, i] == 1).sum()} of {(~np.isnan(t.targets[:, i])).sum()}" for n, t in splits.items()}
-        for i, label in enumerate(table.labels)
-    }
-    return {"Scans": counts, "Positive of known labels": positives}
-
-
-# The report: one page, made from the files of a folder alone, that needs no network. All that is text stands in the
-# template; matplotlib draws the curves as SVG, whose colours the page then calls its own, for the dark scheme too.
+# The report: one page, made from the files of a folder alone, that needs no network. All its text stands in this
+# template, which escapes whatever a table holds; the only script that may run says where a box scrolls sideways.
 
 REPORT_SCRIPT = """
 const mark = () => document.querySelectorAll('.wide').forEach(
   box => box.classList.toggle('more', box.scrollWidth > box.clientWidth + 1));
 addEventListener('resize', mark);
 mark();
-document.querySelectorAll('th button').forEach(button => button.addEventListener('click', () => {
-  const head = button.parentNode, i = head.cellIndex, body = head.closest('table').tBodies[0];
-  const up = head.ariaSort ? head.ariaSort === 'descending' : i === 0;
-  head.parentNode.querySelectorAll('th').forEach(th => th.removeAttribute('aria-sort'));
-  head.ariaSort = up ? 'ascending' : 'descending';
-  [...body.rows].sort((a, b) => {
-    const [x, y] = [a, b].map(row => row.cells[i].dataset.v);
-    if (x === '' || y === '') return (x === '') - (y === '');
-    return (up ? 1 : -1) * (i === 0 ? x.localeCompare(y) : x - y);
-  }).forEach(row => body.append(row));
-}));
 """
 REPORT_TEMPLATE = """
 {% macro figure(value, interval=none, tag='td') %}
@@ -5501,13 +5412,9 @@ REPORT_TEMPLATE = """
 {%- if interval %}<small>{{ '%.3f–%.3f' % (interval[0], interval[1]) }}</small>{% endif %}</{{ tag }}>{% endmacro %}
 {% macro wide(name) %}<div class="wide" tabindex="0" role="region" aria-label="{{ name }}">{{ caller() }}</div>
 {% endmacro %}
-{% macro facts(value, title='') %}{% set rows = value.values() | list if value is mapping else [] %}
-{% if rows and not rows | reject('mapping') | list and rows[0].values() | first is not mapping %}
-{% call wide(title) %}<table><tr><th></th>{% for name in rows[0] %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for name, row in value.items() %}<tr><th>{{ name }}</th>{% for x in row.values() %}<td>{{ x }}</td>{% endfor %}</tr>
-{% endfor %}</table>{% endcall %}
-{% elif rows %}<dl>{% for name, x in value.items() %}<dt>{{ name }}</dt><dd>{{ facts(x, name) }}</dd>{% endfor %}</dl>
-{% else %}{{ value | join(', ') if value is sequence and value is not string else value }}{% endif %}{% endmacro %}
+{% macro image(address, text) %}{% if address %}<img src="{{ address }}" alt="{{ text }}">{% endif %}{% endmacro %}
+{% macro facts(content) %}<dl>{% for name, value in content.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{% endfor %}</dl>{% endmacro %}
 {% macro evaluation(e, at) %}{% set spread = e.intervals.get('per_label', {}) %}
 <p>{{ e.ids | length }} scans of {{ e.patients | unique(true) | list | length }} patients, {{ e.labels | length }}
 labels. {% if e.intervals %}In small print: 95 % intervals from {{ e.resamples }} resamples of the patients.{% endif %}
@@ -5517,11 +5424,9 @@ they do not flatter, the figures that depend on them are cross-fitted: each scan
 patients. Taken at face value, macro F1 would seem to be {{ shown(e.apparent.macro_f1) }}.{% endif %}</p>
 <div class="grid" style="--w: max(10rem, 20%)">{% for key, title in headlines.items() %}
 <div class="card" data-figure="{{ key }}">{{ title }}{{ figure(e.metrics[key], e.intervals.get(key), 'b') }}</div>
-{% endfor %}</div><h3>Per label</h3>{% call wide('Figures per label') %}<table class="sort">
-<caption>A heading sorts the table; a label leads to its curves.</caption><thead><tr>
+{% endfor %}</div><h3>Per label</h3>{% call wide('Figures per label') %}<table><thead><tr>
 {% for title in ['label', 'positive / known'] + columns.values() | list + ['threshold'] %}
-<th scope="col"><button type="button">{{ title }}</button></th>{% endfor %}</tr></thead><tbody>
-{% for label, row in e.metrics.per_label.items() %}
+<th scope="col">{{ title }}</th>{% endfor %}</tr></thead><tbody>{% for label, row in e.metrics.per_label.items() %}
 <tr><th scope="row" data-v="{{ label }}"><a href="#{{ at }}-{{ loop.index0 }}">{{ label }}</a></th>
 <td data-v="{{ row.n_positive }}">{{ row.n_positive }} / {{ row.n_known }}</td>
 {% for key in columns %}{{ figure(row[key], spread.get(label, {}).get(key)) }}{% endfor %}
@@ -5530,80 +5435,64 @@ patients. Taken at face value, macro F1 would seem to be {{ shown(e.apparent.mac
 {{ figure(e.metrics[kind ~ '_' ~ key], e.intervals.get(kind ~ '_' ~ key)) }}{% endfor %}<td></td></tr>{% endfor %}
 <tr><th scope="row">labels in the macro average</th><td></td>
 {% for key in columns %}<td>{{ e.metrics.labels_averaged[key] }}</td>{% endfor %}<td></td></tr></tfoot></table>
-{% endcall %}
-<h3>AUROC with 95 % interval</h3><div style="max-width: 30rem">
-{{ svg('AUROC of each label, ' ~ e.split ~ ' split, as in the table above', forest, e) }}</div>
-<h3>Curves</h3><p>Dots, dotted lines: the stored threshold. Calibration: bins of {{ fewest }} scans or more.</p>
+{% endcall %}<h3>Curves</h3><p>Dots: the stored threshold. Calibration: bins of {{ fewest }} scans or more.</p>
 {% for label, row in e.metrics.per_label.items() %}
 <section id="{{ at }}-{{ loop.index0 }}"><h4>{{ label }}</h4>
 {% if 0 < row.n_positive < row.n_known %}{% call wide('Curves of ' ~ label) %}
-{{ svg('Curves of ' ~ label ~ ', ' ~ e.split ~ ' split', curves, e, loop.index0) }}{% endcall %}
+{{ image(chart(curves, e, loop.index0), 'Curves of ' ~ label ~ ', ' ~ e.split ~ ' split') }}{% endcall %}
 {% else %}<p>{{ row.n_positive }} positive of {{ row.n_known }} known: no curves without both.</p>{% endif %}
-</section>{% endfor %}<h3>Findings that come together</h3><p>Of the scans with a row's finding, the percentage that
-also has the column's, where both are known. Beside each name: how many scans have it.</p>
-{% for title, rows in together(e).items() %}<h4>{{ title }}</h4>{% call wide(title) %}<table class="pairs"><tr><th></th>
-{% for label in e.labels %}<th scope="col">{{ label }}</th>{% endfor %}</tr>
-{% for number, shares in rows %}<tr><th scope="row">{{ e.labels[loop.index0] }} ({{ number }})</th>
-{% for share in shares %}<td{% if share == share %} style="--share: {{ share | round(2) }}">
-{{- (100 * share) | round | int }}{% else %}>{% endif %}</td>{% endfor %}</tr>{% endfor %}</table>
-{% endcall %}{% endfor %}<h3>Most confidently wrong</h3><ul class="grid" style="--w: 22rem">
+</section>{% endfor %}<h3>Most confidently wrong</h3><ul class="grid" style="--w: 36rem">
 {% for row, labels in wrong(e.targets, e.probabilities, e.cuts) %}<li class="card"><h4>{{ e.ids[row] }}</h4>
-{{ picture('Axial slices of scan ' ~ e.ids[row] ~ ', feet to head, one line per intensity window', e.ids[row]) }}
+{% call wide(e.ids[row]) %}
+{{ image(picture(e.ids[row]), 'Axial slices of scan ' ~ e.ids[row] ~ ', feet to head, a line for each window') }}
+{% endcall %}
 <ul>{% for i in labels %}<li>{{ e.labels[i] }}: {{ 'missed' if e.targets[row, i] == 1 else 'called, not there' }},
 probability {{ '%.3f' % e.probabilities[row, i] }}</li>{% endfor %}</ul></li>
 {% else %}<li>No decision was wrong.</li>{% endfor %}</ul>{% endmacro %}
 {% macro explanations(e, at) %}<p><b>Not for diagnosis.</b> For each finding the slices that raised its logit most, the
-strongest first, in every window that the model sees, and the relevance map over their mean. Beside a slice: what it
+strongest first, in every window that the model sees, and the relevance map over their mean. Above a slice: what it
 adds to the logit, to first order (gradient × feature, attention weight included). The map is gradient × activation of
-the last tokens where that is positive. It shows what this model's answer depended on, in the coarse grid of its tokens;
-it outlines no finding and proves none.</p>{% for label, found in e.findings | groupby('label', case_sensitive=true) %}
-<h3>{{ label }}</h3><div class="grid" style="--w: 34rem">
+the last tokens where that is positive, as a share of its highest value. It shows what this model's answer depended on,
+in the coarse grid of its tokens; it outlines no finding and proves none.</p>
+{% for label, found in e.findings | groupby('label', case_sensitive=true) %}
+<h3>{{ label }}</h3><div class="grid" style="--w: 36rem">
 {% for f in found | sort(attribute='probability', reverse=true) %}
 {% set truth = 'label unknown' if f.target is none else 'labelled as present' if f.target else 'labelled as absent' %}
 {% set note %}Scan {{ f.id }}: probability {{ '%.3f' % f.probability }}, {{ truth }}; slices
 {% for s in f.slices %}{{ s + 1 }}{{ ', ' if not loop.last }}{% endfor %} of {{ e.depth }}{% endset %}
 <figure class="card">{% call wide(f.id) %}
-{{ picture(label ~ '. ' ~ note ~ ', with the relevance in each', f.id, label) }}
+{{ image(picture(f.id, label), label ~ '. ' ~ note ~ ', with the relevance in each') }}
 {% endcall %}<figcaption>{{ note }}</figcaption></figure>{% endfor %}</div>
 {% else %}<p>No finding was called.</p>{% endfor %}{% endmacro %}
 {% macro training(results, select) %}{% call wide('Training') %}
-{{ svg('Losses, figures and learning rate by epoch', progress, results, select) }}{% endcall %}{% endmacro %}
+{{ image(chart(progress, results, select), 'Losses, figures and learning rate by epoch') }}{% endcall %}{% endmacro %}
 {% macro page(name, runs, chapters, script, digest) %}<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{{ digest }}'">
 <title>{{ name }}: SigLIP on chest CT</title><style>
-:root { color-scheme: light dark; --ink: #1b2330; --soft: #566070; --paper: #fff; --card: #f5f6f8; --line: #ccd2da;
-  --c0: #1a63d8; --c1: #b8430a; --c2: #12753a }
-@media screen and (prefers-color-scheme: dark) { :root { --ink: #e7eaef; --soft: #a7b1be; --paper: #11151b;
-  --card: #1a2028; --line: #38424f; --c0: #71b2ff; --c1: #ffa267; --c2: #66d68e } }
-* { box-sizing: border-box } a { color: var(--c0) } nav a, p span { margin-right: 1rem } .card ul { padding-left: 1rem }
-body { margin: auto; max-width: 84rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; color: var(--ink);
-  background: var(--paper); overflow-wrap: anywhere } h1 { font-size: 1.6rem } p, dd { max-width: 75ch; margin: 0 }
-h2 { margin: 2rem 0 1rem; border-bottom: 2px solid var(--line) } h4, figure { margin: .5rem 0; min-width: 0 }
-small, caption, figcaption { color: var(--soft); font-size: .8rem; font-weight: 400; text-align: left }
-.skip:not(:focus) { position: absolute; left: -99rem } dt, .card > b { font-weight: 600 }
+:root { color-scheme: light dark; --soft: light-dark(#566070, #a7b1be); --paper: light-dark(#fff, #11151b);
+  --card: light-dark(#f5f6f8, #1a2028); --line: light-dark(#ccd2da, #38424f); --link: light-dark(#1a63d8, #71b2ff) }
+body { margin: auto; max-width: 84rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif; background: var(--paper);
+  overflow-wrap: anywhere } * { box-sizing: border-box } a { color: var(--link) } nav a, p span { margin-right: 1rem }
+h2 { margin: 2rem 0 1rem; border-bottom: 2px solid var(--line) } h4, figure { margin: .5rem 0 } p, dd { margin: 0 }
+small, figcaption { display: block; color: var(--soft); font-size: .8rem; font-weight: 400 }
+p, dd { max-width: 75ch } .skip:not(:focus) { position: absolute; left: -99rem } dt, b { font-weight: 600 }
 dl { display: grid; grid-template-columns: fit-content(30%) minmax(0, 1fr); gap: .3rem 1rem }
 .grid { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--w)), 1fr)) }
-ul.grid { list-style: none; padding: 0 } .card > b { display: block; font-size: 1.7rem; line-height: 1.2 }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem }
-.wide { overflow-x: auto } .wide svg { min-width: 62rem } .wide img { width: 100%; min-width: 36rem; max-width: none }
-.wide.more::before { content: "↔ scrolls sideways"; display: block; color: var(--c0); font-size: .8rem }
+.card > b { display: block; font-size: 1.7rem; line-height: 1.2 } ul { list-style: none; padding: 0 }
+img { display: block; width: 100% } .wide { overflow-x: auto } .wide img { min-width: 34rem; max-width: 60rem }
+.wide.more::before { content: "↔ scrolls sideways"; display: block; color: var(--link); font-size: .8rem }
 table { border-spacing: 0; font-size: .8rem; font-variant-numeric: tabular-nums; overflow-wrap: normal }
 th, td { padding: .25rem .2rem; text-align: right; border-top: 1px solid var(--line); vertical-align: top }
-td { white-space: nowrap } td small { font-size: .87em } small, svg, img { display: block; max-width: 100% }
+td { white-space: nowrap } td small { font-size: .87em }
 th:first-child { position: sticky; left: 0; background: var(--paper); text-align: left; font-weight: inherit;
   min-width: min(8.5rem, 36vw); max-width: 40vw; overflow-wrap: anywhere }
-.pairs td { background: color-mix(in srgb, var(--c0) calc(var(--share) * 50%), #0000) }
-.pairs th[scope=col] { writing-mode: vertical-rl; text-align: right; max-height: 12rem }
-th button { all: unset; cursor: pointer; font-weight: 600; text-decoration: underline dotted }
-th button:focus-visible { outline: 2px solid }
-[aria-sort=ascending] button::after { content: " ▲" } [aria-sort=descending] button::after { content: " ▼" }
-svg { width: 100%; height: auto; stroke-linejoin: round; fill: var(--ink) }
-@media print { @page { size: A4 landscape; margin: 10mm } body { font-size: 9pt } table { font-size: 6.5pt }
-  nav, caption, .wide.more::before { display: none } .wide { overflow: visible } th:first-child { position: static }
-  .wide svg, .wide img { min-width: 0; max-height: 150mm } th, td { padding: 1pt 2pt }
-  figure, .card, tr, section section { break-inside: avoid } h2, h3, h4 { break-after: avoid } }
+@media screen and (prefers-color-scheme: dark) { img[src*=svg] { filter: invert(1) hue-rotate(180deg) } }
+@media print { :root { color-scheme: light } @page { size: A4 landscape; margin: 10mm } table { font-size: 6.5pt }
+  th, td { padding: 1pt } nav, .wide.more::before { display: none } tr, .card, section section { break-inside: avoid }
+  .wide img { min-width: 0; max-height: 150mm; object-fit: contain } }
 </style></head><body><a class="skip" href="#main">Skip to the results</a><h1>{{ name }}</h1>
 <p>SigLIP on chest CT: research, not for diagnosis.</p>{% for title, run in runs.items() %}<p><span>{{ title }}:</span>
 {% for key, value in run.items() %}{% set sum = run.get(key ~ ' digest') or run.get(key ~ ' SHA-256') %}
@@ -5627,8 +5516,45 @@ of equal width, weighted by their scans, of |mean probability − share of posit
 the VLM3D challenge. 1/3 for a model that calls nothing.</dd></dl></main><script>{{ script }}</script></body></html>
 {% endmacro %}
 """
-PAGE_COLOURS = {"#000000": "ink", "#808080": "soft", "#1f77b4": "c0", "#ff7f0e": "c1", "#2ca02c": "c2"}  # matplotlib's
-FEWEST_IN_BIN = 5  # scans that a point of the calibration curve stands for at least
+
+
+def data_address(content: bytes, kind: str) -> str:
+    """An image inside the page."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def chart(draw: Callable[..., Any], *data: Any) -> str:
+    """The figure that `draw` makes of the data as SVG, whose text stays text; the same data gives the same bytes."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), io.BytesIO() as buffer:
+        draw(*data).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        return data_address(buffer.getvalue(), "svg+xml")
+
+
+def draw_curves(e: dict, i: int) -> Any:
+    """ROC, precision by recall and calibration of a label that has both classes, with dots at its threshold."""
+    from matplotlib.figure import Figure
+    from sklearn.metrics import precision_recall_curve, roc_curve
+
+    known, row = np.isfinite(e["targets"][:, i]), e["metrics"]["per_label"][e["labels"][i]]
+    y, p = e["targets"][known, i] == 1, e["probabilities"][known, i]
+    called, bins = p >= e["cuts"][i], np.minimum((p * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    n, sums, found = (np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, p, y))
+    enough = n >= FEWEST_IN_BIN
+    figure = Figure((9, 3.1))
+    figure.subplots_adjust(0.06, 0.16, 0.99, 0.9, 0.25)
+    roc, pr, calibration = axes = figure.subplots(1, 3)
+    roc.plot([0, 1], [0, 1], "C7:", *roc_curve(y, p)[:2], "C0-", called[~y].mean(), called[y].mean(), "C0o")
+    pr.plot([0, 1], [y.mean()] * 2, "C7:", called[y].mean(), y[called].mean() if called.any() else math.nan, "C0o")
+    pr.plot(*precision_recall_curve(y, p)[1::-1], "C0-", drawstyle="steps-post")
+    calibration.plot([0, 1], [0, 1], "C7:", sums[enough] / n[enough], found[enough] / n[enough], "C0o-")
+    titles = {"AUROC": "auc", "average precision": "average_precision", "calibration error": "ece"}
+    names = (("1 − specificity", "sensitivity"), ("recall", "precision"), ("mean probability", "share positive"))
+    for axis, (title, key), (x, name) in zip(axes, titles.items(), names, strict=True):
+        axis.set(title=f"{title} {shown(row[key])}", xlabel=x, ylabel=name)
+        axis.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=[0, 0.5, 1])
+    return figure
 
 
 def write_report(folder: Path) -> Path:
@@ -5637,11 +5563,14 @@ def write_report(folder: Path) -> Path:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
+    def picture(*whose: str) -> str:
+        path = picture_path(folder, *whose)
+        return data_address(path.read_bytes(), "png") if path.is_file() else ""
+
     known = {
         "columns": REPORT_COLUMNS, "headlines": REPORT_HEADLINES, "objectives": OBJECTIVES, "bins": CALIBRATION_BINS,
-        "fewest": FEWEST_IN_BIN, "shown": shown, "svg": svg_of, "curves": draw_curves, "forest": draw_forest,
-        "progress": draw_progress, "together": found_together, "wrong": most_wrong,
-        "picture": partial(embed_picture, folder),
+        "fewest": FEWEST_IN_BIN, "shown": shown, "chart": chart, "curves": draw_curves, "progress": draw_progress,
+        "wrong": most_wrong, "picture": picture,
     }  # fmt: skip
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     parts: Any = environment.from_string(REPORT_TEMPLATE).make_module(known)
@@ -5669,128 +5598,10 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-def read_evaluation(path: Path) -> dict:
-    """What `save_evaluation` wrote, with arrays: targets (n, L) NaN unknown, probabilities (n, L), cuts (L,)."""
-    content = read_json(path)
-    with reading(path):
-        shape = (len(content["ids"]), len(content["labels"]))
-        content |= {k: np.array(content[k], np.float64).reshape(shape) for k in ("targets", "probabilities")}
-        return content | {"cuts": np.array([content["thresholds"][label] for label in content["labels"]], np.float64)}
-
-
 def known_pairs(e: dict, i: int) -> tuple[np.ndarray, np.ndarray]:
     """Truth and probability (n,) of a label where it is known."""
     known = np.isfinite(e["targets"][:, i])
     return e["targets"][known, i] == 1, e["probabilities"][known, i]
-
-
-def embed_picture(folder: Path, text: str, *whose: str) -> str:
-    """The PNG of a scan, or of a finding in it, inside the page; `text` is for those who can't see it."""
-    from markupsafe import Markup
-
-    path, image = picture_path(folder, *whose), Markup('<img src="data:image/png;base64,{}" alt="{}">')
-    return image.format(base64.b64encode(path.read_bytes()).decode(), text) if path.is_file() else ""
-
-
-def svg_of(text: str, draw: Callable[..., Any], *data: Any) -> str:
-    """The figure that `draw` makes of the data, inside the page; `text` is for those who can't see it.
-
-    Text stays text, and the same figure gives the same bytes. Names inside an SVG are the page's as well: those that
-    nothing refers to go, the others are kept apart by `text`.
-    """
-    from markupsafe import Markup, escape
-    from matplotlib import rc_context
-
-    look: dict[Any, Any] = {
-        "font.size": 11, "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-        "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": text,
-    }  # fmt: skip
-    with rc_context(look):
-        buffer, unnamed = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts count, not those here
-            draw(*data).savefig(buffer, format="svg", transparent=True, metadata=unnamed)
-    svg = re.sub(r"<style.*?</style>|font-family: [^;]*; ", "", buffer.getvalue().partition("<svg")[2], flags=re.DOTALL)
-    svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)  # known to a page, and they look like addresses
-    svg = re.sub(r"<(path|use) [^>]+>", lambda tag: re.sub(r"(\.\d)\d+", r"\1", tag[0]), svg)  # tenths of a pixel do
-    svg = re.sub(r"\s*\n\s*", " ", re.sub(r'<g id="[\w.]+"', "<g", svg))
-    for colour, name in PAGE_COLOURS.items():
-        svg = svg.replace(f": {colour}", f": var(--{name})")
-    return Markup(f'<svg role="img" aria-label="{escape(text)}"{svg}')
-
-
-def draw_curves(e: dict, i: int) -> Any:
-    """ROC, precision and recall, figures by threshold, calibration and spread of a label that has both classes."""
-    from matplotlib.figure import Figure
-    from sklearn.metrics import precision_recall_curve, roc_curve
-
-    (y, p), cut, row = known_pairs(e, i), e["cuts"][i], e["metrics"]["per_label"][e["labels"][i]]
-    grid = np.append(np.linspace(0, 1, 101), cut)
-    called = p[:, None] >= grid  # (n, thresholds)
-    hit, false, f1 = called[y].mean(0), called[~y].mean(0), 2 * called[y].sum(0) / (called.sum(0) + y.sum())
-    figure = Figure((16.9, 3.2))
-    figure.subplots_adjust(0.035, 0.17, 0.995, 0.87, 0.22)
-    roc, pr, by_cut, calibration, spread = axes = figure.subplots(1, 5)
-    guide: dict[str, Any] = {"color": "gray", "linestyle": ":"}
-    roc.plot([0, 1], [0, 1], **guide)
-    roc.plot(*roc_curve(y, p)[:2], "C0-", false[-1], hit[-1], "C0o")
-    pr.axhline(y.mean(), **guide)
-    pr.plot(*precision_recall_curve(y, p)[1::-1], "C0-", drawstyle="steps-post")
-    pr.plot(hit[-1], called[y, -1].sum() / (called[:, -1].sum() or math.nan), "C0o")
-    for style, values, name in (("C0-", f1, "F1"), ("C1--", hit, "sensitivity"), ("C2-.", 1 - false, "specificity")):
-        by_cut.plot(grid[:-1], values[:-1], style, label=name)
-    bins = np.minimum((p * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    n, sums, found = (np.bincount(bins, weights, CALIBRATION_BINS) for weights in (None, p, y))
-    enough = n >= FEWEST_IN_BIN
-    calibration.plot([0, 1], [0, 1], **guide)
-    calibration.plot(sums[enough] / n[enough], found[enough] / n[enough], "C0o-")
-    for part, name, colour, style in ((p[~y], "negative", "C0", "-"), (p[y], "positive", "C1", "--")):
-        share, name = np.full(len(part), 100 / len(part)), f"{len(part)} {name}"
-        spread.hist(part, grid[:-1:5], weights=share, histtype="step", color=colour, linestyle=style, label=name)
-    texts = (
-        (f"AUROC {shown(row['auc'])}", "1 − specificity", "sensitivity"),
-        (f"average precision {shown(row['average_precision'])}", "recall", "precision"),
-        ("", f"threshold (stored: {cut:.3f})", ""),
-        (f"calibration error {shown(row['ece'])}", "mean probability", "share positive"),
-        ("", "probability", "% of scans"),
-    )
-    for axis, (title, x, name) in zip(axes, texts, strict=True):
-        axis.set(title=title, xlabel=x, ylabel=name, xlim=(0, 1.02), xticks=[0, 0.5, 1])
-        if axis is not spread:
-            axis.set(ylim=(0, 1.02), yticks=[0, 0.5, 1])
-        if not title:
-            axis.axvline(cut, **guide)
-            axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1.5, fontsize=9)
-    return figure
-
-
-def draw_forest(e: dict) -> Any:
-    """AUROC of every label with its interval, the best on top."""
-    from matplotlib.figure import Figure
-
-    spread = e["intervals"].get("per_label", {})
-    rows = [(m["auc"], c, spread.get(c, {}).get("auc")) for c, m in e["metrics"]["per_label"].items()]
-    rows = sorted((row for row in rows if row[0] is not None), key=lambda row: row[0])
-    height = 0.45 * len(rows) + 0.5
-    figure = Figure((5, height))
-    axis = figure.add_axes((0.03, 0.3 / height, 0.94, 1 - 0.3 / height))
-    for i, (value, label, interval) in enumerate(rows):
-        axis.plot(interval or [value, value], [i, i], "C0-", value, i, "C0o")
-        axis.annotate(" ".join(label.split())[:60], (0, i), (2, 6), ("axes fraction", "data"), "offset points")
-    axis.set(xlim=(min([0.5, *(axis.get_xlim()[:1] if rows else [])]), 1.01), ylim=(-0.6, len(rows)), yticks=[])
-    axis.grid(axis="x", alpha=0.3)
-    return figure
-
-
-def found_together(e: dict) -> dict[str, list]:
-    """Truth and prediction, label by label: how many scans have it, and the share of these with each other label."""
-    known, out = np.isfinite(e["targets"]), {}
-    for title, has in (("Truth", e["targets"] == 1), ("Prediction", (e["probabilities"] >= e["cuts"]) & known)):
-        both, base = (has.T.astype(np.float64) @ other for other in (has, known))
-        np.fill_diagonal(both, math.nan)
-        shares = np.divide(both, base, out=np.full_like(both, math.nan), where=base > 0)
-        out[title] = list(zip(has.sum(0).tolist(), shares.tolist(), strict=True))
-    return out
 
 
 # The same figures for the tracker.

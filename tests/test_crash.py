@@ -83,7 +83,7 @@ def test_what_a_save_does_comes_in_an_order_that_a_power_cut_respects(bench):
     save = [operations[n - 1] for n in one_save(operations)]
     order = [
         next(i for i, line in enumerate(save) if line.startswith(start))
-        for start in ("replace checkpoint_epoch", "replace last.fresh", "replace last.ckpt", "replace results.jsonl")
+        for start in ("replace checkpoint_epoch", "replace last.previous", "replace last.ckpt", "replace results.jsonl")
     ]
     assert order == sorted(order)
     assert operations.index("replace last.ckpt") < next(i for i, o in enumerate(operations) if "checkpoint_epoch" in o)
@@ -243,7 +243,7 @@ def test_a_failed_write_leaves_the_old_files_whole_and_says_so(bench, tmp_path, 
     assert os.strerror(getattr(__import__("errno"), how)) in errors[0]
     assert kind != "write" or re.search(r"[\d,]+ bytes are needed and [\d,]+ bytes are free", errors[0])
     assert not torn_files(out)
-    assert not [file.name for file in out.iterdir() if ".tmp" in file.name or "fresh" in file.name]
+    assert not [file.name for file in out.iterdir() if ".tmp" in file.name]
     assert run(bench, out, "--resume", "auto").code == 0
     assert outcome(bench, out) == bench.reference(PLAIN)[0]
 
@@ -666,7 +666,7 @@ def test_an_error_is_said_once_whichever_ranks_find_it(bench, tmp_path, who):
         more, said = ["--csv", str(tmp_path / "none.csv")], "none.csv"
     elif who == "rank 0":
         out.write_text("in the way")
-        said = f"{out} can't be written"
+        said = f"{out}: File exists"
     else:  # each epoch deals the scans out anew, so this one is met by either rank sooner or later
         scans = shutil.copytree(bench.scans.parent, tmp_path / "scans") / bench.scans.name
         row = next(line.split(",") for line in scans.read_text().splitlines() if ",train," in line)

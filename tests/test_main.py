@@ -431,14 +431,6 @@ def test_the_scans_of_a_patient_are_averaged_after_training_as_in_prediction(sca
     assert e["cuts"].tolist() == tune_thresholds(e["targets"], e["probabilities"], "youden").tolist()
 
 
-def test_the_challenge_format_is_written_for_json(finished, scans, tmp_path):
-    output = tmp_path / "submission.json"
-    assert main(prediction_arguments(scans, finished / "best_model.pth", tmp_path, "--test-output", str(output))) == 0
-    content = json.loads(output.read_text())
-    assert set(content) == {"name", "type", "version", "predictions"}
-    assert all(set(entry["probabilities"]) == set(LABELS) for entry in content["predictions"])
-
-
 def test_the_check_reports_and_draws_without_training(scans, tmp_path, capsys):
     argv = ["--csv", str(scans), "--label-columns", *LABELS, "--output-dir", str(tmp_path), "--check-data"]
     assert main([*argv, "--num-slices", "8", "--image-size", "32"]) == 0

@@ -88,7 +88,7 @@ class Bench:
                 self.problems.append(f"{config} {moments}: torn {torn}")
         found = outcome(self, out)
         wrong = [name for name in wanted if wanted[name] != found[name]]
-        leftover = [file.name for file in out.iterdir() if file.name.endswith(".tmp") or "fresh" in file.name]
+        leftover = [file.name for file in out.iterdir() if file.name.endswith(".tmp")]
         if wrong or leftover:
             self.problems.append(f"{config} {moments}: differs in {wrong}, leftovers {leftover}, see {out}")
         else:

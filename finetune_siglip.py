@@ -4740,20 +4740,17 @@ def link_atomic(source: Path, path: Path) -> None:
 
 def digest_of(content: Any) -> str:
     """SHA-256 of nested dicts, lists, tensors and plain values: `torch.load` itself checks no sums."""
-    sha = hashlib.sha256()
-
-    def add(value: Any) -> None:
+    sha, ahead = hashlib.sha256(), [content]
+    while ahead:
+        value = ahead.pop()
         if isinstance(value, Tensor):
             sha.update(f"tensor {value.dtype} {tuple(value.shape)}".encode())
             sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         elif isinstance(value, (dict, list, tuple)):
             sha.update(f"{'dict' if isinstance(value, dict) else 'list'} {len(value)}".encode())
-            for item in itertools.chain(*value.items()) if isinstance(value, dict) else value:
-                add(item)
+            ahead += reversed([*itertools.chain(*value.items())] if isinstance(value, dict) else value)
         else:
             sha.update(f"{type(value).__name__} {value!r};".encode())
-
-    add(content)
     return sha.hexdigest()
 
 
@@ -4794,10 +4791,8 @@ def load_checked(path: Path, kind: str, digest: str | None = None) -> dict[str, 
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
         why = f"{type(error).__name__}: it is damaged or another file" if path.exists() else "there is no such file"
         raise BadInput(f"{path}: not readable as {what} ({why})") from error
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise BadInput(f"{path}: not {what}; --pretrained takes other people's weights")
-    if content.get("format") != FORMAT:
-        raise BadInput(f"{path}: format {content.get('format')}, not {FORMAT}; use the script that wrote it")
+    if not isinstance(content, dict) or (content.get("kind"), content.get("format")) != (kind, FORMAT):
+        raise BadInput(f"{path}: not {what} in format {FORMAT}; --pretrained takes other people's weights")
     stored, whole = content.pop("digest", None), False
     with suppress(Exception):  # a crafted tensor can claim any shape over few bytes: its size is looked at first
         whole = tensor_bytes(content) <= path.stat().st_size and stored == digest_of(content)
@@ -4913,10 +4908,9 @@ class History:
 
     lines: list[str] = field(default_factory=list)
     top: TopKCheckpoints = field(default_factory=TopKCheckpoints)
-    digests: dict[str, str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)  # of the top k's files; one without is to be written anew
     epochs_without_gain: int = 0
     skipped: dict[str, dict[int, str]] = field(default_factory=dict)  # split -> row -> why it could not be read
-    lost: set[str] = field(default_factory=set)  # files of the top k to be written anew
 
 
 def pack_state(state: TrainState, losses: list[float], history: History, identity: dict[str, Any]) -> dict[str, Any]:
@@ -4925,7 +4919,6 @@ def pack_state(state: TrainState, losses: list[float], history: History, identit
     There are no random states in it: every draw is a function of (seed, epoch, forward pass, rank). `losses` holds each
     rank's sum so far. `parameters` names what the optimiser knows by number only.
     """
-    top = history.top
     return {
         "kind": RUN_KIND,
         "format": FORMAT,
@@ -4939,11 +4932,8 @@ def pack_state(state: TrainState, losses: list[float], history: History, identit
         "progress": {name: getattr(state, name) for name in ("epoch", "micro", "skipped", "skipped_in_row", "tally")},
         "losses": losses,
         "history": {
-            "lines": history.lines,
-            "entries": top.entries,
-            "digests": {name: history.digests[name] for name in top.names if name in history.digests},
-            "epochs_without_gain": history.epochs_without_gain,
-            "skipped": history.skipped,
+            "entries": history.top.entries,
+            **{name: getattr(history, name) for name in ("lines", "digests", "epochs_without_gain", "skipped")},
         },
     }
 
@@ -4976,10 +4966,11 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
     for name, value in content["progress"].items():
         setattr(state, name, value)
     state.loss_sum.fill_(content["losses"][rank])
-    history.lines, history.digests = content["history"]["lines"], content["history"]["digests"]
-    history.top.entries = [(key, epoch) for key, epoch in content["history"]["entries"]]
-    history.epochs_without_gain = content["history"]["epochs_without_gain"]
-    for split, rows in content["history"]["skipped"].items():
+    kept = content["history"]
+    history.lines, history.digests = kept["lines"], kept["digests"]
+    history.epochs_without_gain = kept["epochs_without_gain"]
+    history.top.entries = [(key, epoch) for key, epoch in kept["entries"]]
+    for split, rows in kept["skipped"].items():
         history.skipped.setdefault(split, {}).update(rows)
 
 
@@ -5013,12 +5004,6 @@ class RunFolder:
     def holds_run(self, *more: str) -> bool:
         """Whether there is anything that a new run would replace, files of the patterns `more` included."""
         return self.path.is_dir() and (self.has_state() or bool(self.ours(*DERIVED, *more)))
-
-    def holds_model(self) -> bool:
-        return self.has_state() or bool(self.ours(CHECKPOINT, r"best_model\.pth"))
-
-    def same_as(self, other: RunFolder) -> bool:
-        return self.path.resolve() == other.path.resolve()
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -5065,9 +5050,8 @@ class RunFolder:
         save_bytes(self.path / "results.jsonl", "".join(line + "\n" for line in history.lines).encode())
         if history.top.entries:
             best = self.path / history.top.names[0]
-            if history.top.best and (best.name in history.lost or not best.exists()):  # its content is in memory
-                save_checked(best, history.top.best)
-                history.lost.discard(best.name)
+            if history.top.best and not (best.name in history.digests and best.exists()):  # its content is in memory
+                history.digests[best.name] = save_checked(best, history.top.best)
             link_atomic(best, self.path / "best_model.pth")
         for file in self.ours(CHECKPOINT, TEMPORARY):
             if file.name not in history.top.names:
@@ -5086,7 +5070,7 @@ class RunFolder:
         return load_checked(self.previous, RUN_KIND)
 
     def load_top(self, history: History, thresholds: list[float]) -> None:
-        """Check the files of the top k against their digests; the best one's weights go to memory.
+        """Check the files of the top k against their digests; the best one's content goes to memory.
 
         A file that is damaged or gone leaves the ranking, with a warning: the run itself does not need it. The best
         one's content may still stand in best_model.pth, which a finished run gave other `thresholds`.
@@ -5103,7 +5087,7 @@ class RunFolder:
                     if digest_of(content) == wanted:
                         log.warning("%s; best_model.pth is the same", error)
                         history.top.best = content
-                        history.lost.add(name)
+                        del history.digests[name]
                         continue
                 log.warning("%s; epoch %d leaves the ranking", error, entry[1])
                 history.top.entries.remove(entry)
@@ -5180,9 +5164,8 @@ REPORT_COLUMNS = {
     "accuracy": "accuracy", "brier": "Brier", "ece": "calibration error", "crg": "CRG", "prevalence": "prevalence",
 }  # fmt: skip
 REPORT_HEADLINES = {
-    "macro_auc": "macro AUROC", "macro_average_precision": "macro average precision", "macro_f1": "macro F1",
-    "micro_f1": "micro F1", "crg": "CRG", "accuracy": "accuracy", "macro_brier": "macro Brier score",
-    "macro_ece": "macro calibration error",
+    **{f"macro_{key}": f"macro {REPORT_COLUMNS[key]}" for key in ("auc", "average_precision", "f1", "brier", "ece")},
+    "micro_f1": "micro F1", "crg": "CRG", "accuracy": "accuracy",
 }  # fmt: skip
 FEWEST_IN_BIN = 5  # scans that a point of the calibration curve stands for at least
 
@@ -5195,11 +5178,6 @@ def prediction_rows(
     cells = np.stack([probabilities.astype(object), (probabilities >= thresholds).astype(int)], 2)  # (n, L, 2)
     header = ["id", *(f"{label}_{kind}" for label in labels for kind in ("prob", "pred"))]
     return [header, *([name, *row.ravel()] for name, row in zip(series_ids, cells, strict=True))]
-
-
-def write_predictions(path: Path, *what: Any) -> None:
-    """test_predictions.csv, from the arguments of `prediction_rows`."""
-    write_rows(path, prediction_rows(*what))
 
 
 def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: np.ndarray) -> np.ndarray:
@@ -5502,16 +5480,15 @@ th:first-child { position: sticky; left: 0; background: var(--paper); text-align
 {% for title in chapters %}<a href="#part{{ loop.index0 }}">{{ title }}</a> {% endfor %}</nav><main id="main">
 {% for title, body in chapters.items() %}<section><h2 id="part{{ loop.index0 }}">{{ title }}</h2>{{ body }}</section>
 {% endfor %}<h2>How it was computed</h2><dl>
-<dt>Scans and labels</dt><dd>Labels unknown for a scan are left out of every figure. An undefined figure (0 / 0)
-shows as a dash and enters no macro average. A probability at or above the label's threshold counts as positive.</dd>
+<dt>Scans and labels</dt><dd>What is unknown is left out of every figure. One that is undefined (0 / 0) shows as a dash
+and enters no macro average. A probability at or above the label's threshold counts as positive.</dd>
 <dt>Intervals</dt><dd>95 % percentile bootstrap over patients, each drawn with all scans, model and thresholds fixed:
 how a figure would vary with other patients, not with another training run. Those of the calibration error are
 centred on the figure, since resampling adds to it.</dd>
 <dt>Macro, micro</dt><dd>The mean over labels; all known pairs of scan and label pooled (accuracy and CRG on top).</dd>
-<dt>AUROC, average precision</dt><dd>The chance that a positive scan scores above a negative one, ties counted half; the
-sum over distinct scores of the gain in recall times the precision there, without interpolation.</dd>
-<dt>Brier, calibration error</dt><dd>The mean squared difference of probability and label; the mean over {{ bins }} bins
-of equal width, weighted by their scans, of |mean probability − share of positives|.</dd>
+<dt>Average precision</dt><dd>The sum over distinct scores of the gain in recall times the precision there.</dd>
+<dt>Calibration error</dt><dd>The mean over {{ bins }} bins of equal width, weighted by their scans, of
+|mean probability − share of positives|.</dd>
 <dt>CRG</dt><dd>With X pairs, A positive, r = (X − A) / 2A, U = (X − A) / 2, s = r·TP − r·FN − FP: U / (2U − s), as in
 the VLM3D challenge. 1/3 for a model that calls nothing.</dd></dl></main><script>{{ script }}</script></body></html>
 {% endmacro %}
@@ -5596,12 +5573,6 @@ def write_report(folder: Path) -> Path:
     page = parts.page(name, runs, chapters, Markup(REPORT_SCRIPT), digest)
     save_bytes(folder / "report.html", page.encode("utf-8", "replace"))
     return folder / "report.html"
-
-
-def known_pairs(e: dict, i: int) -> tuple[np.ndarray, np.ndarray]:
-    """Truth and probability (n,) of a label where it is known."""
-    known = np.isfinite(e["targets"][:, i])
-    return e["targets"][known, i] == 1, e["probabilities"][known, i]
 
 
 # The same figures for the tracker.
@@ -5809,7 +5780,7 @@ def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | Non
     found = bool(args.resume) and source.has_state()
     if elsewhere and not found:
         raise BadInput(f"{args.resume} holds no run to resume: name its folder, or its {folder.last.name}")
-    mine = found and source.same_as(folder)
+    mine = found and source.path.resolve() == folder.path.resolve()
     if not mine and not args.overwrite and folder.holds_run(*([] if found else [CHECKPOINT])):
         what = "a run: --resume auto continues it," if folder.has_state() else "files of a run that is gone:"
         raise BadInput(f"{folder.path} holds {what} --overwrite replaces it, or choose another --output-dir")
@@ -5859,8 +5830,8 @@ def resume_run(run: Run, source: RunFolder) -> None:
     if agree(run.runtime, mark, -mark) != [mark, -mark]:  # and nobody removes what another still reads
         raise BadEnvironment(f"{source.path}: the processes of this run don't find the same state there")
     if run.runtime.is_main:
-        if not source.same_as(run.folder):
-            for name in set(history.top.names) - history.lost:
+        if source.path.resolve() != run.folder.path.resolve():
+            for name in history.digests.keys() & history.top.names:
                 link_atomic(source.path / name, run.folder.path / name)
             run.folder.commit(content)
         elif source.fell_back:  # or the next commit would keep the damaged file as the previous one
@@ -6011,7 +5982,7 @@ def publish_all(
             (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
     output = prediction_path(args)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_predictions(output, dataset.table.series_ids, probabilities, thresholds, table.labels)
+    write_rows(output, prediction_rows(dataset.table.series_ids, probabilities, thresholds, table.labels))
     log.info("predictions of %d scans: %s", len(dataset), output)
     write_facts(args, title, facts, table)
 
@@ -6181,7 +6152,7 @@ def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[R
     if taken and not args.overwrite:
         raise BadInput(f"{taken} holds results of another run: name another --output-dir, or --overwrite replaces them")
     with folder.locked() if is_main else nullcontext():
-        if is_main and not folder.holds_model():
+        if is_main and not (folder.has_state() or folder.ours(CHECKPOINT, r"best_model\.pth")):
             folder.clear()
         yield folder
 

@@ -29,7 +29,8 @@ def test_predictions_round_trip_ids_numbers_and_decisions(tmp_path, dtype) -> No
     probabilities = rng.random((6, 2)).astype(dtype)
     probabilities[0] = 0.7, 0.3
     thresholds = np.array([0.7, 0.3])
-    fs.write_predictions(tmp_path / "p.csv", ids, probabilities, thresholds, ["Lung nodule", "Emphysema"])
+    rows = fs.prediction_rows(ids, probabilities, thresholds, ["Lung nodule", "Emphysema"])
+    fs.write_rows(tmp_path / "p.csv", rows)
     with open(tmp_path / "p.csv", newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
     assert header == ["id", "Lung nodule_prob", "Lung nodule_pred", "Emphysema_prob", "Emphysema_pred"]
@@ -96,7 +97,7 @@ def evaluated_folder(folder, n: int = 90):
     for split, thresholds, objective in (("val", tuned, "f1"), ("test", tuned, None)):
         scored = fs.evaluate(targets, probabilities, LABELS, thresholds, patients, objective, 50)
         fs.save_evaluation(folder, split, table, probabilities, thresholds, scored)
-    fs.write_predictions(folder / "test_predictions.csv", ids, probabilities, tuned, LABELS)
+    fs.write_rows(folder / "test_predictions.csv", fs.prediction_rows(ids, probabilities, tuned, LABELS))
     lines = [
         {"epoch": i, "train_loss": 1 / i, "val_loss": 1.0, "macro_f1": 0.5, "macro_auc": None, "lr": 1e-4}
         for i in (1, 2)

@@ -4858,22 +4858,8 @@ def classifier_from(content: dict[str, Any], path: Path = Path("checkpoint")) ->
         model = SiglipClassifier(
             backbone, preprocessing.windows, preprocessing.intensity, len(content["labels"]), **content["head"]
         )
-        require_fit("model", content["model"], model.state_dict())
         model.load_state_dict(content["model"], strict=True)
     return model
-
-
-def require_fit(what: str, stored: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Raises ValueError unless both hold the same names, each with the same shape and type.
-
-    PyTorch itself takes an optimiser state of any shape, and copies (1,) over (n,) without a word.
-    """
-    if odd := [name for name in {**wanted, **stored} if (name in stored) != (name in wanted)]:
-        raise ValueError(f"{what} and this model don't both have {', '.join(odd[:5])}")
-    for name, tensor in wanted.items():
-        forms = [f"{tuple(t.shape)} {t.dtype}" for t in (stored[name], tensor)]
-        if forms[0] != forms[1]:
-            raise ValueError(f"{what}/{name} is {forms[0]}, this model needs {forms[1]}")
 
 
 @dataclass
@@ -4945,22 +4931,15 @@ def optimized(state: TrainState) -> dict[str, Tensor]:
 
 
 def restore_state(content: dict[str, Any], state: TrainState, history: History, rank: int) -> None:
-    """The inverse of `pack_state`. Raises ValueError, before anything is changed, for a tensor that does not fit."""
-    model, parameters = unwrap(state.model), optimized(state)
-    require_fit("model", content["model"], model.state_dict())
-    if content["parameters"] != list(parameters):
+    """The inverse of `pack_state`. Raises what PyTorch does, or ValueError, for the state of another model."""
+    unwrap(state.model).load_state_dict(content["model"], strict=True)
+    if content["parameters"] != list(optimized(state)):
         raise ValueError("the optimiser steps other parameters than this run's")
-    for number, (name, parameter) in enumerate(parameters.items()):
-        stored = content["optimizer"]["state"].get(number, {})
-        moments = {key: value for key, value in stored.items() if key != "step" and value is not None}
-        require_fit(f"optimizer/{name}", moments, dict.fromkeys(moments, parameter))
+    state.optimizer.load_state_dict(content["optimizer"])
     if state.ema:
-        require_fit("ema", content["ema"]["average"], state.ema.average)
         state.ema.steps = content["ema"]["steps"]
         for name, average in content["ema"]["average"].items():
             state.ema.average[name].copy_(average)
-    model.load_state_dict(content["model"], strict=True)
-    state.optimizer.load_state_dict(content["optimizer"])
     state.schedule.load_state_dict({**content["schedule"], "total_steps": state.schedule.total_steps})
     state.scaler.load_state_dict(content["scaler"])
     for name, value in content["progress"].items():

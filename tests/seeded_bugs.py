@@ -43,10 +43,6 @@ BUGS = {
         '"model": {**cpu_weights(state.model), **(state.ema.average if state.ema else {})},\n        "ema"', SAME,
     ),
     "old length of the schedule kept": (', "total_steps": state.schedule.total_steps}', "}", f"{KEEP} -k extended_run"),
-    "moments of any shape": (
-        "    for name, tensor in wanted.items():\n        if (stored",
-        "    for name, tensor in ():\n        if (stored", f"{KEEP} -k moments",
-    ),
     "written in place": ("    temporary = temporary_name(path)\n    with put_in_place(temporary, path, size):\n"
                          "        with open(temporary, \"xb\") as file:\n            write(file)\n        sync(temporary)\n",
                          "    with open(path, \"wb\") as file:\n        write(file)\n", f"{KEEP} -k failed_write"),

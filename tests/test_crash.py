@@ -369,7 +369,6 @@ def edit(path, change):
     "change",
     [
         lambda c: c["model"].popitem(),
-        lambda c: c["optimizer"]["state"][3].update(exp_avg=torch.ones(1)),
         lambda c: c["parameters"].reverse(),
         lambda c: c["history"].pop("entries"),
         lambda c: c["identity"].pop("compared"),

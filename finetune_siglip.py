@@ -5554,9 +5554,6 @@ def write_report(folder: Path) -> Path:
     return folder / "report.html"
 
 
-# The same figures for the tracker.
-
-
 def track_results(
     tracker: Tracker, folder: Path, splits: Iterable[str], best: dict[str, Any], with_model: bool
 ) -> None:

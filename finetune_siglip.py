@@ -5170,8 +5170,7 @@ def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: 
     found = {label: content.get("thresholds", content).get(label) for label in labels}
     wrong = {k: v for k, v in found.items() if not (type(v) in (int, float) and 0 <= v <= 1)}
     if wrong:
-        why = "a number from 0 to 1 is needed"
-        raise BadInput(*(f"--threshold {source} holds {v!r} for {label}: {why}" for label, v in wrong.items()))
+        raise BadInput(*(f"--threshold {source} holds {v!r} for {k}: it must be 0 to 1" for k, v in wrong.items()))
     return np.array([*found.values()], np.float64)
 
 
@@ -5194,7 +5193,7 @@ def draw_progress(results: list[dict], select: str) -> Any:
     panels = {"loss": ("train_loss", "val_loss"), "validation": ("macro_f1", "macro_auc"), "learning rate": ("lr",)}
     for axis, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
-            values = [math.nan if r.get(key) is None else r[key] for r in results]
+            values = np.array([result.get(key) for result in results], np.float64)  # None, undefined, is NaN
             axis.plot([r["epoch"] for r in results], values, marker="o", markersize=3, label=key.replace("_", " "))
         if best is not None:
             axis.axvline(best, color="gray", linestyle=":", label=f"best: epoch {best}")

@@ -2144,7 +2144,14 @@ class CTVolumeDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, item: int, named: bool = False) -> dict[str, Any]:
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        return self.describe(item, named=False)
+
+    def __getitems__(self, items: list[int]) -> list[dict[str, Any]]:
+        """The items of a batch, for the loader; the voxels of what the cache holds are not touched, only named."""
+        return [self.describe(item, named=True) for item in items]
+
+    def describe(self, item: int, named: bool) -> dict[str, Any]:
         row, error = max(item, ~item), ""
         path, targets = self.table.paths[row], torch.from_numpy(self.table.targets[row].copy())
         try:
@@ -2155,10 +2162,6 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         if error or item < 0:
             targets.fill_(math.nan)
         return {"volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error}
-
-    def __getitems__(self, items: list[int]) -> list[dict[str, Any]]:
-        """The items of a batch, for the loader; the voxels of what the cache holds are not touched, only named."""
-        return [self.__getitem__(item, named=True) for item in items]
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         volumes, stack = [item.pop("volume") for item in items], torch.utils.data.default_collate
@@ -2484,7 +2487,7 @@ def prepare_table(
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", series).lstrip(".")[:100]  # what a file name may hold
         name = plain if plain == series else f"{plain}-{hashlib.sha256(series.encode()).hexdigest()[:12]}"
         targets.append(folder / "volumes" / f"{name}.{format}" if is_raw(path) else path.absolute())
-    loader = torch.utils.data.DataLoader(
+    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
         list(zip(table.paths, targets, strict=True)), batch_size=None,  # type: ignore[arg-type]  # a list will do
         collate_fn=partial(prepare_scan, how=(tuple(spacing), intensity, tuple(hu_range))),
         num_workers=min(num_workers, usable_cores()), worker_init_fn=one_thread_per_worker,

@@ -67,7 +67,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
@@ -5322,28 +5322,27 @@ def read_evaluation(path: Path) -> dict:
 
 
 def publish(
-    folder: Path, split: str, dataset: CTVolumeDataset, to_windows: Callable[[Tensor], Tensor],
-    probabilities: np.ndarray, thresholds: np.ndarray, tuned_here: str | None, resamples: int, seed: int,
-    level: int = logging.INFO,
+    folder: Path, split: str, table: Table, probabilities: np.ndarray, thresholds: np.ndarray, tuned_here: str | None,
+    resamples: int, seed: int, level: int = logging.INFO,
 ) -> dict:  # fmt: skip
-    """Score a split, log it (the table at `level`), write what the report says of it; returns what `evaluate` does.
-
-    `to_windows`: (N, C, S, H, W) as read -> (N, K, S, H, W) as models see it, for pictures of the most wrong scans.
-    """
-    table = dataset.table
-    scored = evaluate(
-        table.targets, probabilities, table.labels, thresholds, table.patient_ids, tuned_here, resamples, seed
-    )
+    """Score a split, log it (the table at `level`), write what the report says of it; returns what `evaluate` does."""
+    how = thresholds, table.patient_ids, tuned_here, resamples, seed
+    scored = evaluate(table.targets, probabilities, table.labels, *how)
     save_evaluation(folder, split, table, probabilities, thresholds, scored)
-    with optional("the report's pictures"), torch.no_grad():
-        for row, _ in most_wrong(table.targets, probabilities, thresholds):
-            windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
-            slices, series = [int((k + 0.5) / 4 * windows.shape[1]) for k in range(4)], table.series_ids[row]
-            figure = draw_slices(windows, window_names(dataset.prep), series[:60], slices)
-            save_figure(picture_path(folder, series), figure)
     log.log(level, "%s", format_metrics_table(scored["metrics"]))
     log.info("%s", format_summary(split, scored))
     return scored
+
+
+def draw_most_wrong(folder: Path, dataset: CTVolumeDataset, probabilities: np.ndarray, thresholds: np.ndarray) -> None:
+    """Pictures, as models see them, of the scans with the most confidently wrong decisions."""
+    to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
+    with optional("the report's pictures"), torch.no_grad():
+        for row, _ in most_wrong(dataset.table.targets, probabilities, thresholds):
+            windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
+            slices, series = [int((k + 0.5) / 4 * windows.shape[1]) for k in range(4)], dataset.table.series_ids[row]
+            figure = draw_slices(windows, window_names(dataset.prep), series[:60], slices)
+            save_figure(picture_path(folder, series), figure)
 
 
 def save_run(folder: Path, title: str, facts: dict, args: argparse.Namespace, table: Table) -> None:
@@ -5554,17 +5553,6 @@ def write_report(folder: Path) -> Path:
     page = parts.page(name, runs, chapters, Markup(REPORT_SCRIPT), digest)
     save_bytes(folder / "report.html", page.encode("utf-8", "replace"))
     return folder / "report.html"
-
-
-def track_results(
-    tracker: Tracker, folder: Path, splits: Iterable[str], best: dict[str, Any], with_model: bool
-) -> None:
-    """Give the tracker the figures of the best epoch, but neither ids nor pictures of scans: those stay here."""
-    files = {split: folder / f"evaluation_{split}.json" for split in splits}
-    figures = {split: read_json(file)["metrics"] for split, file in files.items() if file.exists()}
-    tracker.summarise({"best_epoch": best["epoch"], **figures})
-    if with_model:
-        tracker.keep_model(folder / "best_model.pth", best["epoch"])
 
 
 # ── 13 Main ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5922,8 +5910,10 @@ def finish_run(run: Run) -> None:
     left_out = [(part.table, part.skipped) for part in (run.train, run.val, run.test)]
     write_skipped(path.with_name("skipped.csv"), *left_out)
     run.facts |= {"checkpoint": str(path), "checkpoint digest": digest_of(best)}
-    publish_all(args, "training", run.facts, run.table, model, parts, thresholds, {"val": objective})
-    track_results(run.tracker, path.parent, parts, best, args.wandb_log_model)
+    figures = publish_all(args, "training", run.facts, run.table, model, parts, thresholds, {"val": objective})
+    run.tracker.summarise({"best_epoch": best["epoch"], **figures})
+    if args.wandb_log_model:
+        run.tracker.keep_model(path, best["epoch"])
 
 
 def readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> tuple[CTVolumeDataset, np.ndarray]:
@@ -5943,16 +5933,20 @@ def prediction_path(args: argparse.Namespace) -> Path:
 def publish_all(
     args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, model: SiglipClassifier,
     parts: dict[str, tuple[CTVolumeDataset, np.ndarray]], thresholds: np.ndarray, tuned_here: dict[str, str | None],
-) -> None:  # fmt: skip
-    """Write what people read of some splits' logits (n, L): scores, pictures, predictions (the last one's), report."""
+) -> dict[str, Any]:  # fmt: skip
+    """Write what people read of some splits' logits (n, L): scores, pictures, predictions (the last one's), report.
+
+    Returns the metrics of each split that has labels.
+    """
+    figures = {}
     labelled = [split for split, (dataset, _) in parts.items() if not np.isnan(dataset.targets).all()]
     for split, (dataset, logits) in parts.items():
         probabilities = sigmoid(logits)
         if split in labelled:
             level = logging.INFO if split == labelled[-1] else DETAIL  # one table is enough for the console
-            to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
             how = thresholds, tuned_here.get(split), args.bootstrap, args.seed, level
-            publish(args.output_dir, split, dataset, to_windows, probabilities, *how)
+            figures[split] = publish(args.output_dir, split, dataset.table, probabilities, *how)["metrics"]
+            draw_most_wrong(args.output_dir, dataset, probabilities, thresholds)
         if args.explain:
             which = thresholds, args.explain, args.num_workers
             explain_split(args.output_dir, split, dataset, model, probabilities, *which)
@@ -5963,6 +5957,7 @@ def publish_all(
     write_rows(output, prediction_rows(dataset.table.series_ids, probabilities, thresholds, table.labels))
     log.info("predictions of %d scans: %s", len(dataset), output)
     write_facts(args, title, facts, table)
+    return figures
 
 
 def write_facts(args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table) -> None:
@@ -6120,7 +6115,7 @@ def load_classifier(*paths: str | Path, **settings: Any) -> Classifier:
 
 
 @contextmanager
-def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[RunFolder]:
+def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[None]:
     """--output-dir, locked and without an earlier prediction's files, which must not stand beside new ones.
 
     Raises BadInput where it, or --test-output, holds another run's results and --overwrite does not say so.
@@ -6132,7 +6127,7 @@ def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[R
     with folder.locked() if is_main else nullcontext():
         if is_main and not (folder.has_state() or folder.ours(CHECKPOINT, r"best_model\.pth")):
             folder.clear()
-        yield folder
+        yield
 
 
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
@@ -6205,11 +6200,8 @@ def run_score(args: argparse.Namespace) -> int:
     tuned = args.threshold_objective if args.threshold == "auto" else None
     auto = tune_thresholds(table.targets, probabilities, args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, table.labels, auto)
-    how = thresholds, table.patient_ids, tuned, args.bootstrap, args.seed
-    scored = evaluate(table.targets, probabilities, table.labels, *how)
-    with results_folder(args) as folder:
-        save_evaluation(folder.path, title, table, probabilities, thresholds, scored)
-        log.info("%s\n%s", format_metrics_table(scored["metrics"]), format_summary(title, scored))
+    with results_folder(args):
+        publish(args.output_dir, title, table, probabilities, thresholds, tuned, args.bootstrap, args.seed)
         facts = provenance(args, Runtime(torch.device("cpu")), {"predictions": str(args.score)})
         write_facts(args, "scoring", facts, table)
     return 0

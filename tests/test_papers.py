@@ -446,10 +446,11 @@ def test_a_split_is_published_and_reported_with_its_pictures_and_the_settings(tm
 
     dataset = Dataset()
     dataset.table = table
-    dataset.prep = types.SimpleNamespace(intensity="windowed", channels=1)
+    dataset.prep = types.SimpleNamespace(intensity="hu", windows=CHEST)
     probabilities = np.array([[0.9, 0.2], [0.8, 0.7], [0.6, 0.5], [0.1, 0.9]])
     with caplog.at_level("INFO"):
-        scored = fs.publish(tmp_path, "test", dataset, lambda v: v / 300, probabilities, np.full(2, 0.5), None, 20, 0)
+        scored = fs.publish(tmp_path, "test", table, probabilities, np.full(2, 0.5), None, 20, 0)
+    fs.draw_most_wrong(tmp_path, dataset, probabilities, np.full(2, 0.5))
     assert scored["metrics"] == fs.compute_metrics(targets, probabilities, table.labels, 0.5)
     assert f"F1 {scored['metrics']['macro_f1']:.3f} at fixed" in caplog.text
     assert sorted((tmp_path / "pictures").iterdir()) == sorted(fs.picture_path(tmp_path, i) for i in ("a/b", "y"))

@@ -4178,8 +4178,9 @@ def forward_backward(
     return loss.detach()
 
 
-def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float = 0.0) -> Callable[[], float]:
-    """Clip and step, unless a gradient is not finite: that is decided on the device. Returns what reads the norm.
+def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float = 0.0) -> float:
+    """Clip and step, unless a gradient is not finite: that is decided on the device. Returns the norm, which is waited
+    for when all of the step is on its way.
 
     `loss`, the sum over the step's labels, counts if the step is taken.
     """

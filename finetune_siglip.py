@@ -4201,7 +4201,7 @@ def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float
         state.optimizer.found_inf = (~finite).float()  # the fused kernels change nothing where this is 1
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return norm.item
+    return norm.item()
 
 
 def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_skip: bool, known: int = 0) -> None:
@@ -4298,9 +4298,9 @@ def train_one_epoch(
                 loss += forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
                 bar.update(len(rows))
         known = window.known - forget_lost(state, dataset, window.known, lost, runtime)
-        norm = optimizer_step(state, recipe.max_grad_norm, loss)
         # The step's only wait for the device: a GPU idles for the milliseconds in which the next batch reaches it.
-        settle_step(state, norm(), partial(window.scans, dataset.table), runtime.amp_dtype is not None, known)
+        norm = optimizer_step(state, recipe.max_grad_norm, loss)
+        settle_step(state, norm, partial(window.scans, dataset.table), runtime.amp_dtype is not None, known)
         if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
             mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
             bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")

@@ -112,7 +112,7 @@ def spoilt_state(name, amp):
         if state.scaler.is_enabled():
             state.scaler.scale(torch.zeros(()))  # creates its tensors, as scaling the loss does
         if good:
-            settle_step(state, optimizer_step(state, 1.0)(), lambda: "", amp)
+            settle_step(state, optimizer_step(state, 1.0), lambda: "", amp)
     return state
 
 
@@ -129,7 +129,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name, amp):
     state = spoilt_state(name, amp)
     before, schedule = contents(state)
     scale = state.scaler.get_scale()
-    norm = optimizer_step(state, 1.0)()
+    norm = optimizer_step(state, 1.0)
     assert math.isnan(norm)
     settle_step(state, norm, lambda: "", may_skip=True)
     after, schedule_after = contents(state)
@@ -146,7 +146,7 @@ def test_finite_gradients_of_an_infinite_norm_are_skipped_in_every_count(amp):
         p.grad = torch.full_like(p, 1e20) * state.scaler.get_scale()
     before, schedule = contents(state)
     scale = state.scaler.get_scale()
-    settle_step(state, optimizer_step(state, 1.0)(), lambda: "", may_skip=True)
+    settle_step(state, optimizer_step(state, 1.0), lambda: "", may_skip=True)
     after, schedule_after = contents(state)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert (schedule_after, state.skipped, state.ema.steps) == (schedule, 1, 2)
@@ -159,7 +159,7 @@ def test_a_first_step_that_is_skipped_leaves_no_rubbish_behind(name):
     states = [small_state(m, optimizer=name) for m in (model, reference)]
     for p in model.parameters():
         p.grad = torch.full_like(p, math.inf)
-    settle_step(states[0], optimizer_step(states[0], 1.0)(), lambda: "", may_skip=True)
+    settle_step(states[0], optimizer_step(states[0], 1.0), lambda: "", may_skip=True)
     for state in states:
         for p in state.model.parameters():
             p.grad = torch.full_like(p, 0.1)
@@ -179,7 +179,7 @@ def test_a_step_takes_the_gradient_clipped_as_pytorch_does_and_tells_the_norm_be
     for p, q in zip(model.parameters(), reference.parameters(), strict=True):
         q.grad = torch.randn(p.shape, generator=generator)
         p.grad = q.grad * state.scaler.get_scale()
-    norm = optimizer_step(state, limit)()
+    norm = optimizer_step(state, limit)
     expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), limit or math.inf)
     assert norm == pytest.approx(expected.item(), rel=1e-5)
     for got, q in zip(taken, reference.parameters(), strict=True):
@@ -308,7 +308,7 @@ def test_a_loss_that_is_not_finite_is_skipped_in_mixed_precision_and_spoils_no_f
     for window in (first, third):
         batch = dataset.collate([dataset[row] for row in window.batches[0]])
         losses.append(fs.forward_backward(plain, batch, MultilabelBCELoss(), recipe, mixed, window.known, True))
-        settle_step(plain, optimizer_step(plain, 1.0)(), lambda: "", True)
+        settle_step(plain, optimizer_step(plain, 1.0), lambda: "", True)
     assert figures["train_loss"] == pytest.approx(sum(losses).item() / (first.known + third.known))
     assert all(torch.equal(a, b) for a, b in zip(state.model.parameters(), plain.model.parameters(), strict=True))
 

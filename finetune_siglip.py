@@ -2420,7 +2420,7 @@ def draw_contact_sheet(samples: dict[str, Tensor], prep: Preprocessing, path: Pa
             views = volume[s // 2], volume.flip(0)[:, h // 2], volume.flip(0)[:, :, w // 2]
             tiles += [F.interpolate(view[None, None], (256, 256))[0, 0] for view in views]
         axis.imshow(torch.cat(tiles, 1).numpy(), cmap="gray", vmin=0, vmax=1)
-        axis.set(ylabel=series[:24], xticks=[], yticks=[])
+        axis.set(ylabel=series[:24].replace("$", r"\$"), xticks=[], yticks=[])
     save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
@@ -4950,8 +4950,7 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
         setattr(state, name, value)
     state.loss_sum.fill_(content["losses"][rank])
     kept = content["history"]
-    history.lines, history.digests = kept["lines"], kept["digests"]
-    history.epochs_without_gain = kept["epochs_without_gain"]
+    vars(history).update({name: kept[name] for name in ("lines", "digests", "epochs_without_gain")})
     history.top.entries = [(key, epoch) for key, epoch in kept["entries"]]
     for split, rows in kept["skipped"].items():
         history.skipped.setdefault(split, {}).update(rows)
@@ -5017,10 +5016,11 @@ class RunFolder:
         found = [*self.path.iterdir(), *(file for name in FOLDERS for file in (self.path / name).glob("*"))]
         return [file for file in found if wanted.fullmatch(file.name) and not file.is_dir()]
 
-    def clear(self) -> None:
+    def clear(self, models: bool = True) -> None:
         """Forget an earlier run (`--overwrite`): it is whole until last.ckpt goes, and from then on there is none."""
-        for file in [self.previous, self.last, *self.ours(*DERIVED, CHECKPOINT, TEMPORARY)]:
-            file.unlink(missing_ok=True)
+        if models or not (self.has_state() or self.ours(CHECKPOINT, r"best_model\.pth")):
+            for file in [self.previous, self.last, *self.ours(*DERIVED, CHECKPOINT, TEMPORARY)]:
+                file.unlink(missing_ok=True)
 
     def commit(self, content: dict[str, Any]) -> None:
         """Make `content` the state of the run; the one before it stays, in case this one is damaged some day."""
@@ -5181,6 +5181,7 @@ def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: 
 def save_figure(path: Path, figure: Any) -> None:
     """A matplotlib figure as PNG."""
     path.parent.mkdir(exist_ok=True)
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # of ids in scripts that matplotlib's font lacks
     save_atomic(path, partial(figure.savefig, format="png", dpi=110))
 
 
@@ -5270,9 +5271,8 @@ def explain_split(
         series, windows = table.series_ids[row], model.windows(volume)[0].cpu().numpy()
         for i, found in zip(chosen[row], find_evidence(model, volume, chosen[row]), strict=True):
             label, p, truth = table.labels[i], float(probabilities[row, i]), table.targets[row, i]
-            notes = [f"logit {gain:+.2f}" for gain in found.gains]
-            if found.attention:
-                notes = [f"{note}, attention {share:.0%}" for note, share in zip(notes, found.attention, strict=True)]
+            shares = [f", attention {share:.0%}" for share in found.attention or ()] or [""] * len(found.gains)
+            notes = [f"logit {gain:+.2f}{share}" for gain, share in zip(found.gains, shares, strict=True)]
             title = f"{label[:60]}: probability {p:.3f}, scan {series[:60]}"
             figure = draw_slices(windows, names, title, found.slices, notes, found.maps)
             save_figure(picture_path(folder, series, label), figure)
@@ -5607,15 +5607,15 @@ def build_model(args: argparse.Namespace, table: Table, runtime: Runtime) -> tup
 
 
 # Resuming. A run goes on only where nothing that affects numbers has changed, so that what it ends with is what it
-# would have ended with unstopped. All arguments count but these, which change no number, only lengthen the run, or are
-# compared by what they lead to: the weights read, say, and not the path they lie at.
+# would have ended with unstopped. All arguments count but these, which change no more than rounding, only lengthen the
+# run, or are compared by what they lead to: the weights read, say, and not the path they lie at.
 RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
     "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "epochs",
     "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume", "check_data", "prepare",
     "format", "config", "command", "explain", "soup", "use_3channel", "images", "score", "wandb_log_model",
     "csv", "pretrained", "amp", "orientation", "intensity", "num_slices", "threshold", "cache_features", "slice_chunk",
-    "grad_checkpointing",
+    "grad_checkpointing", "compile", "deterministic",
 }  # fmt: skip
 
 
@@ -5680,7 +5680,8 @@ class Run:
             "origin": {"pretrained": args.pretrained, "pretrained digest": weights},
         }
         self.settings = json.loads(json.dumps(vars(args), default=str))
-        self.facts = provenance(args, self.runtime, self.setup["origin"])
+        how = {"compile": args.compile, "deterministic": args.deterministic}
+        self.facts = provenance(args, self.runtime, self.setup["origin"]) | how
         compared = {
             f"--{name.replace('_', '-')}": x for name, x in self.settings.items() if name not in RESUME_MAY_CHANGE
         }
@@ -5784,9 +5785,10 @@ def resume_run(run: Run, source: RunFolder) -> None:
             changed.append(f"--epochs was {then['epochs']}, now {now['epochs']}: it can only grow")
         if changed:
             raise BadInput(*(f"{source.path} can't be resumed: {difference}" for difference in changed))
-        for name in ("script SHA-256", "device", "threads", "torch", "transformers", "monai", "numpy"):
-            if then["facts"][name] != now["facts"][name]:
-                log.warning("%s was %s, now %s: bits may differ", name, then["facts"][name], now["facts"][name])
+        free = "date", "command", "pretrained", "table", "table SHA-256", "script"
+        for name, value in now["facts"].items():
+            if name not in free and (before := then["facts"].get(name)) != value:
+                log.warning("%s was %s, now %s: bits may differ", name, before, value)
         slices = run.args.batch_size * now["compared"]["preprocessing"]["grid"][0]
         now["plan"] = keep_plan(run.args, unwrap(run.state.model), slices, run.runtime, then["plan"], now["plan"])
         now["tracker"] = then["tracker"]
@@ -6116,8 +6118,8 @@ def load_classifier(*paths: str | Path, **settings: Any) -> Classifier:
 
 
 @contextmanager
-def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[None]:
-    """--output-dir, locked and without an earlier prediction's files, which must not stand beside new ones.
+def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[RunFolder]:
+    """--output-dir, locked. An earlier prediction's files are to go once there are new ones, not to stand beside them.
 
     Raises BadInput where it, or --test-output, holds another run's results and --overwrite does not say so.
     """
@@ -6126,9 +6128,7 @@ def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[N
     if taken and not args.overwrite:
         raise BadInput(f"{taken} holds results of another run: name another --output-dir, or --overwrite replaces them")
     with folder.locked() if is_main else nullcontext():
-        if is_main and not (folder.has_state() or folder.ours(CHECKPOINT, r"best_model\.pth")):
-            folder.clear()
-        yield
+        yield folder
 
 
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
@@ -6144,17 +6144,18 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     rows, names = table.split(split), ", ".join(map(str, classifier.contents))
     if not len(rows):
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
-    with results_folder(args, runtime.is_main):
+    with results_folder(args, runtime.is_main) as folder:
         if classifier.several and args.threshold == "auto":
             classifier.tune(table.split("val"))
         thresholds = resolve_thresholds(args.threshold, classifier.labels, classifier.thresholds)
         log.info("predicting %d scans of split %s with %s", len(rows), split, names)
         dataset, logits = classifier.logits(rows)
         if runtime.is_main:
+            parts = {split: readable(dataset, logits, args.aggregate)}
+            folder.clear(models=False)  # nothing of it is lost to a prediction that fails
             write_skipped(args.output_dir / "skipped.csv", (rows, dataset.skipped))
             digests = ", ".join(map(digest_of, classifier.contents.values()))
             facts = provenance(args, runtime, classifier.origin | {"checkpoint": names, "checkpoint digest": digests})
-            parts = {split: readable(dataset, logits, args.aggregate)}
             tuned_here = {"val": classifier.tuned_for} if args.threshold == "auto" else {}
             publish_all(args, "prediction", facts, rows, classifier.module, parts, thresholds, tuned_here)
     return 0
@@ -6190,8 +6191,7 @@ def run_score(args: argparse.Namespace) -> int:
     table = read_table(args.csv, labels, allow_patient_overlap=True, volumes=False)
     split = args.test_split or next(name for name in ("test", "val", "train", "") if name in table.splits)
     table, title = table.split(split), split or "all"
-    ids = set(table.series_ids)
-    if ids != found.keys():
+    if (ids := set(table.series_ids)) != found.keys():
         odd = {args.score: found.keys() - ids, args.csv: ids - found.keys()}
         raise BadInput(
             f"{args.score} and {args.csv} ({title}) are not about the same scans; --test-split names another split",
@@ -6201,7 +6201,8 @@ def run_score(args: argparse.Namespace) -> int:
     tuned = args.threshold_objective if args.threshold == "auto" else None
     auto = tune_thresholds(table.targets, probabilities, args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, table.labels, auto)
-    with results_folder(args):
+    with results_folder(args) as folder:
+        folder.clear(models=False)
         publish(args.output_dir, title, table, probabilities, thresholds, tuned, args.bootstrap, args.seed)
         facts = provenance(args, Runtime(torch.device("cpu")), {"predictions": str(args.score)})
         write_facts(args, "scoring", facts, table)
@@ -6249,9 +6250,7 @@ def say_why(error: BaseException) -> int:
         text = text if "Caught" not in text else "no space left in it"
         messages = [f"a process that reads has died ({text}); lower --num-workers or --batch-size, see /dev/shm"]
     elif is_lost(error):
-        messages = [
-            f"another process of this run has ended or hangs ({text}); --resume auto goes on from the last save"
-        ]
+        messages = [f"another process of this run has ended or hangs ({text}); --resume auto goes on from last.ckpt"]
     elif isinstance(error, OSError):
         messages = [f"{error.filename or 'the system'}: {error.strerror or text}"]
     else:

@@ -402,6 +402,9 @@ def test_changed_arguments_that_affect_numbers_stop_the_resume(bench, done, tmp_
     assert [sum(name in error for error in errors) for name in expected] == [1] * len(expected), ended.text
     assert all(str(out) in error for error in errors)
     assert run(bench, out, "--resume", "auto", "--freeze-up-to", "2").code == 2
+    ended = run(bench, out, "--resume", "auto", "--compile", "off")  # a compiler that fails must not be in the way
+    assert ended.code == 0, ended.text
+    assert "compile was auto, now off: bits may differ" in ended.text
 
 
 def test_changed_values_in_a_file_of_thresholds_stop_the_resume(bench, tmp_path):

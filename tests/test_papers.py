@@ -434,6 +434,16 @@ def test_the_report_in_a_real_browser_at_two_widths(tmp_path, reported, browser)
     assert base64.b64decode(browser.ask("/print", {})).startswith(b"%PDF")
 
 
+@pytest.mark.filterwarnings("error")
+def test_any_id_can_stand_beside_its_picture(tmp_path) -> None:
+    series, volume = r"胸部 $\nothing{", torch.zeros(1, 6, 8, 8)
+    figure = fs.draw_slices(volume.numpy(), ["a"], series, [1, 3])
+    fs.save_figure(tmp_path / "slices.png", figure)
+    prep = fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (6, 8, 8))
+    fs.draw_contact_sheet({series: volume}, prep, tmp_path / "sheet.png")
+    assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("slices", "sheet"))
+
+
 def test_a_split_is_published_and_reported_with_its_pictures_and_the_settings(tmp_path, caplog) -> None:
     targets = np.array([[1, 0], [0, 1], [1, np.nan], [0, 0]], np.float32)
     ids, patients = ["007", "a/b", "x", "y"], ["007", "p", "p", "y"]

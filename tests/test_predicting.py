@@ -73,6 +73,13 @@ def test_a_prediction_replaces_nothing_of_another_run_unless_told_to(models, sca
     assert main(words(*argv, tmp_path / "other", "--test-output", tmp_path / "out" / "test_predictions.csv")) == 2
     assert main(words(*argv, tmp_path / "out", "--overwrite")) == 0
     assert not (tmp_path / "out" / "evaluation_val.json").exists()  # it was another prediction's
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(b"PK")
+    (tmp_path / "cut.csv").write_text(f"series_id,split,img_path\nx,test,{cut}\n")
+    argv_of_bad = ("--csv", tmp_path / "cut.csv", *argv[2:], tmp_path / "out", "--overwrite")
+    assert main(words(*argv_of_bad)) == 2
+    assert {path: path.read_bytes() for path in before} == before  # one that fails has nothing to put in their place
     copied = shutil.copytree(models["a"].parent, tmp_path / "copy")
     assert main(words(*argv, copied, "--overwrite")) == 0
     assert (copied / "best_model.pth").exists()  # what was trained is never a prediction's to remove

@@ -1110,12 +1110,10 @@ def read_table(
             hint = "look for a comma at its end, or inside a name without quotes"
             wrong.add("cells", line, f"has {len(cells)} cells where the header has {len(header)}: {hint}")
     ids, splits, cells, patients = ([row.get(name, "") for row in rows.values()] for name in TABLE_COLUMNS)
-    values = [
-        [LABEL_CELLS.get(row.get(name, "").strip().lower(), math.nan) for name in labels] for row in rows.values()
-    ]
+    known = [[LABEL_CELLS.get(row.get(name, "").strip().lower(), math.nan) for name in labels] for row in rows.values()]
     table = Table(
         labels, ids, list(map(patient_of, ids, patients)), splits, [path_of(csv_path.parent, cell) for cell in cells],
-        np.array(values, np.float32).reshape(len(rows), len(labels)), list(rows),
+        np.array(known, np.float32).reshape(len(rows), len(labels)), list(rows),
     )  # fmt: skip
     check_table(table, wrong, "img_path" in at, allow_patient_overlap)
     return table
@@ -1352,9 +1350,7 @@ def resample_bands(n_in: int, n_out: int, rows: int) -> list[tuple[slice, slice,
     return blocks
 
 
-def resample_channel(
-    channel: np.ndarray, out: np.ndarray, scale: float = 1.0, offset: float = 0.0
-) -> tuple[float, float]:
+def resample_channel(channel: np.ndarray, out: np.ndarray, scale: float = 1, offset: float = 0) -> tuple[float, float]:
     """Resample a channel (three axes, any number type) into int16 `out`, as scale * value + offset, rounded. Returns
     the range of the results; BadVolume where int16 can't hold them."""
     (_, rows_in, columns_in), (_, n_rows, n_columns) = channel.shape, out.shape
@@ -1722,7 +1718,7 @@ def open_mha(path: Path) -> Opened:
     fields = {MHA_ALIASES.get(key, key): value for key, value in pairs}
     plain = len(fields) == len(pairs) and fields.get("BinaryData", "True") == "True"  # a field twice is damage
     if not end or not plain or fields.get("HeaderSize", "0") != "0":
-        raise BadVolume("is no MHA with its voxels inside, or has them in another file: save it with SimpleITK")
+        raise BadVolume("has its voxels in another file, or no field or two of a name: save it with SimpleITK")
     if not {"ElementSpacing", "TransformMatrix"} <= {*fields}:
         raise BadVolume("does not say how it lies (ElementSpacing, TransformMatrix): convert it again")
     turn, spacing = (np.array(fields[name].split(), float) for name in ("TransformMatrix", "ElementSpacing"))
@@ -1732,11 +1728,12 @@ def open_mha(path: Path) -> Opened:
     packed, big = (fields.get(name, "")[:1] in ("T", "t", "1") for name in ("CompressedData", "BinaryDataByteOrderMSB"))
     dtype = np.dtype(MHA_TYPES[fields["ElementType"][4:]]).newbyteorder(">" if big else "<")
     shape = (*map(int, fields["DimSize"].split()), int(fields.get("ElementNumberOfChannels", 1)))
+    slope, shift = (float(fields.get(f"ElementToIntensityFunction{k}", k == "Slope")) for k in ("Slope", "Offset"))
 
     def load() -> np.ndarray:
         data: Any = memoryview(path.read_bytes())[end.end() :]
         data = zlib.decompress(data) if packed else data
-        return to_hu(np.frombuffer(data, dtype).reshape(shape, order="F"))
+        return to_hu(np.frombuffer(data, dtype).reshape(shape, order="F"), slope, shift)
 
     return oriented(shape, LPS_TO_RAS @ (turn * spacing[:, None])[:3, :3].T, load)
 
@@ -2548,8 +2545,8 @@ NOT_A_MODEL = (  # pattern of a name in a folder without weights; what the folde
     ("snapshots/*", "several snapshots of a hub model: name one of them"),
 )  # fmt: skip
 UNFIT = (  # pattern of a tensor's name, type and shape; what a file is whose encoder holds it
-    (r"\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale\w*) | torch\.(q?u?int8|qint32|float8\w*) ",
-     "a quantised model: use the original weights"),
+    (r"\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale\w*) | "
+     r"torch\.(q?u?int8|qint32|(float8|complex|sparse)\w*) ", "a quantised model, or sparse: use the original weights"),
     (r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.", "a model with LoRA adapters: merge it into its base model, "
      "model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"),
     (r" \(0,\)$", f"empty placeholders {UNZERO}"),
@@ -2575,7 +2572,8 @@ def locate_weights(source: str) -> list[Path]:
 
 def weights_in(folder: Path) -> Path:
     """The weights file, index or first shard in a folder, which may be of a hub's cache."""
-    if len(snapshots := sorted(folder.glob("snapshots/*"))) == 1:
+    current = [folder / "snapshots" / ref.read_text().strip() for ref in folder.glob("refs/main")]
+    if len(snapshots := current or sorted(folder.glob("snapshots/*"))) == 1 and snapshots[0].is_dir():
         folder = snapshots[0]
     named = [folder / name for name in WEIGHT_FILES if os.path.isfile(folder / name)]
     others = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
@@ -2594,13 +2592,13 @@ def shards_of(path: Path) -> list[Path]:
     if path.suffix == ".distcp":
         raise BadInput(f"{path}: {UNDCP.format(path.parent)}")
     if path.name.endswith(".index.json"):
-        names = sorted({Path(name).name for name in dict(read_json(path).get("weight_map", {})).values()})
+        names = sorted({Path(str(name)).name for name in dict(read_json(path).get("weight_map") or {}).values()})
     elif shard := SHARD.fullmatch(path.name):
         names = [f"{shard[1]}-{n:05}-of-{shard[3]}{shard[4]}" for n in range(1, int(shard[3]) + 1)]
     missing = [name for name in names if not os.path.isfile(path.with_name(name))]
-    if missing == [path.name]:
-        raise BadInput(f"{path}: not a regular file")
-    if missing or not names:
+    if not names or missing == [path.name]:
+        raise BadInput(f"{path}: not a regular file, or an index of none")
+    if missing:
         get = f"`hf download NAME {' '.join(missing[:1])} --local-dir {path.parent}` if it came from the hub"
         raise BadInput(f"{path}: of {len(names)} shards {', '.join(missing[:3])} is not beside it: get it there, {get}")
     return [path.with_name(name) for name in names]
@@ -2611,15 +2609,14 @@ def download_weights(name: str, revision: str | None, file: str | None) -> list[
     from huggingface_hub import HfApi, errors, logging, snapshot_download
 
     logging.set_verbosity_error()  # it retries a dead network for 20 s, in ten lines of its own
-    with suppress(errors.LocalEntryNotFoundError, BadInput):  # BadInput: a cached folder without all weights
-        cached = snapshot_download(name, revision=revision, local_files_only=True)
-        return locate_weights(f"{cached}/{file or ''}")
+    with suppress(errors.LocalEntryNotFoundError, errors.HFValidationError, BadInput):  # the last: weights are missing
+        return locate_weights(f"{snapshot_download(name, revision=revision, local_files_only=True)}/{file or ''}")
     try:
         files = HfApi().list_repo_files(name, revision=revision)
         chosen = file or next((known for known in WEIGHT_FILES if known in files), "*.safetensors")
         shards = re.sub(r"(-\d{5}-of-\d{5})?(\.\w+)(\.index\.json)?$", r"-*\2", chosen)
         folder = snapshot_download(name, revision=revision, allow_patterns=[chosen, shards, "*.json"])
-    except errors.RepositoryNotFoundError:  # a gated one is of this kind as well
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):  # the first may be one that is gated
         terms = f"if it has terms, accept them on huggingface.co/{name}, then run `hf auth login`"
         raise BadInput(f"{name}: neither here nor a model that you may read on the Hugging Face hub: {terms}") from None
     except (errors.HfHubHTTPError, OSError) as error:
@@ -2672,14 +2669,17 @@ def open_weights(path: Path) -> dict[str, Any]:
     return found
 
 
-def flatten(node: dict[Any, Any], prefix: str = "") -> dict[str, Tensor]:
+def flatten(root: dict[Any, Any]) -> dict[str, Tensor]:
     """Tensors of nested containers (`state_dict`, `model`, `ema` …) by dotted name, without what wrappers inserted."""
     tensors: dict[str, Tensor] = {}
-    for key, value in node.items():
-        if isinstance(value, Tensor):
-            tensors.setdefault(WRAPPER.sub("", f"{prefix}{key}"), value)
-        elif isinstance(value, dict):
-            tensors.update(flatten(value, f"{prefix}{key}."))
+    queue, seen = [("", root)], {id(root)}  # a container may hold itself
+    for prefix, node in queue:  # which grows as it is read
+        for key, value in node.items():
+            if isinstance(value, Tensor):
+                tensors.setdefault(WRAPPER.sub("", f"{prefix}{key}"), value)
+            elif isinstance(value, dict) and id(value) not in seen:
+                seen.add(id(value))
+                queue.append((f"{prefix}{key}.", value))
     return tensors
 
 
@@ -2711,7 +2711,7 @@ class Found:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        with suppress(AttributeError, KeyError, TypeError, ValueError):
+        with suppress(Exception):
             return AutoConfig.for_model(**self.beside.get("config", {}))
         return None
 
@@ -2722,9 +2722,9 @@ class Found:
         pixels = clip.get("image_size") or timm.get("pretrained_cfg", {}).get("input_size", [None])[-1]
         return timm.get("architecture") or clip.get("timm_model_name") or "", timm.get("model_args") or {}, pixels
 
-    def heads(self, width: int, act: str, stated: int | None = None) -> int:
-        """Attention heads from `--backbone-heads`, else as stated, else those of published towers, assumed aloud."""
-        usual = {1152: 16, 1536: 16}.get(width, 0 if width % 64 else width // 64)
+    def heads(self, width: int, act: str, stated: int | None = None, wide: Sequence[int] = ()) -> int:
+        """Attention heads as asked for or stated, else assumed aloud: 16 of `wide` widths, else one for each 64."""
+        usual = 16 if width in wide else 0 if width % 64 else width // 64
         heads = self.asked_heads or stated or usual
         if not heads or width % heads:
             raise BadInput(f"{self.source}: {heads or '?'} heads do not divide its width {width}: see --backbone-heads")
@@ -2944,7 +2944,7 @@ class SiglipBackbone(Backbone):
             "family": "siglip", "hidden_size": width, "num_channels": channels, "patch_size": size,
             "image_size": pixels, "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]),
             "num_hidden_layers": stated.get("num_hidden_layers") or found.blocks(r"encoder\.layers\.(\d+)\."),
-            "num_attention_heads": found.heads(width, act, stated.get("num_attention_heads")),
+            "num_attention_heads": found.heads(width, act, stated.get("num_attention_heads"), (1152, 1536)),
             "hidden_act": stated.get("hidden_act", act), "layer_norm_eps": stated.get("layer_norm_eps", 1e-6),
             "vision_use_head": any(name.startswith("head.") for name in kept), "naflex": naflex,
         }  # fmt: skip
@@ -3114,9 +3114,8 @@ class TransformersBackbone(ViTBackbone):
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed by the library itself: names in published files and in memory differ from release to release."""
-        net, told = type(self.net).from_pretrained(
-            None, config=self.library, state_dict=found.tensors, output_loading_info=True
-        )
+        how = {"config": self.library, "state_dict": found.tensors, "output_loading_info": True}
+        net, told = type(self.net).from_pretrained(None, **how)
         missing = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
         found.unused += [found.prefix + name for name in told["unexpected_keys"]]
         return {name: tensor for name, tensor in net.state_dict().items() if name not in missing}
@@ -3277,14 +3276,14 @@ ANCHORS: tuple[tuple[str, Any], ...] = (  # pattern of a tensor that ends any pr
 def read_tensors(tensors: dict[str, Tensor], found: Found) -> Found:
     """Find the image encoder among named tensors (`meta` ones too), and what builds it.
 
-    Of several the fullest is taken, averaged weights first.
+    Of several the fullest that is not CLIP's is taken, averaged weights first.
     """
     ends: dict[str, Any] = {}
-    facts = {name: f"{name} {t.dtype} {tuple(t.shape)}" for name, t in tensors.items()}
+    facts = {k: f"{k} {t.dtype if t.layout == torch.strided else t.layout} {(*t.shape,)}" for k, t in tensors.items()}
     for (anchor, kind), fact in itertools.product(ANCHORS, facts.values()):
         if match := re.search(rf"(?<![^.]){anchor}", fact):
             ends[fact[: match.start()]] = kind
-    size = {prefix: sum(name.startswith(prefix) for name in tensors) for prefix in ends}
+    size = {e: (f"{e}embeddings.class_embedding" not in tensors) * sum(k.startswith(e) for k in tensors) for e in ends}
     prefix = max(ends, key=lambda end: (size[end], "ema" in re.split(r"[._]", end.lower())), default="")
     found.take(tensors, prefix)
     inside = "\n".join(fact for fact in facts.values() if fact.startswith(prefix))
@@ -3397,10 +3396,9 @@ def fill_backbone(backbone: Backbone, adopted: dict[str, Tensor], found: Found) 
         backbone.net.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         said = " ".join(str(error).partition("\n")[2].split())[:400]
-        unlike = f"is incomplete, or of a variant of {backbone.family} that this script does not know"
-        raise BadInput(f"{found.source}: {unlike}: {said}") from None
-    if broken := [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]:
-        raise BadInput(f"{found.source}: not finite: {', '.join(broken[:10])}")
+        raise BadInput(f"{found.source}: is incomplete, or a {backbone.family} unknown here: {said}") from None
+    if broken := [name for name, tensor in tensors.items() if tensor.is_meta or not torch.isfinite(tensor.sum())]:
+        raise BadInput(f"{found.source}: empty or not finite: {', '.join(broken[:10])}")
 
 
 # What of a backbone is trained: all, what lies above a layer, or adapters of low rank; and how it leaves again.
@@ -3439,12 +3437,11 @@ def add_lora(backbone: Backbone, rank: int) -> None:
     if isinstance(backbone, ConvBackbone):
         raise BadInput(f"--lora-rank is for ViTs; this backbone is {backbone.family}: leave it out")
     inside = {id(m) for block in backbone.blocks() for m in block.modules()}
-    chosen = [
-        name
-        for name, m in backbone_layers(backbone)
-        if isinstance(m, (nn.Conv2d, nn.Conv3d)) or (isinstance(m, nn.Linear) and id(m) in inside and "att" in name)
-        if m.weight.requires_grad
-    ]
+    chosen = []
+    for name, m in backbone_layers(backbone):
+        attends = isinstance(m, nn.Linear) and id(m) in inside and "att" in name
+        if (attends or isinstance(m, (nn.Conv2d, nn.Conv3d))) and m.weight.requires_grad:
+            chosen.append(name)
     if not chosen:
         raise BadInput("--lora-rank finds nothing to adapt, all is frozen: lower --freeze-up-to")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen), backbone)

@@ -317,6 +317,69 @@ def test_a_vit_gives_timms_features_with_its_description_and_without(tmp_path, n
     assert larger(torch.rand(1, 3, 2 * size, 2 * size)).shape == (1, 64)
 
 
+@pytest.mark.parametrize(
+    ("name", "width", "heads"), [("vit_giant_patch14_dinov2", 1536, 24), ("vit_base_patch16_224", 1152, 18)]
+)
+def test_a_wide_vit_has_a_head_for_each_64_of_its_width(tmp_path, name, width, heads):
+    timm = pytest.importorskip("timm")
+    tower = timm.create_model(name, depth=1, img_size=28, patch_size=14, embed_dim=width, num_heads=heads, mlp_ratio=1)
+    torch.save(tower.state_dict(), tmp_path / "tower.pt")
+    found = fs.read_pretrained(tmp_path / "tower.pt")
+    assert (found.config["arguments"]["num_heads"], "assumed" in found.notes[0]) == (heads, True)
+
+
+def test_containers_that_hold_themselves_or_one_another_many_times_are_read_once(tmp_path):
+    content: dict = {"state_dict": tiny_tower().state_dict()}
+    content["itself"] = content
+    for _ in range(40):
+        content = {"a": content, "b": content}
+    torch.save(content, tmp_path / "tower.pt")
+    assert len(fs.read_pretrained(tmp_path / "tower.pt", heads=2).tensors) == len(tiny_tower().state_dict())
+
+
+def test_a_siglip_tower_beside_one_of_clip_is_taken(tmp_path):
+    state = {f"{prefix}.{name}": t for prefix in ("clip", "siglip") for name, t in tiny_tower().state_dict().items()}
+    torch.save(state | {"clip.embeddings.class_embedding": torch.ones(64)}, tmp_path / "both.pt")
+    assert fs.read_pretrained(tmp_path / "both.pt", heads=2).prefix == "siglip."
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, torch.Tensor.cfloat])
+def test_tensors_that_no_tower_computes_with_are_refused(tmp_path, change):
+    state = {name: change(t) if name.endswith("fc1.weight") else t for name, t in tiny_tower().state_dict().items()}
+    torch.save(state, tmp_path / "odd.pt")
+    with pytest.raises(fs.BadInput, match="a quantised model, or sparse"):
+        fs.load_backbone(tmp_path / "odd.pt", heads=2)
+
+
+def test_tensors_without_values_are_refused(tmp_path):
+    torch.save({name: t.to("meta") for name, t in tiny_tower().state_dict().items()}, tmp_path / "meta.pt")
+    with pytest.raises(fs.BadInput, match="empty or not finite"):
+        fs.load_backbone(tmp_path / "meta.pt", heads=2)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": None}])
+def test_an_index_of_nothing_is_refused(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(fs.BadInput, match="an index of none"):
+        fs.read_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["foo/bar..baz", "a--b/c", "a/b.git"])
+def test_what_can_be_no_name_of_the_hub_is_refused(name):
+    with pytest.raises(fs.BadInput, match="neither here nor a model"):
+        fs.read_pretrained(name)
+
+
+def test_of_a_cached_models_snapshots_the_current_one_is_taken(tmp_path):
+    for snapshot in ("abc", "def"):
+        tiny_tower().save_pretrained(tmp_path / "snapshots" / snapshot)
+    with pytest.raises(fs.BadInput, match="several snapshots"):
+        fs.read_pretrained(tmp_path)
+    (tmp_path / "refs").mkdir()
+    (tmp_path / "refs" / "main").write_text("def")
+    assert "def" in fs.read_pretrained(tmp_path).source
+
+
 def test_dinov2_as_meta_publishes_it_gives_timms_features(tmp_path):
     model, images = (
         timm_folder(tmp_path, "vit_large_patch14_dinov2", **SMALL_VIT, img_size=28),

@@ -247,6 +247,14 @@ def test_series_over_time_are_refused(tmp_path: Path) -> None:
 # Spacing, field of view, --prepare
 
 
+def test_a_metaimage_that_scales_its_stored_values_is_read_in_hu(tmp_path):
+    path, volume = tmp_path / "scan.mha", body() // 2 * 2
+    write_image(path, ((volume + 1024) // 2).astype(np.int16), (5.0, 5.0, 5.0))
+    scale = b"ElementToIntensityFunctionSlope = 2\nElementToIntensityFunctionOffset = -1024\n"
+    path.write_bytes(path.read_bytes().replace(b"ElementDataFile", scale + b"ElementDataFile", 1))
+    assert np.array_equal(load_volume(path)[0], volume)
+
+
 def test_a_prepared_scan_has_its_spacing_and_its_body_in_the_middle(tmp_path: Path) -> None:
     path = write_image(tmp_path / "scan.mha", body(40, 60, 64), (5.0, 5.0, 5.0))
     volume = prepare_volume(path, (3.0, 1.5, 1.5))

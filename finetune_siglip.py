@@ -5854,7 +5854,7 @@ def run_epoch(run: Run) -> None:
     if run.runtime.is_main:
         run.redo_files()
         report_epoch(run, time.perf_counter() - started, f"  {top.name(epoch)}" if gained else "")
-        if epoch == 2 and seconds["data"] > seconds["train"]:
+        if epoch == 2 and seconds["data"] > seconds["train"] and not run.args.cache_features:
             log.warning("most of training waits for data: raise --num-workers, or keep volumes with --cache-dir")
 
 

@@ -34,7 +34,7 @@ BUGS = {
     "scaler state dropped": ('    state.scaler.load_state_dict(content["scaler"])\n', "", SAME),
     "tally dropped": ('"skipped", "skipped_in_row", "tally")', '"skipped", "skipped_in_row")', SAME),
     "loss of the epoch dropped": ('    state.loss_sum.fill_(content["losses"][rank])\n', "", SAME),
-    "patience dropped": ('    history.epochs_without_gain = kept["epochs_without_gain"]\n', "", SAME),
+    "patience dropped": (', "epochs_without_gain")})\n', ")})\n", SAME),
     "top 3 forgotten": (
         '    history.top.entries = [(key, epoch) for key, epoch in kept["entries"]]\n', "", SAME,
     ),

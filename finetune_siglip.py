@@ -826,8 +826,9 @@ def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple
 
 
 @contextmanager
-def put_in_place(temporary: Path, path: Path, size: int = 0) -> Iterator[None]:
-    """Give what the body writes to `temporary`, in the same folder, the name `path`: `path` is the old or the new file.
+def put_in_place(temporary: Path, path: Path, size: int = 0, lasting: bool = True) -> Iterator[None]:
+    """Give what the body writes to `temporary`, in the same folder, the name `path`: `path` is the old or the new file,
+    after a loss of power too if it is to be `lasting`.
 
     Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, nothing else is left.
     """
@@ -836,7 +837,8 @@ def put_in_place(temporary: Path, path: Path, size: int = 0) -> Iterator[None]:
             temporary.unlink()  # a leftover may be a second name of a good file: never write into it
         yield
         os.replace(temporary, path)
-        sync(path.parent)
+        if lasting:
+            sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError
         free = shutil.disk_usage(path.parent).free if path.parent.exists() else 0
         why = getattr(error.__cause__ or error.__context__ or error, "strerror", None) or first_line(error)
@@ -2034,7 +2036,7 @@ def sealed(entry: Path, content: np.ndarray) -> bytes:
 def write_entry(entry: Path, array: np.ndarray) -> None:
     """Make an entry, visible when whole. Raises BadEnvironment."""
     part, content = entry.with_suffix(f".{secrets.token_hex(8)}.part"), array.reshape(-1).view(np.uint8)
-    with put_in_place(part, entry, content.nbytes):
+    with put_in_place(part, entry, content.nbytes, lasting=False):
         part.write_bytes(content.tobytes() + sealed(entry, content))
 
 

@@ -52,7 +52,7 @@ def test_no_function_is_longer_than_a_screen_but_the_table_of_arguments():
 
 LONGEST = 6290
 BUDGET = {
-    "Door": 45, "Knobs": 300, "Machine": 460, "Table": 240, "Volume": 1390, "Backbone": 951, "Model": 383, "Loss": 83,
+    "Door": 45, "Knobs": 300, "Machine": 462, "Table": 240, "Volume": 1390, "Backbone": 951, "Model": 383, "Loss": 83,
     "Optim": 140, "Step": 420, "Scores": 270, "Keep": 412, "Papers": 419, "Main": 730,
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ def bench(tmp_path_factory, tower):
 def done(bench):
     """The folder of a finished run; copy it before changing it."""
     bench.reference(PLAIN)
-    return bench.folder / "reference-0"
+    return bench.folder / "-".join(("reference", *map(str, PLAIN)))
 
 
 def run(bench, out, *more, config=PLAIN, **shim):

@@ -64,7 +64,7 @@ class Bench:
     def reference(self, config: tuple) -> tuple[dict, float, list[str]]:
         """What an undisturbed run gives, how long it takes, and its file operations."""
         if config not in self.references:
-            out = self.folder / f"reference-{len(self.references)}"
+            out = self.folder / "-".join(("reference", *map(str, config)))
             started = time.monotonic()
             ended = self.server.run(self.arguments(config, out), out.with_suffix(".log"), folder=str(out))
             assert ended.code == 0, ended.text

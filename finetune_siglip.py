@@ -432,6 +432,8 @@ if __name__ == "__main__":
     if not silent:
         with suppress(OSError):  # nobody may be listening
             print("loading PyTorch …", flush=True)
+    if lacking := [name for name in ("deflate", "numpy", "torch") if not find_spec(name)]:
+        build_parser().exit(3, f"error: needs {', '.join(lacking)}: pip install -r requirements.txt\n" * (not silent))
 
 import deflate
 import numpy as np
@@ -3014,16 +3016,21 @@ def pack_kept(
 class ViTBackbone(Backbone):
     """A ViT whose feature may be a class token."""
 
+    def __init__(self, config: dict[str, Any], net: nn.Module, width: int):
+        super().__init__(config, net, width)
+        for name in ("mean", "std"):  # where the images are: numbers that are sent there would be waited for
+            values = None if config[name] is None else torch.tensor(config[name]).view(-1, 1, 1)
+            self.register_buffer(f"image_{name}", values, persistent=False)  # the configuration holds them
+
     def normalised(self, images: Tensor) -> Tensor:
         """Images in [0, 1] less the mean and over the deviation that the tower was trained with, or their own."""
-        mean, std = self.config["mean"], self.config["std"]
+        mean, std = (getattr(self, f"image_{name}") for name in ("mean", "std"))
         if mean is None:
-            scale, shift = torch.std_mean(images, (2, 3), keepdim=True)
-            return (images - shift) / scale.clamp(min=1e-6)
-        if len(mean) != images.shape[1]:  # other channels than it was trained with have the same in common
-            mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
-        shift, scale = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
-        return (images - shift) / scale
+            std, mean = torch.std_mean(images, (2, 3), keepdim=True)
+            std = std.clamp(min=1e-6)
+        elif len(mean) != images.shape[1]:  # other channels than it was trained with have the same in common
+            mean, std = mean.mean(), std.mean()
+        return (images - mean) / std
 
     def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """What the last block is given: a class token no longer depends on the patches that come out of it."""
@@ -6251,7 +6258,7 @@ def say_why(error: BaseException) -> int:
     elif is_lost(error):
         messages = [f"another process of this run has ended or hangs ({text}); --resume auto goes on from last.ckpt"]
     elif isinstance(error, OSError):
-        messages = [f"{error.filename or 'the system'}: {error.strerror or text}"]
+        messages = [f"{error.filename or 'the system'}: {error.strerror or text}: mend that, or name another path"]
     else:
         raise error
     for message in messages:

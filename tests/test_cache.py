@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_used_is_the_environments_fault(
     with pytest.raises(OSError, match="exists") as caught:
         cache_in(tmp_path)
     assert say_why(caught.value) == 3
-    assert caplog.messages == [f"{tmp_path / 'cache'}: File exists"]
+    assert caplog.messages == [f"{tmp_path / 'cache'}: File exists: mend that, or name another path"]
 
 
 def test_the_size_is_told_and_the_disk_is_not_filled_to_the_brim(

@@ -675,7 +675,7 @@ def test_an_error_is_said_once_whichever_ranks_find_it(bench, tmp_path, who):
         more, said = ["--csv", str(tmp_path / "none.csv")], "none.csv"
     elif who == "rank 0":
         out.write_text("in the way")
-        said = f"{out}: File exists"
+        said = f"{out}: File exists: mend that, or name another path"
     else:  # each epoch deals the scans out anew, so this one is met by either rank sooner or later
         scans = shutil.copytree(bench.scans.parent, tmp_path / "scans") / bench.scans.name
         row = next(line.split(",") for line in scans.read_text().splitlines() if ",train," in line)

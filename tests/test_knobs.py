@@ -153,6 +153,15 @@ def errors_of(argv, capsys):
     return lines
 
 
+@pytest.mark.parametrize("name", ["deflate", "torch"])
+def test_a_package_that_is_not_installed_is_one_line_with_the_command_that_mends_it(name):
+    code = f"import sys, runpy; sys.modules[{name!r}] = None; sys.argv = ['x', *sys.argv[1:]]; " \
+           f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"  # fmt: skip
+    ended = subprocess.run([sys.executable, "-c", code, *NEEDED], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3
+    assert ended.stderr == f"error: needs {name}: pip install -r requirements.txt\n"
+
+
 def test_all_that_is_wrong_is_told_at_once_a_line_each(capsys):
     wrong = [
         "--epo",

@@ -50,9 +50,9 @@ def test_no_function_is_longer_than_a_screen_but_the_table_of_arguments():
     assert [f.name for f in FUNCTIONS if f.end_lineno - f.lineno + 1 > 60] == ["build_parser"]
 
 
-LONGEST = 6290
+LONGEST = 6293
 BUDGET = {
-    "Door": 45, "Knobs": 300, "Machine": 462, "Table": 240, "Volume": 1390, "Backbone": 951, "Model": 383, "Loss": 83,
+    "Door": 45, "Knobs": 300, "Machine": 464, "Table": 240, "Volume": 1390, "Backbone": 956, "Model": 383, "Loss": 83,
     "Optim": 140, "Step": 420, "Scores": 270, "Keep": 412, "Papers": 419, "Main": 730,
 }  # fmt: skip
 

@@ -249,6 +249,24 @@ def test_augmentation_has_a_gpu_wait_for_no_copy(monkeypatch, strength, intensit
     assert copies.found == ["_to_copy"]  # the one above, that such are seen
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_normalising_for_a_vit_has_a_gpu_wait_for_no_copy(channels):
+    """The means of three channels, or for fewer the one they have in common, are on the device already."""
+    config = {"family": "timm", "architecture": "vit_base_patch16_224", "patch_size": 8, "image_size": 16,
+              "arguments": {"patch_size": 8, "embed_dim": 64, "depth": 1, "num_heads": 1}, "num_channels": 3,
+              "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}  # fmt: skip
+    with torch.device("meta"):
+        backbone = fs.build_backbone(config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        backbone = backbone.to_empty(device="cuda")
+        images = torch.zeros(2, channels, 16, 16, device="cuda")
+        with Copies() as copies:
+            torch.zeros(2).to("cuda")
+            normal = backbone.normalised(images)
+    assert normal.device.type == "cuda"
+    assert copies.found == ["_to_copy"]  # the one above, that such are seen
+
+
 def test_processes_that_read_stay_over_epochs_and_read_what_the_epoch_wants(tmp_path, monkeypatch):
     monkeypatch.setattr(fs, "usable_cores", lambda: 2)
     dataset, state = small_scans(tmp_path, 6), small_state(small_classifier(dropout=0.0), lr=1e-30)

@@ -81,6 +81,14 @@ def test_flags_that_the_readme_names_exist():
         assert flag in known, flag
 
 
+def test_each_flag_has_a_sentence_on_what_it_is_for():
+    text = (ROOT / "README.md").read_text()
+    prose = re.sub(r"<!-- arguments.*?<!-- end of arguments -->", "", text, flags=re.S)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", prose))
+    flags = {flag for action in build_parser()._actions for flag in action.option_strings if flag.startswith("--")}
+    assert flags - named == {"--help"}
+
+
 def test_messages_that_the_readme_explains_are_those_of_the_script():
     """A gap in a message, `…`, is what the script fills in."""
     rows = re.search(r"^## Troubleshooting\n(.*?)^## ", (ROOT / "README.md").read_text(), flags=re.M | re.S)[1]

@@ -1175,11 +1175,9 @@ class Header:
     source: str | None = None  # digest of what `--prepare` made it from
 
 
-# Reading a scan takes two steps: `open_…`, one for each format, gives what the file says of its volume and a function
-# that reads the voxels, for all headers are read before any voxel. Neither names the file in its errors: that is done
-# by `reading_scan` alone, which also turns whatever error a library makes of a damaged file into BadVolume.
-
-Opened = tuple[Header, Callable[[], np.ndarray]]
+# What reads a format is a generator: of what the file says of its volume, and then of the voxels, for all headers are
+# read before any voxel. None names the file in its errors: that is done by `reading_scan` alone, which also turns
+# whatever error a library makes of a damaged file into BadVolume.
 
 
 @contextmanager
@@ -1219,8 +1217,8 @@ def raw_library(name: str) -> Any:
 ONE_PARSER = threading.Lock()  # Python up to 3.11 fails at random where two threads parse literals (gh-106905)
 
 
-def parse_npy(head: bytes, size: int) -> tuple[Header, Callable[[Any], np.ndarray]]:
-    """Header of an array of `size` bytes in NumPy's format, and what makes the array of all of them."""
+def parse_npy(head: bytes, size: int) -> tuple[tuple[int, ...], np.dtype, Callable[[Any], np.ndarray]]:
+    """Shape and type of an array of `size` bytes in NumPy's format, and what makes the array of all of them."""
     stream = io.BytesIO(head)
     version = np.lib.format.read_magic(stream)
     parse = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -1230,12 +1228,20 @@ def parse_npy(head: bytes, size: int) -> tuple[Header, Callable[[Any], np.ndarra
     order: Any = "F" if fortran else "C"
     if dtype.hasobject or start + math.prod(shape) * dtype.itemsize != size or min(shape, default=1) < 1:
         raise ValueError(f"its header does not match its data: {dtype} {shape} in {size} bytes")
-    return Header(shape, dtype), lambda data: np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
+    return shape, dtype, lambda data: np.frombuffer(data, dtype, offset=start).reshape(shape, order=order)
 
 
-def open_npz(path: Path) -> tuple[Header, Callable[[], np.ndarray], dict[str, Any]]:
-    """The member `image`, and what others say of it."""
-    told = {}
+def read_npy(path: Path) -> Iterator[Any]:
+    """Shape, type and no more facts of an array; then it."""
+    with path.open("rb") as file:
+        shape, dtype, as_array = parse_npy(file.read(4096), path.stat().st_size)
+    yield shape, dtype, {}
+    yield as_array(path.read_bytes())
+
+
+def read_npz(path: Path) -> Iterator[Any]:
+    """Shape and type of the member `image`, and what others say of it; then the array."""
+    told: dict[str, Any] = {}
     with path.open("rb", buffering=0) as file, zipfile.ZipFile(file) as archive:
         members = {member.filename: member for member in archive.infolist()}
         if (image := members.get("image.npy")) is None:
@@ -1243,40 +1249,34 @@ def open_npz(path: Path) -> tuple[Header, Callable[[], np.ndarray], dict[str, An
         if not len(members) == len(archive.infolist()) <= 64:
             raise ValueError("its members are double, or too many")
         with archive.open(image) as stream:
-            header, as_array = parse_npy(stream.read(4096), image.file_size)
+            shape, dtype, as_array = parse_npy(stream.read(4096), image.file_size)
         for name in ("orientation", "spacing", "source"):
             if (member := members.get(f"{name}.npy")) and member.file_size <= 4096:
                 data = archive.read(member)
-                told[name] = parse_npy(data, len(data))[1](data).ravel().tolist()
-
-    def load() -> np.ndarray:
-        with path.open("rb") as file:
-            file.seek(image.header_offset)
-            file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
-            data: Any = file.read(image.compress_size)
-        if image.compress_type == zipfile.ZIP_DEFLATED:
-            data = deflate.deflate_decompress(data, image.file_size)
-        if len(data) != image.file_size or deflate.crc32(data) != image.CRC:
-            raise ValueError("its bytes do not match their checksum")
-        return as_array(data)
-
-    return dataclasses.replace(header, crc=image.CRC), load, told
+                told[name] = parse_npy(data, len(data))[-1](data).ravel().tolist()
+    yield shape, dtype, told | {"crc32": image.CRC}
+    with path.open("rb") as file:
+        file.seek(image.header_offset)
+        file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
+        data = file.read(image.compress_size)
+    if image.compress_type == zipfile.ZIP_DEFLATED:
+        data = deflate.deflate_decompress(data, image.file_size)
+    if len(data) != image.file_size or deflate.crc32(data) != image.CRC:
+        raise ValueError("its bytes do not match their checksum")
+    yield as_array(data)
 
 
-def open_b2nd(path: Path) -> tuple[Header, Callable[[], np.ndarray], dict[str, Any]]:
-    """A blosc2 array, and what it says of it. Files of others have no checksum; those of `--prepare` have."""
+def read_b2nd(path: Path) -> Iterator[Any]:
+    """Shape, type and what a blosc2 array says of itself; then it. Only those of `--prepare` have checksums."""
     array = raw_library("blosc2").open(str(path), mode="r", dparams={"nthreads": 1})
     told = array.schunk.vlmeta.getall().get("scan", {})
     if told.pop("check", None) != (facts_check(array, told) if told else None):
         raise ValueError("its facts do not match their checksum")
-
-    def load() -> np.ndarray:
-        voxels = array[...]
-        if told and told["crc32"] != deflate.crc32(voxels.data):
-            raise ValueError("its voxels do not match their checksum")
-        return voxels
-
-    return Header(tuple(array.shape), array.dtype, crc=told.get("crc32")), load, told
+    yield tuple(array.shape), array.dtype, told
+    voxels = array[...]
+    if told and told["crc32"] != deflate.crc32(voxels.data):
+        raise ValueError("its voxels do not match their checksum")
+    yield voxels
 
 
 def facts_check(array: Any, facts: dict[str, Any]) -> int:
@@ -1284,37 +1284,37 @@ def facts_check(array: Any, facts: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps([list(array.shape), str(array.dtype), facts], sort_keys=True).encode())
 
 
-def open_stored(path: Path) -> Opened:
-    """An NPZ, NPY or B2ND file, by its first bytes; voxels (C, three stored axes), C = 1 where it is left out."""
+def read_stored(path: Path) -> Iterator[Any]:
+    """Header of an NPZ, NPY or B2ND file, by its first bytes; then voxels (C, three stored axes), C = 1 if left out."""
     with path.open("rb") as file:
-        head = file.read(4096)
-    told: dict[str, Any] = {}
+        head = file.read(9)
     if head[:4] == b"PK\3\4":
-        header, load, told = open_npz(path)
-    elif head[2:9] == b"b2frame":
-        header, load, told = open_b2nd(path)
+        scan = read_npz(path)
+    elif head[2:] == b"b2frame":
+        scan = read_b2nd(path)
     elif head[:6] == b"\x93NUMPY":
-        header, as_array = parse_npy(head, path.stat().st_size)
-        load = lambda: as_array(path.read_bytes())  # noqa: E731
+        scan = read_npy(path)
     else:
         raise BadVolume("is no NPZ, NPY, B2ND, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices")
-    shape = (1, *header.shape) if len(header.shape) == 3 else header.shape
-    if (size := math.prod(shape) * header.dtype.itemsize) > max(1 << 25, 200 * path.stat().st_size):
+    shape, dtype, told = next(scan)
+    shape = (1, *shape) if len(shape) == 3 else shape
+    if (size := math.prod(shape) * dtype.itemsize) > max(1 << 25, 200 * path.stat().st_size):
         raise BadVolume(f"would inflate to {size} bytes: noise alone keeps a CT below 20 times its packed size")
-    if header.dtype.kind not in "iuf" or header.dtype.itemsize > 8:
-        raise BadVolume(f"holds {header.dtype}, not int16, float16, float32 or the like: convert it")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise BadVolume(f"holds {dtype}, not int16, float16, float32 or the like: convert it")
     if len(shape) != 4:
         raise BadVolume(f"has shape {shape}, not (C, D, H, W): drop axes of length 1 with np.squeeze(image)")
     if shape[-1] <= 4 < shape[0]:
         raise BadVolume(f"has shape {shape}, channels last: store np.moveaxis(image, -1, 0)")
-    letters = [letter.decode() if isinstance(letter, bytes) else str(letter) for letter in told.get("orientation", ())]
-    code, spacing = "".join(letters) or None, tuple(map(float, told.get("spacing", ()))) or None
+    code = "".join(np.ravel(told.get("orientation", "")).astype(str)) or None
     if code and sorted(PATIENT_AXIS.get(letter, 9) for letter in code) != [0, 1, 2]:
         raise BadVolume(f"its member 'orientation' is {code!r}, not a code such as SPL")
+    spacing = tuple(map(float, told.get("spacing", ()))) or None
     if spacing and not (len(spacing) == 3 and all(0.05 < mm < 50 for mm in spacing)):
         raise BadVolume(f"its member 'spacing' is {spacing}, not mm along the three stored axes")
     source = bytes(told["source"]).hex() if "source" in told else None
-    return Header(shape, header.dtype, code, spacing, crc=header.crc, source=source), lambda: load().reshape(shape)
+    yield Header(shape, dtype, code, spacing, crc=told.get("crc32"), source=source)
+    yield next(scan).reshape(shape)
 
 
 def spl_axes(orientation: str) -> tuple[list[int], list[bool]]:
@@ -1433,17 +1433,16 @@ def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] =
         raise BadVolume(f"{values}: 0-1, and {doubt}: {advice}")
     if shows_chest(some):
         return "hu"
-    shares = {what: shows_chest(lo + some * (hi - lo)) for what, (lo, hi) in KNOWN_SCALES.items()}
-    likely = max(shares, key=lambda what: shares[what])
-    if shares[likely]:
+    share, likely = max((shows_chest(lo + some * (hi - lo)), what) for what, (lo, hi) in KNOWN_SCALES.items())
+    if share:
         lo, hi = KNOWN_SCALES[likely]
         raise BadVolume(f"{values}, not HU: {likely}: --intensity unit --hu-range {lo:g} {hi:g} undoes that")
     scores = " (of z-scores the MEAN and MEAN+DEVIATION)" if high - low < 100 else ""
     raise BadVolume(f"{values}, but no lungs and muscle in HU: {advice}{scores}; --intensity hu if it is right so")
 
 
-# Raw scans know their own geometry. Each format gives a shape, the steps of its axes and what loads its HU; `oriented`
-# alone checks and turns these. DICOM is read frame by frame with pydicom, for one series may lie in files of one frame,
+# Raw scans know their own geometry. Each format gives a shape and the steps of its axes, then its HU; `oriented` alone
+# checks and turns these. DICOM is read frame by frame with pydicom, for one series may lie in files of one frame,
 # of many, or both (highdicom refuses series without FrameOfReferenceUID and is slower than ITK). MHA is parsed here:
 # ITK takes damaged voxels for whole ones.
 
@@ -1462,9 +1461,10 @@ MHA_ALIASES = {"Orientation": "TransformMatrix", "Rotation": "TransformMatrix",
 say_once = cache(log.info)  # a scan is read in every epoch
 
 
-def oriented(shape: Sequence[int], steps: np.ndarray, load: Callable[[], np.ndarray]) -> Opened:
-    """A raw scan in SPL (1, D, H, W); `steps` (3, 3) has a column for each stored axis, in mm towards right, front and
-    head, and `load` gives its HU in int16 or float32, NaN where a voxel has no value."""
+def oriented(scan: Iterator[Any]) -> Iterator[Any]:
+    """Header, then voxels, in SPL (1, D, H, W), of a raw scan: of its shape and steps (3, 3), a column for each stored
+    axis, in mm towards right, front and head, then of its HU in int16 or float32, NaN where a voxel has no value."""
+    shape, steps = next(scan)
     shape = (*shape[:3], *(n for n in shape[3:] if n != 1))
     if len(shape) != 3 or min(shape) < 2:
         raise BadVolume(f"has shape {shape}: save the one volume of three axes that is meant")
@@ -1480,16 +1480,12 @@ def oriented(shape: Sequence[int], steps: np.ndarray, load: Callable[[], np.ndar
         raise BadVolume(f"is turned by more than 10 degrees against the patient's axes: {REMEDY}")
     sides = np.abs(turn).argmax(0)
     code = "".join(("LPI", "RAS")[int(turn[side, axis] > 0)][side] for axis, side in enumerate(sides))
-
-    def turned() -> np.ndarray:
-        stored = load().reshape(shape, order="F")
-        if stored.dtype.kind == "f" and np.isinf(stored).any():
-            raise BadVolume("holds infinite voxels: convert it again, without dividing by zero")
-        return to_spl(stored[None], code)
-
     axes = spl_axes(code)[0]
-    spacing = tuple(float(mm[axis]) for axis in axes)
-    return Header((1, *(shape[axis] for axis in axes)), np.dtype(np.int16), "SPL", spacing, raw=True), turned
+    yield Header((1, *np.array(shape)[axes].tolist()), np.dtype(np.int16), "SPL", tuple(mm[axes].tolist()), raw=True)
+    stored = next(scan).reshape(shape, order="F")
+    if stored.dtype.kind == "f" and np.isinf(stored).any():
+        raise BadVolume("holds infinite voxels: convert it again, without dividing by zero")
+    yield to_spl(stored[None], code)
 
 
 def to_hu(stored: np.ndarray, slope: float = 1, intercept: float = 0) -> np.ndarray:
@@ -1625,8 +1621,8 @@ def place_frames(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return order, LPS_TO_RAS @ np.stack([step, column * height, row * width], 1)
 
 
-def open_dicom(folder: Path, wanted: str) -> Opened:
-    """The frames of one series, whichever files they lie in; voxels (slice, row, column)."""
+def read_dicom(folder: Path, wanted: str) -> Iterator[Any]:
+    """The frames of one series, whichever files they lie in, as voxels (slice, row, column)."""
     files, owners = [], []
     for data in pick_series(folder, wanted):
         with reading_scan(Path(data.filename)):
@@ -1643,16 +1639,13 @@ def open_dicom(folder: Path, wanted: str) -> Opened:
         raise BadVolume("only some of its slices have a RescaleSlope and RescaleIntercept: export it again")
     order, steps = place_frames(frames)
     shape = (len(frames), *map(int, frames[0, 11:13]))
-
-    def load() -> np.ndarray:
-        volume = np.empty(shape, np.int16)
-        planes = (plane for data, rows in files for plane in decode(data, rows))
-        for at, plane in zip(np.argsort(order), planes, strict=True):
-            volume = volume.astype(np.result_type(volume, plane), copy=False)
-            volume[at] = plane
-        return volume
-
-    return oriented(shape, steps, load)
+    yield shape, steps
+    volume = np.empty(shape, np.int16)
+    planes = (plane for data, rows in files for plane in decode(data, rows))
+    for at, plane in zip(np.argsort(order), planes, strict=True):
+        volume = volume.astype(np.result_type(volume, plane), copy=False)
+        volume[at] = plane
+    yield volume
 
 
 def decode(data: Any, frames: list[list[float]]) -> Iterator[np.ndarray]:
@@ -1679,7 +1672,7 @@ def decode(data: Any, frames: list[list[float]]) -> Iterator[np.ndarray]:
             yield hu
 
 
-def open_nifti(path: Path) -> Opened:
+def read_nifti(path: Path) -> Iterator[Any]:
     """A NIfTI-1 or NIfTI-2 file, by its first bytes packed or not, whatever its name says; voxels (x, y, z)."""
     nibabel = raw_library("nibabel")
     with path.open("rb") as file:
@@ -1698,22 +1691,18 @@ def open_nifti(path: Path) -> Opened:
         raise BadVolume("is cut short, or its vox_offset is wrong: copy it again")
     slope, intercept = header.get_slope_inter()
     unit = {"meter": 1000.0, "micron": 0.001}.get(header.get_xyzt_units()[0], 1.0)
-
-    def load() -> np.ndarray:
-        data: Any = path.read_bytes()
-        claimed = int.from_bytes(data[-4:], "little")
-        if packed and end <= claimed <= 1032 * len(data):
-            with suppress(deflate.DeflateError):  # twice as fast as zlib, but it reads one part only
-                inflated = deflate.gzip_decompress(data, claimed)
-                data = inflated if len(inflated) >= end else data
-        data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
-        stored = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F")
-        return to_hu(stored, slope or 1, intercept or 0)
-
-    return oriented(shape, unit * header.get_best_affine()[:3, :3], load)
+    yield shape, unit * header.get_best_affine()[:3, :3]
+    data: Any = path.read_bytes()
+    claimed = int.from_bytes(data[-4:], "little")
+    if packed and end <= claimed <= 1032 * len(data):
+        with suppress(deflate.DeflateError):  # twice as fast as zlib, but it reads one part only
+            inflated = deflate.gzip_decompress(data, claimed)
+            data = inflated if len(inflated) >= end else data
+    data = gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    yield to_hu(np.frombuffer(data, dtype, math.prod(shape), start), slope or 1, intercept or 0)
 
 
-def open_mha(path: Path) -> Opened:
+def read_mha(path: Path) -> Iterator[Any]:
     """A MetaImage with its voxels inside; voxels (x, y, z)."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
@@ -1733,42 +1722,34 @@ def open_mha(path: Path) -> Opened:
     dtype = np.dtype(MHA_TYPES[fields["ElementType"][4:]]).newbyteorder(">" if big else "<")
     shape = (*map(int, fields["DimSize"].split()), int(fields.get("ElementNumberOfChannels", 1)))
     slope, shift = (float(fields.get(f"ElementToIntensityFunction{k}", k == "Slope")) for k in ("Slope", "Offset"))
-
-    def load() -> np.ndarray:
-        data: Any = memoryview(path.read_bytes())[end.end() :]
-        data = zlib.decompress(data) if packed else data
-        return to_hu(np.frombuffer(data, dtype).reshape(shape, order="F"), slope, shift)
-
-    return oriented(shape, LPS_TO_RAS @ (turn * spacing[:, None])[:3, :3].T, load)
+    yield shape, LPS_TO_RAS @ (turn * spacing[:, None])[:3, :3].T
+    data: Any = memoryview(path.read_bytes())[end.end() :]
+    data = zlib.decompress(data) if packed else data
+    yield to_hu(np.frombuffer(data, dtype), slope, shift)
 
 
-def open_nrrd(path: Path) -> Opened:
+def read_nrrd(path: Path) -> Iterator[Any]:
     """An NRRD file with its voxels inside; voxels (x, y, z)."""
     nrrd = raw_library("nrrd")
     with path.open("rb") as stream:
-        header, start = nrrd.read_header(stream), stream.tell()
-    if "data file" in header or "datafile" in header:
-        raise BadVolume("refers to another file for its voxels: write it as one file")
-    space = re.sub(r"(\w)\w+(-|$)", r"\1", space) if "-" in (space := str(header.get("space")).lower()) else space
-    steps = np.array(header.get("space directions", ()), float).reshape(-1, 3)
-    known = np.isfinite(steps).all(1)  # of axes in space
-    if space not in ("lps", "ras", "las") or known.sum() != 3:
-        raise BadVolume("does not say how it lies (space LPS, RAS or LAS, space directions): convert it again")
-    steps = steps[known] * {"m": 1000.0, "cm": 10.0, "um": 0.001}.get(header.get("space units", [""])[0], 1.0)
-    sizes = np.array(header["sizes"])
-
-    def load() -> np.ndarray:
-        with path.open("rb") as stream:
-            stream.seek(start)
-            return to_hu(nrrd.read_data(header, stream))
-
-    to_ras = np.diag([1 if side in "ras" else -1 for side in space])
-    return oriented((*sizes[known].tolist(), *sizes[~known].tolist()), to_ras @ steps.T, load)
+        header = nrrd.read_header(stream)
+        if "data file" in header or "datafile" in header:
+            raise BadVolume("refers to another file for its voxels: write it as one file")
+        space = str(header.get("space")).lower()
+        space = re.sub(r"(\w)\w+(-|$)", r"\1", space) if "-" in space else space
+        steps = np.array(header.get("space directions", ()), float).reshape(-1, 3)
+        known = np.isfinite(steps).all(1)  # of axes in space
+        if space not in ("lps", "ras", "las") or known.sum() != 3:
+            raise BadVolume("does not say how it lies (space LPS, RAS or LAS, space directions): convert it again")
+        steps = steps[known] * {"m": 1000.0, "cm": 10.0, "um": 0.001}.get(header.get("space units", [""])[0], 1.0)
+        sizes, to_ras = np.array(header["sizes"]), np.diag([1 if side in "ras" else -1 for side in space])
+        yield (*sizes[known].tolist(), *sizes[~known].tolist()), to_ras @ steps.T
+        yield to_hu(nrrd.read_data(header, stream))
 
 
 # One scan of whatever format, on its way to the grid of the model.
 
-RAW_FORMATS = {".nii": open_nifti, ".nii.gz": open_nifti, ".mha": open_mha, ".nrrd": open_nrrd}
+RAW_FORMATS = {".nii": read_nifti, ".nii.gz": read_nifti, ".mha": read_mha, ".nrrd": read_nrrd}
 
 
 def is_raw(path: Path) -> bool:
@@ -1785,20 +1766,23 @@ def read_volume(
     where a stored file says that its orientation, or spacing (D, H, W), is another than the one expected."""
     source, series = scan_source(path)
     with reading_scan(path):
-        mode, name = source.stat().st_mode, source.name.lower()
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        name = source.name.lower()
+        if source.is_dir() or name.endswith(".dcm"):
+            scan = oriented(read_dicom(source, series))
+        elif source.exists() and not source.is_file():
             raise BadVolume("is not a regular file")
-        if stat.S_ISDIR(mode) or name.endswith(".dcm"):
-            header, load = open_dicom(source, series)
+        elif found := [read for ending, read in RAW_FORMATS.items() if name.endswith(ending)]:
+            scan = oriented(found[0](source))
         else:
-            header, load = next((read for end, read in RAW_FORMATS.items() if name.endswith(end)), open_stored)(source)
+            scan = read_stored(source)
+        header = next(scan)
         if orientation and not header.raw:
             if header.orientation not in (None, orientation):
                 raise BadVolume(f"says it is stored {header.orientation}, not {orientation}: see --orientation")
             own = [header.spacing[axis] for axis in spl_axes(orientation)[0]] if header.spacing else []
             if own and spacing and not np.allclose(own, spacing, rtol=0.02):
                 raise BadVolume(f"says its spacing is {own} mm, not {list(spacing)} (D, H, W): prepare all scans alike")
-        return header, load() if voxels else None
+        return header, next(scan) if voxels else None
 
 
 def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:

@@ -827,17 +827,21 @@ def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple
 # gets its name; the folder follows it to the disk, since without that a power cut can undo the renaming.
 
 
+TEMPORARY = r"\..+\.\w+\.siglip\.tmp"  # what its first name looks like
+
+
 @contextmanager
-def put_in_place(temporary: Path, path: Path, size: int = 0, lasting: bool = True) -> Iterator[None]:
-    """Give what the body writes to `temporary`, in the same folder, the name `path`: `path` is the old or the new file,
-    after a loss of power too if it is to be `lasting`.
+def put_in_place(path: Path, size: int = 0, lasting: bool = True) -> Iterator[Path]:
+    """Give the file that the body makes, under the TEMPORARY name that it gets here, the name `path`: `path` is the old
+    or the new file, after a loss of power too if it is to be `lasting`.
 
     Raises BadEnvironment, telling the `size` in bytes where it is known; whatever happens, nothing else is left.
     """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.siglip.tmp")  # nobody else's, on any machine
     try:
-        with suppress(FileNotFoundError):
-            temporary.unlink()  # a leftover may be a second name of a good file: never write into it
-        yield
+        yield temporary
+        if lasting:
+            sync(temporary)
         os.replace(temporary, path)
         if lasting:
             sync(path.parent)
@@ -862,16 +866,8 @@ def sync(path: Path) -> None:
 
 def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
     """Let `write` fill a file that becomes `path` as `put_in_place` has it."""
-    temporary = temporary_name(path)
-    with put_in_place(temporary, path, size):
-        with open(temporary, "xb") as file:
-            write(file)
-        sync(temporary)
-
-
-def temporary_name(path: Path) -> Path:
-    """Where a file is written before it gets its name; TEMPORARY knows these names again."""
-    return path.with_name(f".{path.name}.{os.getpid()}.siglip.tmp")
+    with put_in_place(path, size) as temporary, open(temporary, "xb") as file:
+        write(file)
 
 
 def save_bytes(path: Path, data: bytes) -> None:
@@ -2021,8 +2017,8 @@ def sealed(entry: Path, content: np.ndarray) -> bytes:
 
 def write_entry(entry: Path, array: np.ndarray) -> None:
     """Make an entry, visible when whole. Raises BadEnvironment."""
-    part, content = entry.with_suffix(f".{secrets.token_hex(8)}.part"), array.reshape(-1).view(np.uint8)
-    with put_in_place(part, entry, content.nbytes, lasting=False):
+    content = array.reshape(-1).view(np.uint8)
+    with put_in_place(entry, content.nbytes, lasting=False) as part:
         part.write_bytes(content.tobytes() + sealed(entry, content))
 
 
@@ -4723,13 +4719,11 @@ MODEL_KIND, RUN_KIND, FORMAT = "finetune_siglip", "finetune_siglip.run", 1
 
 def link_atomic(source: Path, path: Path) -> None:
     """Make `path` the same file as `source`: a second name, or a copy where the file system has no links."""
-    temporary = temporary_name(path)
-    with put_in_place(temporary, path):
+    with put_in_place(path) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
-            sync(temporary)
 
 
 def digest_of(content: Any) -> str:
@@ -4856,30 +4850,11 @@ def classifier_from(content: dict[str, Any], path: Path = Path("checkpoint")) ->
     return model
 
 
-@dataclass
-class TopKCheckpoints:
-    """The best `k` epochs by `comparison_key`, ties to the earlier one; the best one's weights stay in memory."""
+TOP_K = 3
 
-    k: int = 3
-    entries: list[tuple[tuple[float, ...], int]] = field(default_factory=list)
-    best: dict[str, Any] | None = None
 
-    @staticmethod
-    def name(epoch: int) -> str:
-        return f"checkpoint_epoch_{epoch:03d}.pth"
-
-    @property
-    def names(self) -> list[str]:
-        return [self.name(epoch) for _, epoch in self.entries]
-
-    def offer(self, key: tuple[float, ...], epoch: int) -> bool:
-        """Rank an epoch; True if it is among the best."""
-        ranked = sorted([*self.entries, (key, epoch)], key=lambda entry: (entry[0], -entry[1]), reverse=True)
-        self.entries = ranked[: self.k]
-        return (key, epoch) in self.entries
-
-    def is_best(self, epoch: int) -> bool:
-        return bool(self.entries) and self.entries[0][1] == epoch
+def checkpoint_name(epoch: int) -> str:
+    return f"checkpoint_epoch_{epoch:03d}.pth"
 
 
 @dataclass
@@ -4887,10 +4862,30 @@ class History:
     """What has come of the epochs so far: their lines, the best of them, and for how long none has been better."""
 
     lines: list[str] = field(default_factory=list)
-    top: TopKCheckpoints = field(default_factory=TopKCheckpoints)
+    entries: list[tuple[tuple[float, ...], int]] = field(default_factory=list)  # (comparison_key, epoch) of the top k
+    best: dict[str, Any] | None = None  # what the first one's file holds
     digests: dict[str, str] = field(default_factory=dict)  # of the top k's files; one without is to be written anew
     epochs_without_gain: int = 0
     skipped: dict[str, dict[int, str]] = field(default_factory=dict)  # split -> row -> why it could not be read
+
+    @property
+    def names(self) -> list[str]:
+        return [checkpoint_name(epoch) for _, epoch in self.entries]
+
+    def offer(self, key: tuple[float, ...], epoch: int) -> bool:
+        """Rank an epoch, ties to the earlier one; True if it is among the best."""
+        ranked = sorted([*self.entries, (key, epoch)], key=lambda entry: (entry[0], -entry[1]), reverse=True)
+        self.entries = ranked[:TOP_K]
+        self.epochs_without_gain = 0 if self.is_best(epoch) else self.epochs_without_gain + 1
+        return (key, epoch) in self.entries
+
+    def is_best(self, epoch: int) -> bool:
+        return bool(self.entries) and self.entries[0][1] == epoch
+
+
+# What a state keeps of a TrainState and a History besides their larger parts.
+OF_PROGRESS = ("epoch", "micro", "skipped", "skipped_in_row", "tally")
+OF_HISTORY = ("lines", "entries", "digests", "epochs_without_gain")
 
 
 def pack_state(state: TrainState, losses: list[float], history: History, identity: dict[str, Any]) -> dict[str, Any]:
@@ -4909,12 +4904,9 @@ def pack_state(state: TrainState, losses: list[float], history: History, identit
         "parameters": list(optimized(state)),
         "schedule": state.schedule.state_dict(),
         "scaler": state.scaler.state_dict(),
-        "progress": {name: getattr(state, name) for name in ("epoch", "micro", "skipped", "skipped_in_row", "tally")},
+        "progress": {name: getattr(state, name) for name in OF_PROGRESS},
         "losses": losses,
-        "history": {
-            "entries": history.top.entries,
-            **{name: getattr(history, name) for name in ("lines", "digests", "epochs_without_gain", "skipped")},
-        },
+        "history": {name: getattr(history, name) for name in (*OF_HISTORY, "skipped")},
     }
 
 
@@ -4936,13 +4928,12 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
             state.ema.average[name].copy_(average)
     state.schedule.load_state_dict({**content["schedule"], "total_steps": state.schedule.total_steps})
     state.scaler.load_state_dict(content["scaler"])
-    for name, value in content["progress"].items():
-        setattr(state, name, value)
+    for name in OF_PROGRESS:
+        setattr(state, name, content["progress"][name])
     state.loss_sum.fill_(content["losses"][rank])
-    kept = content["history"]
-    vars(history).update({name: kept[name] for name in ("lines", "digests", "epochs_without_gain")})
-    history.top.entries = [(key, epoch) for key, epoch in kept["entries"]]
-    for split, rows in kept["skipped"].items():
+    for name in OF_HISTORY:
+        setattr(history, name, content["history"][name])
+    for split, rows in content["history"]["skipped"].items():
         history.skipped.setdefault(split, {}).update(rows)
 
 
@@ -4952,14 +4943,13 @@ def restore_state(content: dict[str, Any], state: TrainState, history: History, 
 # made again by a resume. Each file is written under a temporary name, synced and renamed. Damage that comes later is
 # found by the digest inside, and the state before goes on.
 
-# Names, as patterns, of the files that a run makes in its folder and in these below it.
-FOLDERS = ("pictures", "explanations")
-CHECKPOINT = r"checkpoint_epoch_\d{3,}\.pth"
-DERIVED = (
-    r"results\.jsonl", r"best_model\.pth", r"progress\.png", r"report\.html", r"evaluation_\w+\.json", r"run\.json",
-    r"explanations_\w+\.json", r"skipped\.csv", r"test_predictions\.csv", r"[0-9a-f]{16}\.png",
+# Names, as patterns, of the files that a run makes in its folder and in those below it.
+FOLDERS = ("", "pictures", "explanations")
+STATE, CHECKPOINT, BEST = r"last(\.previous)?\.ckpt", r"checkpoint_epoch_\d{3,}\.pth", r"best_model\.pth"
+RUN_FILES = (
+    STATE, CHECKPOINT, BEST, r"results\.jsonl", r"progress\.png", r"report\.html", r"run\.json", r"skipped\.csv",
+    r"test_predictions\.csv", r"(evaluation|explanations)_\w+\.json", r"[0-9a-f]{16}\.png",
 )  # fmt: skip
-TEMPORARY = r"\..+\.\d+\.siglip\.tmp"
 
 
 class RunFolder:
@@ -4968,14 +4958,6 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path, self.last, self.previous = path, path / "last.ckpt", path / "last.previous.ckpt"
         self.stopped = path / "stopped"  # names the signal that ended the run, all saved; gone once it goes on
-        self.fell_back = False
-
-    def has_state(self) -> bool:
-        return self.last.exists() or self.previous.exists()
-
-    def holds_run(self, *more: str) -> bool:
-        """Whether there is anything that a new run would replace, files of the patterns `more` included."""
-        return self.path.is_dir() and (self.has_state() or bool(self.ours(*DERIVED, *more)))
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -5002,15 +4984,19 @@ class RunFolder:
 
     def ours(self, *patterns: str) -> list[Path]:
         """Files here, and no folders, whose whole names match: what a run makes and not what only looks like it."""
-        wanted = re.compile("|".join(patterns))
-        found = [*self.path.iterdir(), *(file for name in FOLDERS for file in (self.path / name).glob("*"))]
+        wanted, folders = re.compile("|".join(patterns)), (self.path / name for name in FOLDERS)
+        found = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
         return [file for file in found if wanted.fullmatch(file.name) and not file.is_dir()]
 
-    def clear(self, models: bool = True) -> None:
+    def clear(self) -> None:
         """Forget an earlier run (`--overwrite`): it is whole until last.ckpt goes, and from then on there is none."""
-        if models or not (self.has_state() or self.ours(CHECKPOINT, r"best_model\.pth")):
-            for file in [self.previous, self.last, *self.ours(*DERIVED, CHECKPOINT, TEMPORARY)]:
-                file.unlink(missing_ok=True)
+        for file in [self.previous, self.last, *self.ours(*RUN_FILES, TEMPORARY)]:
+            file.unlink(missing_ok=True)
+
+    def clear_prediction(self) -> None:
+        """Forget an earlier prediction; where a model lies, the other files are that run's and stay."""
+        if not self.ours(STATE, CHECKPOINT, BEST):
+            self.clear()
 
     def commit(self, content: dict[str, Any]) -> None:
         """Make `content` the state of the run; the one before it stays, in case this one is damaged some day."""
@@ -5021,26 +5007,25 @@ class RunFolder:
     def derive(self, history: History) -> None:
         """Bring every other file in line with what was committed; what no longer counts goes last."""
         save_bytes(self.path / "results.jsonl", "".join(line + "\n" for line in history.lines).encode())
-        if history.top.entries:
-            best = self.path / history.top.names[0]
-            if history.top.best and not (best.name in history.digests and best.exists()):  # its content is in memory
-                history.digests[best.name] = save_checked(best, history.top.best)
+        if history.entries:
+            best = self.path / history.names[0]
+            if history.best and not (best.name in history.digests and best.exists()):
+                history.digests[best.name] = save_checked(best, history.best)
             link_atomic(best, self.path / "best_model.pth")
         for file in self.ours(CHECKPOINT, TEMPORARY):
-            if file.name not in history.top.names:
+            if file.name not in history.names:
                 with suppress(OSError):  # a file too many harms nothing
                     file.unlink()
 
-    def load(self) -> dict[str, Any]:
-        """The last state that is whole. Raises BadInput where there is none."""
+    def load(self) -> tuple[Path, dict[str, Any]]:
+        """The file with the last state that is whole, and its content. Raises BadInput where there is none."""
         try:
-            return load_checked(self.last, RUN_KIND)
+            return self.last, load_checked(self.last, RUN_KIND)
         except BadInput as error:
             if not self.previous.exists():
                 raise
             log.warning("%s; going back to the state before it, %s", error, self.previous)
-        self.fell_back = True
-        return load_checked(self.previous, RUN_KIND)
+        return self.previous, load_checked(self.previous, RUN_KIND)
 
     def load_top(self, history: History, thresholds: list[float]) -> None:
         """Check the files of the top k against their digests; the best one's content goes to memory.
@@ -5048,22 +5033,22 @@ class RunFolder:
         A file that is damaged or gone leaves the ranking, with a warning: the run itself does not need it. The best
         one's content may still stand in best_model.pth, which a finished run gave other `thresholds`.
         """
-        for entry in reversed(list(history.top.entries)):
-            name = history.top.name(entry[1])
+        for key, epoch in reversed(list(history.entries)):
+            name = checkpoint_name(epoch)
             wanted = history.digests.get(name)
             try:
-                history.top.best = load_checked(self.path / name, MODEL_KIND, wanted)
+                history.best = load_checked(self.path / name, MODEL_KIND, wanted)
             except BadInput as error:
                 with suppress(BadInput):
                     content = load_checked(self.path / "best_model.pth", MODEL_KIND) | {"thresholds": thresholds}
                     content.pop("tuned_for", None)
                     if digest_of(content) == wanted:
                         log.warning("%s; best_model.pth is the same", error)
-                        history.top.best = content
+                        history.best = content
                         del history.digests[name]
                         continue
-                log.warning("%s; epoch %d leaves the ranking", error, entry[1])
-                history.top.entries.remove(entry)
+                log.warning("%s; epoch %d leaves the ranking", error, epoch)
+                history.entries.remove((key, epoch))
 
 
 # The slice features of a frozen backbone, in a cache as volumes are: later epochs train the head from them.
@@ -5735,12 +5720,13 @@ def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | Non
     elsewhere = args.resume not in (None, "auto")
     path = Path(args.resume) if elsewhere else folder.path
     source = RunFolder(path.parent if path.name == folder.last.name else path)
-    found = bool(args.resume) and source.has_state()
+    found = bool(args.resume and source.ours(STATE))
     if elsewhere and not found:
         raise BadInput(f"{args.resume} holds no run to resume: name its folder, or its {folder.last.name}")
     mine = found and source.path.resolve() == folder.path.resolve()
-    if not mine and not args.overwrite and folder.holds_run(*([] if found else [CHECKPOINT])):
-        what = "a run: --resume auto continues it," if folder.has_state() else "files of a run that is gone:"
+    in_the_way = set(RUN_FILES) - ({CHECKPOINT} if found else set())  # these a resume that was cut short has left here
+    if not mine and not args.overwrite and folder.ours(*in_the_way):
+        what = "a run: --resume auto continues it," if folder.ours(STATE) else "files of a run that is gone:"
         raise BadInput(f"{folder.path} holds {what} --overwrite replaces it, or choose another --output-dir")
     return source if found else None
 
@@ -5757,14 +5743,14 @@ def start_or_resume(run: Run, source: RunFolder | None) -> None:
     if run.runtime.is_main:  # at its largest moment there are three states, the top k, one more and the best
         weights, moments = tensor_bytes(unwrap(run.state.model).state_dict()), 2 if run.args.optimizer == "adamw" else 1
         state = weights + tensor_bytes(optimized(run.state)) * (moments + bool(run.state.ema))
-        present = sum(file.stat().st_size for file in folder.ours(CHECKPOINT, *DERIVED, r"last.*\.ckpt"))
-        require_space(folder.path, max(0, 3 * state + weights * (run.history.top.k + 2) - present))
+        present = sum(file.stat().st_size for file in folder.ours(*RUN_FILES))
+        require_space(folder.path, max(0, 3 * state + weights * (TOP_K + 2) - present))
 
 
 def resume_run(run: Run, source: RunFolder) -> None:
     """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
-    content, history, now = source.load(), run.history, run.identity
-    with reading(source.last):
+    (file, content), history, now = source.load(), run.history, run.identity
+    with reading(file):
         then = content["identity"]
         changed = [
             f"{name} was {then['compared'].get(name)!s:.200}, now {value!s:.200}"
@@ -5790,11 +5776,11 @@ def resume_run(run: Run, source: RunFolder) -> None:
         raise BadEnvironment(f"{source.path}: the processes of this run don't find the same state there")
     if run.runtime.is_main:
         if source.path.resolve() != run.folder.path.resolve():
-            for name in history.digests.keys() & history.top.names:
+            for name in history.digests.keys() & history.names:
                 link_atomic(source.path / name, run.folder.path / name)
             run.folder.commit(content)
-        elif source.fell_back:  # or the next commit would keep the damaged file as the previous one
-            link_atomic(source.previous, source.last)
+        elif file != source.last:  # or the next commit would keep the damaged one as the previous state
+            link_atomic(file, source.last)
         run.redo_files()
     run.saved = run.position
     log.info("resumed %s after epoch %d, forward pass %d", source.path, run.state.epoch, run.state.micro)
@@ -5826,27 +5812,27 @@ def validate(run: Run, title: str = "validate") -> dict[str, Any]:
 
 def run_epoch(run: Run) -> None:
     """Train, validate, rank, commit, and only then let the other files follow."""
-    state, history, top, started = run.state, run.history, run.history.top, time.perf_counter()
+    state, history, started = run.state, run.history, time.perf_counter()
     epoch, between_steps = state.epoch + 1, partial(run.poll, may_save=True)
     figures = train_one_epoch(state, run.train, run.loss_fn, run.recipe, run.runtime, between_steps, run.waiting)
     seconds = figures.pop("seconds")
     with state.weights:
         metrics = validate(run)
         key = comparison_key(metrics, run.args.select)
-        gained = top.offer(key, epoch)
+        gained = history.offer(key, epoch)
         content = pack_model(state.model, run.setup, epoch, metrics) if gained else {}
-    history.epochs_without_gain = 0 if top.is_best(epoch) else history.epochs_without_gain + 1
     history.lines.append(json.dumps({"epoch": epoch, **figures, **metrics}, allow_nan=False))
     state.schedule.end_epoch(key)
     state.next_epoch()
-    if top.is_best(epoch):
-        top.best = content
+    if history.is_best(epoch):
+        history.best = content
+    name = checkpoint_name(epoch)
     if gained and run.runtime.is_main:
-        history.digests[top.name(epoch)] = save_checked(run.folder.path / top.name(epoch), content)
+        history.digests[name] = save_checked(run.folder.path / name, content)
     run.save()
     if run.runtime.is_main:
         run.redo_files()
-        report_epoch(run, time.perf_counter() - started, f"  {top.name(epoch)}" if gained else "")
+        report_epoch(run, time.perf_counter() - started, f"  {name}" if gained else "")
         if epoch == 2 and seconds["data"] > seconds["train"] and not run.args.cache_features:
             log.warning("most of training waits for data: raise --num-workers, or keep volumes with --cache-dir")
 
@@ -5856,7 +5842,7 @@ def report_epoch(run: Run, seconds: float, saved: str) -> None:
     *before, line = map(json.loads, run.history.lines)
     losses = "loss {}, val {}".format(*(shown(line[name]) for name in ("train_loss", "val_loss")))
     scores = "AUROC {}  AP {}  F1 {}".format(*(shown(line[f"macro_{x}"]) for x in ("auc", "average_precision", "f1")))
-    mark = "  * best" if run.history.top.is_best(line["epoch"]) else ""
+    mark = "  * best" if run.history.is_best(line["epoch"]) else ""
     log.info(
         "epoch %3d/%d  %s  %s  rate %.1e  %.0f s%s%s", line["epoch"], run.args.epochs, losses, scores, line["lr"],
         seconds, saved, mark,
@@ -5873,17 +5859,17 @@ def report_epoch(run: Run, seconds: float, saved: str) -> None:
 
 def finish_run(run: Run) -> None:
     """Evaluate the best weights, which are still in memory, and write what people read."""
-    args, best, path = run.args, run.history.top.best, run.folder.path / "best_model.pth"
+    args, best, path = run.args, run.history.best, run.folder.path / "best_model.pth"
     if best is None:
         raise BadInput(f"{path.parent}: no checkpoint of a finished epoch is left; start anew with --overwrite")
     model = unwrap(run.state.model)
     drop_lora(model)  # what was saved is merged
     log.info("best of %d epochs by %s: epoch %d", run.state.epoch, args.select, best["epoch"])
-    if args.soup and len(run.history.top.names) > 1:  # the mean of the best epochs, where it compares better
-        mean = mean_weights([load_checked(run.folder.path / name, MODEL_KIND) for name in run.history.top.names])
+    if args.soup and len(run.history.names) > 1:  # the mean of the best epochs, where it compares better
+        mean = mean_weights([load_checked(run.folder.path / name, MODEL_KIND) for name in run.history.names])
         model.load_state_dict(mean)
-        metrics, epochs = validate(run, "soup"), [epoch for _, epoch in run.history.top.entries]
-        better = comparison_key(metrics, args.select) > run.history.top.entries[0][0]
+        metrics, epochs = validate(run, "soup"), [epoch for _, epoch in run.history.entries]
+        better = comparison_key(metrics, args.select) > run.history.entries[0][0]
         verdict = "kept as best_model.pth" if better else f"not better, epoch {best['epoch']} stays"
         log.info("mean of epochs %s: val %s %s: %s", epochs, args.select, shown(metrics[args.select]), verdict)
         best = best | {"model": mean, "metrics": metrics, "averaged_epochs": epochs} if better else best
@@ -6114,7 +6100,7 @@ def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[R
     Raises BadInput where it, or --test-output, holds another run's results and --overwrite does not say so.
     """
     folder, output = RunFolder(args.output_dir), prediction_path(args)
-    taken = output if output.exists() else folder.path if folder.holds_run(CHECKPOINT) else None
+    taken = output if output.exists() else folder.path if folder.ours(*RUN_FILES) else None
     if taken and not args.overwrite:
         raise BadInput(f"{taken} holds results of another run: name another --output-dir, or --overwrite replaces them")
     with folder.locked() if is_main else nullcontext():
@@ -6142,7 +6128,7 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
         dataset, logits = classifier.logits(rows)
         if runtime.is_main:
             parts = {split: readable(dataset, logits, args.aggregate)}
-            folder.clear(models=False)  # nothing of it is lost to a prediction that fails
+            folder.clear_prediction()  # nothing of it is lost to a prediction that fails
             write_skipped(args.output_dir / "skipped.csv", (rows, dataset.skipped))
             digests = ", ".join(map(digest_of, classifier.contents.values()))
             facts = provenance(args, runtime, classifier.origin | {"checkpoint": names, "checkpoint digest": digests})
@@ -6192,7 +6178,7 @@ def run_score(args: argparse.Namespace) -> int:
     auto = tune_thresholds(table.targets, probabilities, args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, table.labels, auto)
     with results_folder(args) as folder:
-        folder.clear(models=False)
+        folder.clear_prediction()
         publish(args.output_dir, title, table, probabilities, thresholds, tuned, args.bootstrap, args.seed)
         facts = provenance(args, Runtime(torch.device("cpu")), {"predictions": str(args.score)})
         write_facts(args, "scoring", facts, table)

@@ -34,19 +34,16 @@ BUGS = {
     "scaler state dropped": ('    state.scaler.load_state_dict(content["scaler"])\n', "", SAME),
     "tally dropped": ('"skipped", "skipped_in_row", "tally")', '"skipped", "skipped_in_row")', SAME),
     "loss of the epoch dropped": ('    state.loss_sum.fill_(content["losses"][rank])\n', "", SAME),
-    "patience dropped": (', "epochs_without_gain")})\n', ")})\n", SAME),
-    "top 3 forgotten": (
-        '    history.top.entries = [(key, epoch) for key, epoch in kept["entries"]]\n', "", SAME,
-    ),
+    "patience dropped": (', "digests", "epochs_without_gain")\n', ', "digests")\n', SAME),
+    "top 3 forgotten": ('("lines", "entries", "digests"', '("lines", "digests"', SAME),
     "raw weights replaced by averages": (
         '"model": cpu_weights(state.model),\n        "ema"',
         '"model": {**cpu_weights(state.model), **(state.ema.average if state.ema else {})},\n        "ema"', SAME,
     ),
     "old length of the schedule kept": (', "total_steps": state.schedule.total_steps}', "}", f"{KEEP} -k extended_run"),
-    "written in place": ("    temporary = temporary_name(path)\n    with put_in_place(temporary, path, size):\n"
-                         "        with open(temporary, \"xb\") as file:\n            write(file)\n        sync(temporary)\n",
-                         "    with open(path, \"wb\") as file:\n        write(file)\n", f"{KEEP} -k failed_write"),
-    "content not synced": ("            write(file)\n        sync(temporary)\n", "            write(file)\n", f"{KEEP} -k reaches_the_disk"),
+    "written in place": ('    with put_in_place(path, size) as temporary, open(temporary, "xb") as file:\n',
+                         '    with open(path, "wb") as file:\n', f"{KEEP} -k failed_write"),
+    "content not synced": ("        if lasting:\n            sync(temporary)\n", "", f"{KEEP} -k reaches_the_disk"),
     "folder not synced": ("        if lasting:\n            sync(path.parent)\n", "", f"{KEEP} -k reaches_the_disk"),
     "half a file left over": ("            temporary.unlink()  # renaming", "            pass  # renaming", f"{KEEP} -k failed_write"),
     "named before its time": (
@@ -77,7 +74,7 @@ BUGS = {
     "short last window trained twice": ("math.ceil(state.micro / recipe.accumulation)", "state.micro // recipe.accumulation",
                                         f"{CRASH} -k in_validation"),
     "damaged state kept as the previous one": (
-        "            link_atomic(source.previous, source.last)\n", "            pass\n", f"{CRASH} -k falling_back",
+        "            link_atomic(file, source.last)\n", "            pass\n", f"{CRASH} -k falling_back",
     ),
     "workers die of the signal": ("pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)", "pthread_sigmask(signal.SIG_BLOCK, ())",
                                   f"{MACHINE} -k reach_the_processes"),
@@ -96,9 +93,8 @@ BUGS = {
     "first files before the first commit": (
         "        run.save()  # a new run: no file that counts is ever without a last.ckpt beside it\n", "", f"{CRASH} -k power_cut",
     ),
-    "a kept model removed by a start": ("folder.holds_run(*([] if found else [CHECKPOINT]))", "folder.has_state()",
-                                        f"{CRASH} -k somebody_kept"),
-    "another folder changed on falling back": ("        elif source.fell_back:", "        if source.fell_back:",
+    "a kept model removed by a start": ("folder.ours(*in_the_way)", "folder.ours(STATE)", f"{CRASH} -k somebody_kept"),
+    "another folder changed on falling back": ("        elif file != source.last:", "        if file != source.last:",
                                                f"{CRASH} -k falling_back_in_another"),
     "values of thresholds not compared": ('            "thresholds (--threshold)": self.setup["thresholds"],\n', "", f"{CRASH} -k file_of_thresholds"),
     "prediction without the lock": (
@@ -126,7 +122,7 @@ BUGS = {
     "a stop leaves no note": ("                save_bytes(folder.stopped,", "                print(folder.stopped,", f"{CRASH} -k before_training"),
     "an old note of a stop stays": ("            self.stopped.unlink(missing_ok=True)\n", "", f"{CRASH} -k a_signal_saves"),
     "said by every rank": ("    return (speakers if is_lost(error) else same) == 1\n", "    return True\n", f"{CRASH} -k said_once"),
-    "nothing to resume refused": ("    found = bool(args.resume) and source.has_state()\n", "    found = bool(args.resume)\n",
+    "nothing to resume refused": ("    found = bool(args.resume and source.ours(STATE))\n", "    found = bool(args.resume)\n",
                                   f"{CRASH} -k resume_auto"),
     "overwritten before the check": ("    source = check_folder(args, folder)\n    with folder",
                                      "    folder.clear() if args.overwrite else check_folder(args, folder)\n    with folder",

@@ -12,6 +12,7 @@ import torch
 from finetune_siglip import (
     MODEL_KIND,
     RESUME_MAY_CHANGE,
+    RUN_FILES,
     RUN_KIND,
     BadEnvironment,
     BadInput,
@@ -19,7 +20,7 @@ from finetune_siglip import (
     History,
     RunFolder,
     Schedule,
-    TopKCheckpoints,
+    checkpoint_name,
     digest_of,
     load_checked,
     pack_state,
@@ -27,7 +28,6 @@ from finetune_siglip import (
     restore_state,
     save_atomic,
     save_checked,
-    temporary_name,
 )
 from helpers import random_hu, small_classifier, small_state
 
@@ -135,7 +135,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def test_the_top_3_are_ranked_best_first_with_ties_to_the_earlier_epoch():
-    top = TopKCheckpoints()
+    top = History()
     scores = [0.5, 0.7, 0.7, -math.inf, 0.6, 0.7, 0.1]
     entered = [top.offer((score, 0.0), epoch) for epoch, score in enumerate(scores, start=1)]
     assert entered == [True, True, True, False, True, True, False]
@@ -149,23 +149,22 @@ def test_a_commit_keeps_the_one_before_and_falls_back_to_it_when_damaged(tmp_pat
     folder = RunFolder(tmp_path)
     for epoch in (1, 2):
         folder.commit(state_of(epoch))
-    assert folder.load()["epoch"] == 2
+    assert folder.load()[1]["epoch"] == 2
     data = bytearray(folder.last.read_bytes())
     data[len(data) // 2] ^= 255
     folder.last.write_bytes(data[:-7])
-    assert folder.load()["epoch"] == 1
+    assert folder.load()[1]["epoch"] == 1
 
 
-def test_deriving_removes_what_is_left_over_and_rewrites_results(tmp_path):
+def test_deriving_removes_what_is_left_over_and_rewrites_results(tmp_path, tmp_path_factory):
     folder, history = RunFolder(tmp_path), History()
     for epoch, score in ((1, 0.1), (2, 0.3)):
-        history.top.offer((score,), epoch)
-        save_checked(tmp_path / history.top.name(epoch), content(epoch=epoch))
+        history.offer((score,), epoch)
+        save_checked(tmp_path / checkpoint_name(epoch), content(epoch=epoch))
         history.lines.append(f'{{"epoch": {epoch}}}')
-    leftovers = [
-        "checkpoint_epoch_009.pth", "pictures/.00ff00ff00ff00ff.png.3.siglip.tmp",
-        *(temporary_name(tmp_path / name).name for name in ("last.ckpt", "best_model.pth", "x.csv", "run.json")),
-    ]  # fmt: skip
+    leftovers = ["checkpoint_epoch_009.pth", "pictures/.00ff00ff00ff00ff.png.3.siglip.tmp"]
+    for name in ("last.ckpt", "best_model.pth", "x.csv", "run.json"):
+        save_atomic(tmp_path_factory.mktemp("x") / name, lambda file: leftovers.append(os.path.basename(file.name)))
     others = ["checkpoint_epoch_best.pth", "checkpoint_epoch_001.pth.bak", ".notes.tmp", ".other.ckpt.123.tmp"]
     (tmp_path / "pictures").mkdir()
     for name in leftovers + others:
@@ -218,7 +217,7 @@ def used_state(steps=3, seed=0):
         state.tally = {"known": 11.0, "norm": 0.1, "steps": 3.0}
         state.loss_sum.fill_(0.1)
     history = History(lines=['{"epoch": 1}'], epochs_without_gain=2, digests={"checkpoint_epoch_001.pth": "d"})
-    history.top.entries = [((0.5, 0.1), 1)]
+    history.entries = [((0.5, 0.1), 1)]
     history.skipped = {"train": {3: "damaged"}}
     return state, history if steps else History()
 
@@ -302,13 +301,13 @@ def test_wherever_a_commit_fails_a_whole_state_is_left(tmp_path, monkeypatch, fa
 def test_a_file_of_the_top_3_must_be_the_very_one_that_was_committed(tmp_path):
     folder, history = RunFolder(tmp_path), History()
     for epoch, score in ((1, 0.3), (2, 0.2)):
-        history.top.offer((score,), epoch)
-        name = history.top.name(epoch)
+        history.offer((score,), epoch)
+        name = checkpoint_name(epoch)
         history.digests[name] = save_checked(tmp_path / name, content(epoch=epoch))
     save_checked(tmp_path / "checkpoint_epoch_001.pth", content(epoch=1, more="from another run"))
     folder.load_top(history, [])
-    assert history.top.entries == [((0.2,), 2)]
-    assert history.top.best["epoch"] == 2
+    assert history.entries == [((0.2,), 2)]
+    assert history.best["epoch"] == 2
 
 
 @pytest.mark.parametrize("tuned", [False, True])
@@ -317,9 +316,9 @@ def test_the_best_epoch_survives_in_best_model(tmp_path, damage, tuned):
     """People remove checkpoints and keep the best model: going on must not put a worse one in its place."""
     folder, history = RunFolder(tmp_path), History()
     for epoch, score in ((1, 0.3), (2, 0.2)):
-        history.top.offer((score,), epoch)
+        history.offer((score,), epoch)
         saved = content(epoch=epoch, thresholds=[0.5])
-        history.digests[history.top.name(epoch)] = save_checked(tmp_path / history.top.name(epoch), saved)
+        history.digests[checkpoint_name(epoch)] = save_checked(tmp_path / checkpoint_name(epoch), saved)
     folder.derive(history)
     best, digest = tmp_path / "checkpoint_epoch_001.pth", history.digests["checkpoint_epoch_001.pth"]
     if tuned:
@@ -328,7 +327,7 @@ def test_the_best_epoch_survives_in_best_model(tmp_path, damage, tuned):
     if damage == "damaged":
         best.write_bytes(b"half")
     folder.load_top(history, [0.5])
-    assert history.top.entries == [((0.3,), 1), ((0.2,), 2)]
+    assert history.entries == [((0.3,), 1), ((0.2,), 2)]
     folder.derive(history)
     for name in ("checkpoint_epoch_001.pth", "best_model.pth"):
         assert load_checked(tmp_path / name, MODEL_KIND, digest)["epoch"] == 1
@@ -337,13 +336,13 @@ def test_the_best_epoch_survives_in_best_model(tmp_path, damage, tuned):
 @pytest.mark.parametrize("name", ["best_model.pth", "evaluation_test.json", "test_predictions.csv", "last.ckpt"])
 def test_what_a_new_run_would_replace_counts_as_a_run(tmp_path, name):
     folder = RunFolder(tmp_path / "out")
-    assert not folder.holds_run()
+    assert not folder.ours(*RUN_FILES)
     folder.path.mkdir()
     for harmless in ("training.log", "data_check.png", "notes.txt", ".lock", "checkpoint_epoch_best.pth"):
         (folder.path / harmless).touch()
-    assert not folder.holds_run()
+    assert not folder.ours(*RUN_FILES)
     (folder.path / name).touch()
-    assert folder.holds_run()
+    assert folder.ours(*RUN_FILES)
 
 
 def test_a_disk_without_links_gets_copies(tmp_path, monkeypatch):

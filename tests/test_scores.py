@@ -279,7 +279,7 @@ def epoch(number: int, f1: float | None, ap: float | None = 0.2, loss: float = 0
 def test_while_nothing_is_called_positive_the_best_epoch_is_the_one_that_ranks_findings_best() -> None:
     """F1 stays 0 over 15 epochs that learn: none of them uses up patience, lowers the rate or leaves epoch 1 best."""
     results = [epoch(n, 0.0, 0.15 + n / 100, 0.5 - n / 100) for n in range(1, 16)]
-    schedule, top = fs.Schedule("plateau", 0, 100), fs.TopKCheckpoints()
+    schedule, top = fs.Schedule("plateau", 0, 100), fs.History()
     for line in results:
         key = fs.comparison_key(line)
         assert top.offer(key, line["epoch"])

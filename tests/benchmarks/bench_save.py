@@ -32,6 +32,7 @@ def main() -> None:
         RunFolder,
         SiglipClassifier,
         build_backbone,
+        checkpoint_name,
         pack_model,
         pack_state,
         save_checked,
@@ -51,9 +52,9 @@ def main() -> None:
         for epoch in range(1, args.repeats + 1):
             started = time.perf_counter()
             content = pack_model(state.model, {}, epoch, {})
-            history.top.offer(0.5, epoch)
-            if history.top.name(epoch) in history.top.names:
-                save_checked(Path(folder) / history.top.name(epoch), content)
+            history.offer(0.5, epoch)
+            if checkpoint_name(epoch) in history.names:
+                save_checked(Path(folder) / checkpoint_name(epoch), content)
             packed = pack_state(state, [0.0], history, {})
             run.commit(packed)
             run.derive(history)

@@ -13,6 +13,7 @@ sys.path[:0] = [SOURCE, str(Path(__file__).parent)]
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes a minute or more; -m 'not slow' leaves it out")
+    config.addinivalue_line("markers", "pictures: draws its pictures, which most tests of whole runs leave blank")
     config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one unless there is --device cpu")
 
 
@@ -25,6 +26,23 @@ def pytest_addoption(parser):
 def heard_by_caplog():
     """caplog listens to loggers that pass nothing on when a test begins: ours is one, whatever ran before."""
     logging.getLogger("finetune_siglip").propagate = False
+
+
+@pytest.fixture(autouse=True)
+def blank_pictures(request, monkeypatch):
+    """Pictures take most of a small run's time, so they are blank where they are not what is tested.
+
+    The runs that several tests of a file share are made before this and draw theirs.
+    """
+    whole_runs = ("test_engine", "test_main", "test_predicting", "test_tracker")
+    if request.module.__name__ in whole_runs and "pictures" not in request.keywords:
+        from matplotlib.figure import Figure
+
+        import finetune_siglip as fs
+
+        for name in ("draw_slices", "draw_progress", "draw_curves"):
+            monkeypatch.setattr(fs, name, lambda *_: Figure((1, 1)))
+        monkeypatch.setattr(fs, "draw_contact_sheet", lambda samples, prep, path: path.touch())
 
 
 @pytest.fixture(scope="session")

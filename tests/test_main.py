@@ -431,6 +431,7 @@ def test_the_scans_of_a_patient_are_averaged_after_training_as_in_prediction(sca
     assert e["cuts"].tolist() == tune_thresholds(e["targets"], e["probabilities"], "youden").tolist()
 
 
+@pytest.mark.pictures
 def test_the_check_reports_and_draws_without_training(scans, tmp_path, capsys):
     argv = ["--csv", str(scans), "--label-columns", *LABELS, "--output-dir", str(tmp_path), "--check-data"]
     assert main([*argv, "--num-slices", "8", "--image-size", "32"]) == 0
@@ -440,6 +441,7 @@ def test_the_check_reports_and_draws_without_training(scans, tmp_path, capsys):
     assert "--orientation SPL --intensity hu" in said
 
 
+@pytest.mark.pictures
 def test_a_report_is_made_again_from_the_files_alone(finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "copy")
     (folder / "report.html").unlink()

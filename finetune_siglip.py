@@ -4774,10 +4774,12 @@ def load_checked(path: Path, kind: str, digest: str | None = None) -> dict[str, 
     With `digest` the file must also be the very one that had it when it was saved.
     """
     what = "a checkpoint of this script" if kind == MODEL_KIND else "the state of a run of this script"
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise BadInput(f"{path}: not readable as {what} (there is no such file)")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
-        why = f"{type(error).__name__}: it is damaged or another file" if path.exists() else "there is no such file"
+        why = f"{type(error).__name__}: it is damaged or another file"
         raise BadInput(f"{path}: not readable as {what} ({why})") from error
     if not isinstance(content, dict) or (content.get("kind"), content.get("format")) != (kind, FORMAT):
         raise BadInput(f"{path}: not {what} in format {FORMAT}; --pretrained takes other people's weights")

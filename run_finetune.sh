@@ -273,7 +273,7 @@ run_tests() {
   perform "$VENV_DIR/bin/shellcheck" run_finetune.sh .ci/run
   perform "$PYTHON" -m mypy
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests share the cores by processes
-  perform "$PYTHON" -m pytest -n 2 -m "not slow" "$@"
+  perform "$PYTHON" -m pytest -n 2 --dist loadgroup -m "not slow" "$@"
 }
 
 # ── Modes ───────────────────────────────────────────────────────────────────────────────────────────────────────────

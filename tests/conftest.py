@@ -17,6 +17,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped without one unless there is --device cpu")
 
 
+def pytest_collection_modifyitems(items):
+    """The tests of a file that share a costly run stay in one process, which makes it once (`--dist loadgroup`)."""
+    for item in items:
+        name = item.module.__name__
+        if name in ("test_crash", "test_explain", "test_main", "test_predicting", "test_ranks"):
+            item.add_marker(pytest.mark.xdist_group(name))
+
+
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="where tests marked gpu run [cuda]")
     parser.addoption("--small", action="store_true", help="tests marked gpu take small models")

@@ -1248,18 +1248,23 @@ def read_npz(path: Path) -> Iterator[Any]:
             shape, dtype, as_array = parse_npy(stream.read(4096), image.file_size)
         for name in ("orientation", "spacing", "source"):
             if (member := members.get(f"{name}.npy")) and member.file_size <= 4096:
-                data = archive.read(member)
-                told[name] = parse_npy(data, len(data))[-1](data).ravel().tolist()
+                content = archive.read(member)
+                told[name] = parse_npy(content, len(content))[-1](content).ravel().tolist()
     yield shape, dtype, told | {"crc32": image.CRC}
-    with path.open("rb") as file:
-        file.seek(image.header_offset)
-        file.seek(sum(struct.unpack("<26xHH", file.read(30))), os.SEEK_CUR)
-        data = file.read(image.compress_size)
+    with path.open("rb") as packed:
+        packed.seek(image.header_offset)
+        packed.seek(sum(struct.unpack("<26xHH", packed.read(30))), os.SEEK_CUR)
+        data: Any = packed.read(image.compress_size)
     if image.compress_type == zipfile.ZIP_DEFLATED:
         data = deflate.deflate_decompress(data, image.file_size)
     if len(data) != image.file_size or deflate.crc32(data) != image.CRC:
         raise ValueError("its bytes do not match their checksum")
     yield as_array(data)
+
+
+def facts_check(array: Any, facts: dict[str, Any]) -> int:
+    """A checksum of all that a B2ND file says of its voxels."""
+    return zlib.crc32(json.dumps([list(array.shape), str(array.dtype), facts], sort_keys=True).encode())
 
 
 def read_b2nd(path: Path) -> Iterator[Any]:
@@ -1273,11 +1278,6 @@ def read_b2nd(path: Path) -> Iterator[Any]:
     if told and told["crc32"] != deflate.crc32(voxels.data):
         raise ValueError("its voxels do not match their checksum")
     yield voxels
-
-
-def facts_check(array: Any, facts: dict[str, Any]) -> int:
-    """A checksum of all that a B2ND file says of its voxels."""
-    return zlib.crc32(json.dumps([list(array.shape), str(array.dtype), facts], sort_keys=True).encode())
 
 
 def read_stored(path: Path) -> Iterator[Any]:
@@ -1381,13 +1381,13 @@ def resample_channel(channel: np.ndarray, out: np.ndarray, scale: float = 1, off
 # What the values of a scan stand for is told by what every chest shows. Their range does not tell: padding hides a
 # missing intercept, and z-scores look like faint HU.
 
-KNOWN_SCALES = {  # what files hold instead of HU: the HU that 0 and 1 stand for, so that `unit` undoes it
-    "its rescale intercept is missing (-1024 in most files)": (-1024.0, -1023.0),
-    "its rescale intercept was applied twice": (1024.0, 1025.0),
-    "it holds HU / 1000": (0.0, 1000.0),
-    "it holds [-1, 1], of which -1 and 1 stand for -1000 and 1500 HU": (250.0, 1500.0),
-    "it is an 8-bit picture, of which 0 and 255 stand for -1000 and 1500 HU": (-1000.0, -990.196),
-}
+KNOWN_SCALES = (  # the HU that 0 and 1 stand for in what files hold instead of HU, so that `unit` undoes it
+    (-1024.0, -1023.0, "its rescale intercept is missing (-1024 in most files)"),
+    (1024.0, 1025.0, "its rescale intercept was applied twice"),
+    (0.0, 1000.0, "it holds HU / 1000"),
+    (250.0, 1500.0, "it holds [-1, 1], of which -1 and 1 stand for -1000 and 1500 HU"),
+    (-1000.0, -990.196, "it is an 8-bit picture, of which 0 and 255 stand for -1000 and 1500 HU"),
+)
 
 
 def thinned(volume: np.ndarray) -> np.ndarray:
@@ -1429,9 +1429,8 @@ def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] =
         raise BadVolume(f"{values}: 0-1, and {doubt}: {advice}")
     if shows_chest(some):
         return "hu"
-    share, likely = max((shows_chest(lo + some * (hi - lo)), what) for what, (lo, hi) in KNOWN_SCALES.items())
+    share, lo, hi, likely = max((shows_chest(lo + some * (hi - lo)), lo, hi, what) for lo, hi, what in KNOWN_SCALES)
     if share:
-        lo, hi = KNOWN_SCALES[likely]
         raise BadVolume(f"{values}, not HU: {likely}: --intensity unit --hu-range {lo:g} {hi:g} undoes that")
     scores = " (of z-scores the MEAN and MEAN+DEVIATION)" if high - low < 100 else ""
     raise BadVolume(f"{values}, but no lungs and muscle in HU: {advice}{scores}; --intensity hu if it is right so")
@@ -1442,7 +1441,6 @@ def judge_voxels(header: Header, stored: np.ndarray, hu_range: Sequence[float] =
 # of many, or both (highdicom refuses series without FrameOfReferenceUID and is slower than ITK). MHA is parsed here:
 # ITK takes damaged voxels for whole ones.
 
-SCAN_FILE = r"(?i)\.(npz|npy|b2nd|nii|nii\.gz|mha|nrrd)$"  # what may be a scan by itself
 FIELD_OF_VIEW = (480.0, 336.0, 336.0)  # mm (D, H, W) kept around the body: 160 x 224 x 224 voxels at the usual spacing
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0])  # DICOM and ITK count towards left and back, NIfTI towards right and front
 NOT_HU = ("OD", "MGML", "Z_EFF", "ED", "EDW", "PCT")  # terms of RescaleType for other quantities
@@ -1540,20 +1538,6 @@ def look_into(folder: Path) -> tuple[dict[str, list[Any]], str]:
     return series, ", ".join(f"{n} {kind}{'s' * (n > 1)}" for kind, n in others.items())
 
 
-def find_scans(path: Path) -> list[tuple[str, str]]:
-    """(id, img_path) of the scan in a file, or of every scan below a folder; of several series as FOLDER#SERIES_UID."""
-    if not path.is_dir():
-        return [(re.sub(SCAN_FILE, "", path.name), str(path))]
-    found = []
-    for folder in (path, *sorted(item for item in path.rglob("*") if item.is_dir())):
-        name = str(folder.relative_to(path)) if folder != path else path.resolve().name
-        files = [item for item in sorted(folder.iterdir()) if item.is_file() and re.search(SCAN_FILE, item.name)]
-        found += [(re.sub(SCAN_FILE, "", str(file.relative_to(path))), str(file)) for file in files]
-        series = look_into(folder)[0]
-        found += [(f"{name}#{uid}", f"{folder}#{uid}") if len(series) > 1 else (name, str(folder)) for uid in series]
-    return found
-
-
 def pick_series(folder: Path, wanted: str) -> list[Any]:
     """The slices of the only series in a folder, or of the one with the UID `wanted`; the rest is passed over."""
     series, others = look_into(folder)
@@ -1595,15 +1579,14 @@ def frame_numbers(data: Any) -> list[list[float]]:
     return frames
 
 
-def place_frames(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(the order of the frames by position, the steps of the volume they make) from their numbers. Positions are often
-    rounded to 0.1 mm, and no two steps equal: the line runs from the first frame to the last."""
-    row, column, (height, width) = np.split(np.mean(frames[:, 3:11], 0), (3, 6))
+def place_frames(places: np.ndarray, row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the order of frames by their places (n, 3), the step between them (3,)) across the directions of row and column.
+    Positions are often rounded to 0.1 mm, and no two steps equal: the line runs from the first frame to the last."""
     normal = np.cross(row, column)
     if not np.abs([row @ row - 1, column @ column - 1, row @ column]).max() < 0.01:
         raise BadVolume(f"its ImageOrientationPatient is no pair of directions, but {[*row, *column]}")
-    order = np.argsort(frames[:, :3] @ normal, kind="stable")
-    place = frames[order, :3]
+    order = np.argsort(places @ normal, kind="stable")
+    place = places[order]
     step = (place[-1] - place[0]) / (len(place) - 1)
     between, spacing = np.diff(place @ normal), float(step @ normal)
     off = np.abs(place - place[0] - np.arange(len(place))[:, None] * step).max(1)
@@ -1614,34 +1597,7 @@ def place_frames(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise BadVolume(f"{text}, or of several acquisitions: copy the series again, into a folder of its own")
     if np.linalg.norm(step - spacing * normal) < 1e-3 * spacing:  # orientations of three decimals say no more
         step = spacing * normal
-    return order, LPS_TO_RAS @ np.stack([step, column * height, row * width], 1)
-
-
-def read_dicom(folder: Path, wanted: str) -> Iterator[Any]:
-    """The frames of one series, whichever files they lie in, as voxels (slice, row, column)."""
-    files, owners = [], []
-    for data in pick_series(folder, wanted):
-        with reading_scan(Path(data.filename)):
-            files.append((data, frame_numbers(data)))
-        owners += [data.filename] * len(files[-1][1])
-    frames = np.array([frame for _, rows in files for frame in rows])
-    if len(frames) < 2:
-        raise BadVolume("has one slice: img_path names the folder of a series, or a file of many frames")
-    for what, part in {"orientation": slice(3, 9), "pixel spacing": slice(9, 11), "size": slice(11, 13)}.items():
-        off = np.abs(frames[:, part] - np.median(frames[:, part], 0)).max(1)
-        if not off.max() < 1.01e-3:  # writers round
-            raise BadVolume(f"holds slices of different {what}, such as {owners[off.argmax()]}: remove them")
-    if len({(*lost,) for lost in np.isnan(frames[:, 13:])}) > 1:
-        raise BadVolume("only some of its slices have a RescaleSlope and RescaleIntercept: export it again")
-    order, steps = place_frames(frames)
-    shape = (len(frames), *map(int, frames[0, 11:13]))
-    yield shape, steps
-    volume = np.empty(shape, np.int16)
-    planes = (plane for data, rows in files for plane in decode(data, rows))
-    for at, plane in zip(np.argsort(order), planes, strict=True):
-        volume = volume.astype(np.result_type(volume, plane), copy=False)
-        volume[at] = plane
-    yield volume
+    return order, step
 
 
 def decode(data: Any, frames: list[list[float]]) -> Iterator[np.ndarray]:
@@ -1650,8 +1606,7 @@ def decode(data: Any, frames: list[list[float]]) -> Iterator[np.ndarray]:
     with reading_scan(path):
         if "PixelData" not in data:
             raise BadVolume("holds no whole-numbered PixelData: export it as a CT in HU")
-        usual = None if data.preamble else pydicom.uid.ExplicitVRLittleEndian
-        syntax = data.file_meta.get("TransferSyntaxUID", usual)
+        syntax = data.file_meta.get("TransferSyntaxUID", None if data.preamble else pydicom.uid.ExplicitVRLittleEndian)
         decoder = pydicom.pixels.get_decoder(syntax)
         if not decoder.is_available:
             raise BadEnvironment(f"its compression needs a decoder: {syntax.name}: {decoder.missing_dependencies}")
@@ -1666,6 +1621,35 @@ def decode(data: Any, frames: list[list[float]]) -> Iterator[np.ndarray]:
             if padding is not None and (empty := (plane >= ends.min()) & (plane <= ends.max())).any():
                 hu = np.where(empty, np.float32(math.nan), hu)
             yield hu
+
+
+def read_dicom(folder: Path, wanted: str) -> Iterator[Any]:
+    """The frames of one series, whichever files they lie in, as voxels (slice, row, column)."""
+    files = []
+    for data in pick_series(folder, wanted):
+        with reading_scan(Path(data.filename)):
+            files.append((data, frame_numbers(data)))
+    owners = [data.filename for data, rows in files for _ in rows]
+    if len(owners) < 2:
+        raise BadVolume("has one slice: img_path names the folder of a series, or a file of many frames")
+    frames = np.concatenate([rows for _, rows in files])
+    places, directions, spacing, size, rescale = np.split(frames, (3, 9, 11, 13), axis=1)
+    for what, told in {"orientation": directions, "pixel spacing": spacing, "size": size}.items():
+        off = np.abs(told - np.median(told, 0)).max(1)
+        if not off.max() < 1.01e-3:  # writers round
+            raise BadVolume(f"holds slices of different {what}, such as {owners[off.argmax()]}: remove them")
+    if (np.isnan(rescale) != np.isnan(rescale[0])).any():
+        raise BadVolume("only some of its slices have a RescaleSlope and RescaleIntercept: export it again")
+    (row, column), (height, width) = directions.mean(0).reshape(2, 3), spacing.mean(0)
+    order, step = place_frames(places, row, column)
+    shape = (len(frames), *map(int, size[0]))
+    yield shape, LPS_TO_RAS @ np.stack([step, column * height, row * width], 1)
+    volume = np.empty(shape, np.int16)
+    planes = (plane for data, rows in files for plane in decode(data, rows))
+    for at, plane in zip(np.argsort(order), planes, strict=True):
+        volume = volume.astype(np.result_type(volume, plane), copy=False)
+        volume[at] = plane
+    yield volume
 
 
 def read_nifti(path: Path) -> Iterator[Any]:
@@ -1746,12 +1730,27 @@ def read_nrrd(path: Path) -> Iterator[Any]:
 # One scan of whatever format, on its way to the grid of the model.
 
 RAW_FORMATS = {".nii": read_nifti, ".nii.gz": read_nifti, ".mha": read_mha, ".nrrd": read_nrrd}
+SCAN_FILE = r"(?i)\.(npz|npy|b2nd|nii|nii\.gz|mha|nrrd)$"  # what may be a scan by itself
 
 
 def is_raw(path: Path) -> bool:
     """Whether a scan is a folder of DICOM, FOLDER#SERIES_UID, or a file with its own geometry."""
     source = scan_source(path)[0]
     return source.name.lower().endswith((*RAW_FORMATS, ".dcm")) or source.is_dir()
+
+
+def find_scans(path: Path) -> list[tuple[str, str]]:
+    """(id, img_path) of the scan in a file, or of every scan below a folder; of several series as FOLDER#SERIES_UID."""
+    if not path.is_dir():
+        return [(re.sub(SCAN_FILE, "", path.name), str(path))]
+    found = []
+    for folder in (path, *sorted(item for item in path.rglob("*") if item.is_dir())):
+        name = str(folder.relative_to(path)) if folder != path else path.resolve().name
+        files = [item for item in sorted(folder.iterdir()) if item.is_file() and re.search(SCAN_FILE, item.name)]
+        found += [(re.sub(SCAN_FILE, "", str(file.relative_to(path))), str(file)) for file in files]
+        series = look_into(folder)[0]
+        found += [(f"{name}#{uid}", f"{folder}#{uid}") if len(series) > 1 else (name, str(folder)) for uid in series]
+    return found
 
 
 def read_volume(
@@ -1764,13 +1763,12 @@ def read_volume(
     with reading_scan(path):
         name = source.name.lower()
         if source.is_dir() or name.endswith(".dcm"):
-            scan = oriented(read_dicom(source, series))
+            scan = read_dicom(source, series)
         elif source.exists() and not source.is_file():
             raise BadVolume("is not a regular file")
-        elif found := [read for ending, read in RAW_FORMATS.items() if name.endswith(ending)]:
-            scan = oriented(found[0](source))
         else:
-            scan = read_stored(source)
+            scan = next((read for ending, read in RAW_FORMATS.items() if name.endswith(ending)), read_stored)(source)
+        scan = oriented(scan) if is_raw(path) else scan
         header = next(scan)
         if orientation and not header.raw:
             if header.orientation not in (None, orientation):

@@ -207,6 +207,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(**options)
         self.wrong: list[str] = []
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # as of Python 3.14: -1000:200 is a value and no flag
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
         try:
@@ -361,14 +362,14 @@ def stored_arguments(path: Path) -> list[str]:
     content = json.loads(path.read_text(encoding="utf-8"))
     settings = content.get("Settings, training") or content["Settings, prediction"]
     argv = []
-    for flag, value in (("--" + name.replace("_", "-"), value) for name, value in settings.items()):
-        if flag in ("--resume", "--overwrite", "--config") or value is False:  # these are of one start, not of a run
-            continue
-        if flag == "--windows":
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        if name == "windows":
             value = ",".join(f"{lo}:{hi}" for lo, hi in value)
-        argv += (
-            [flag] if value is True else [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
-        )
+        if isinstance(value, list):
+            argv += [flag, *map(str, value)]
+        elif value is not False and name not in ("resume", "overwrite", "config"):  # these are of one start, not a run
+            argv.append(flag if value is True else f"{flag}={value}")
     return argv
 
 
@@ -377,16 +378,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     argv = list(sys.argv[1:] if argv is None else argv)
     command = shlex.join(["finetune_siglip.py", *argv])
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
     if config := first.parse_known_args(argv)[0].config:
         try:
             argv = stored_arguments(config) + argv
         except (OSError, ValueError, LookupError, AttributeError) as error:
             parser.error(f"--config {config}: not the run.json of a run of this script ({error})")
-    for i in range(len(argv) - 1, 0, -1):  # argparse takes a value such as -1000:200 for a flag unless joined by "="
-        if argv[i - 1] == "--windows":
-            argv[i - 1 : i + 1] = [f"--windows={argv[i]}"]
     parser.wrong += parser.unknown_flags(argv)
     foreign = bool(parser.wrong)
     args, rest = parser.parse_known_args(argv, argparse.Namespace(command=command))
@@ -415,8 +413,7 @@ def conflicts(args: argparse.Namespace) -> list[str]:
         (not -math.inf < lo < hi < math.inf, f"--hu-range needs LO < HI, not {lo:g} {hi:g}"),
         (args.resume and args.overwrite, "--resume continues a run and --overwrite replaces it: leave out one of them"),
         (args.dropout_rate == 1, "--dropout-rate must be below 1"),
-        (args.cache_features and not frozen,
-         "--cache-features needs a backbone that stays as it is: no LoRA, --freeze-up-to all"),
+        (args.cache_features and not frozen, "--cache-features needs a frozen backbone: no LoRA, --freeze-up-to all"),
         (repeated, f"--label-columns names {', '.join(repeated)} twice"),
     ) if wrong]  # fmt: skip
 
@@ -888,7 +885,6 @@ TABLE_COLUMNS = ("series_id", "split", "img_path", "patient_id")
 SPLITS = ("train", "val", "test")
 LABEL_CELLS = {"0": 0.0, "0.0": 0.0, "false": 0.0, "1": 1.0, "1.0": 1.0, "true": 1.0}  # as pandas and Excel write them
 LABEL_CELLS.update(dict.fromkeys(("", "-1", "-1.0"), math.nan))
-CT_RATE_ID = re.compile(r"([a-z]+_\d+)_[a-z]+_\d+(\.\w+)*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -998,8 +994,7 @@ def find_columns(header: list[str], wanted: list[str], optional: Sequence[str], 
 
 def patient_of(series_id: str, patient_cell: str) -> str:
     """The patient: the cell if filled; `train_12` for `train_12_a_1`; else the series is its own patient."""
-    match = CT_RATE_ID.fullmatch(series_id)
-    return patient_cell or (match[1] if match else series_id)
+    return patient_cell or re.sub(r"\A([a-z]+_\d+)_[a-z]+_\d+(\.\w+)*\Z", r"\1", series_id, flags=re.ASCII)
 
 
 def path_of(folder: Path, cell: str) -> Path:
@@ -1022,21 +1017,19 @@ def path_complaint(path: Path) -> str | None:
         entry = scan_source(path)[0].stat()
     except (OSError, ValueError) as error:
         return f"{path}: {getattr(error, 'strerror', None) or error}: check img_path and that the disk is mounted"
-    if stat.S_ISDIR(entry.st_mode):  # a folder of DICOM slices
+    regular = stat.S_ISREG(entry.st_mode)
+    if stat.S_ISDIR(entry.st_mode) or (regular and entry.st_size):  # a folder is one of DICOM slices
         return None
-    if not stat.S_ISREG(entry.st_mode):  # opening a pipe would wait for ever
-        return f"{path}: is not a regular file"
-    return None if entry.st_size else f"{path}: is an empty file"
+    return f"{path}: is {'an empty' if regular else 'not a regular'} file"  # opening a pipe would wait for ever
 
 
 def check_row(line: int, row: dict[str, str], labels: Sequence[str], first: dict[str, int], wrong: Complaints) -> None:
     """Complaints on what is wrong with one row in itself, and on an id that is on an earlier line (`first`) too."""
-    series, patient, split = row.get("series_id", "-"), row.get("patient_id", ""), row.get("split", "test")
-    if "series_id" in row:
-        if reason := unsafe_text(series) if series else "is empty: give every scan an id":
-            wrong.add("series_id", line, f"series_id {series!r} {reason}")
-        elif first.setdefault(series, line) != line:
-            wrong.add("series_id", line, f"series_id {series!r} is on line {first[series]} too: each scan has its own")
+    series, patient, split = row.get("series_id", f"row {line}"), row.get("patient_id", ""), row.get("split", "test")
+    if reason := unsafe_text(series) if series else "is empty: give every scan an id":
+        wrong.add("series_id", line, f"series_id {series!r} {reason}")
+    elif first.setdefault(series, line) != line:
+        wrong.add("series_id", line, f"series_id {series!r} is on line {first[series]} too: each scan has its own")
     if reason := unsafe_text(patient):
         wrong.add("patient_id", line, f"patient_id {patient!r} {reason}")
     if split not in SPLITS:
@@ -1077,13 +1070,9 @@ def check_table(table: Table, wrong: Complaints, volumes: bool, allow_patient_ov
 
 
 def read_table(
-    csv_path: Path | str,
-    label_columns: Sequence[str],
-    *,
-    labels_required: bool = True,
-    allow_patient_overlap: bool = False,
-    volumes: bool = True,
-) -> Table:
+    csv_path: Path | str, label_columns: Sequence[str], *, labels_required: bool = True,
+    allow_patient_overlap: bool = False, volumes: bool = True,
+) -> Table:  # fmt: skip
     """The checked rows of the CSV.
 
     Raises BadInput with every error of the table, each with its line. `labels_required=False` (prediction) accepts a
@@ -5144,7 +5133,7 @@ def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: 
     The file is {label: threshold}, or an evaluation_*.json of ours.
     """
     if not isinstance(source, Path):
-        return np.asarray(auto, np.float64) if source == "auto" else np.full(len(labels), source)
+        return np.asarray(auto, np.float64) if source == "auto" else np.full(len(labels), source, np.float64)
     content = read_json(source)
     found = {label: content.get("thresholds", content).get(label) for label in labels}
     wrong = {k: v for k, v in found.items() if not (type(v) in (int, float) and 0 <= v <= 1)}
@@ -5322,13 +5311,14 @@ def draw_most_wrong(folder: Path, dataset: CTVolumeDataset, probabilities: np.nd
 
 
 def save_run(folder: Path, title: str, facts: dict, args: argparse.Namespace, table: Table) -> None:
-    """Add what the report says of this run, its settings and its data under this title to run.json."""
+    """Add what the report says of this run, its settings and its data under this title to run.json; or only warn."""
     path, settings = folder / "run.json", {k: v for k, v in vars(args).items() if v is not None and k != "command"}
     parts = {name: table.split(name) for name in dict.fromkeys(table.splits)}
     data = {name: f"{len(part)} scans of {len(set(part.patient_ids))} patients" for name, part in parts.items()}
     sections = {"Run": facts, "Settings": settings, "Data": data}
-    content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
-    save_bytes(path, json.dumps(content, default=str, indent=1).encode())
+    with optional(path.name):
+        content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
+        save_bytes(path, json.dumps(content, default=str, indent=1).encode())
 
 
 # The report: one page, made from the files of a folder alone, that needs no network. All its text stands in this
@@ -5541,13 +5531,10 @@ def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, st
     for name, path in (("table", args.csv), ("script", Path(__file__))):
         if path:
             facts |= {name: path.name, f"{name} SHA-256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    facts |= {
-        "device": torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU",
-        "precision": str(runtime.amp_dtype or torch.float32).removeprefix("torch."),
-        "processes": runtime.world_size,
-        "threads": torch.get_num_threads(),
-        "Python": platform.python_version(),
-    }
+    device = torch.cuda.get_device_name(runtime.device) if runtime.device.type == "cuda" else "CPU"
+    precision = str(runtime.amp_dtype or torch.float32).removeprefix("torch.")
+    facts |= {"device": device, "precision": precision, "processes": runtime.world_size}
+    facts |= {"threads": torch.get_num_threads(), "Python": platform.python_version()}
     packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
     facts |= {name: importlib.metadata.version(name) for name in packages}
     for name, value in facts.items():
@@ -5586,11 +5573,10 @@ def build_model(args: argparse.Namespace, table: Table, runtime: Runtime) -> tup
 # run, or are compared by what they lead to: the weights read, say, and not the path they lie at.
 RESUME_MAY_CHANGE = {
     "early_stopping_patience", "num_workers", "log_interval", "wandb_project", "wandb_mode", "resume", "overwrite",
-    "output_dir", "save_every_minutes", "test_only", "test_output", "test_split", "aggregate", "bootstrap", "epochs",
-    "report", "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume", "check_data", "prepare",
-    "format", "config", "command", "explain", "soup", "use_3channel", "images", "score", "wandb_log_model",
-    "csv", "pretrained", "amp", "orientation", "intensity", "num_slices", "threshold", "cache_features", "slice_chunk",
-    "grad_checkpointing", "compile", "deterministic",
+    "output_dir", "save_every_minutes", "test_output", "test_split", "aggregate", "bootstrap", "epochs", "explain",
+    "threshold_objective", "allow_patient_overlap", "cache_dir", "on_bad_volume", "check_data", "format", "config",
+    "command", "soup", "use_3channel", "wandb_log_model", "csv", "pretrained", "amp", "orientation", "intensity",
+    "num_slices", "threshold", "cache_features", "slice_chunk", "grad_checkpointing", "compile", "deterministic",
 }  # fmt: skip
 
 
@@ -5641,10 +5627,10 @@ class Run:
     def describe(self, model: SiglipClassifier, prep: Preprocessing, plan: list[int]) -> None:
         """Put down, in plain types, what checkpoints tell besides weights and what a resumed run is compared with."""
         args, labels, weights = self.args, list(self.table.labels), digest_of(cpu_weights(model.backbone))
-        rows = [
-            [t.series_ids, t.targets.tolist(), [path.stat().st_size if path.is_file() else 0 for path in t.paths]]
-            for t in (self.train.table, self.val.table)
-        ]
+        rows = []
+        for table in (self.train.table, self.val.table):
+            sizes = [path.stat().st_size if path.is_file() else 0 for path in table.paths]
+            rows.append([table.series_ids, table.targets.tolist(), sizes])
         self.setup = {
             "labels": labels,
             "preprocessing": prep.to_dict(),
@@ -5654,16 +5640,14 @@ class Run:
             "select": args.select,
             "origin": {"pretrained": args.pretrained, "pretrained digest": weights},
         }
-        self.settings = json.loads(json.dumps(vars(args), default=str))
+        self.settings = settings = json.loads(json.dumps(vars(args), default=str))
         how = {"compile": args.compile, "deterministic": args.deterministic}
         self.facts = provenance(args, self.runtime, self.setup["origin"]) | how
         compared = {
-            f"--{name.replace('_', '-')}": x for name, x in self.settings.items() if name not in RESUME_MAY_CHANGE
-        }
-        compared |= {
+            **{f"--{name.replace('_', '-')}": x for name, x in settings.items() if name not in RESUME_MAY_CHANGE},
             "digest of the training and validation rows": digest_of(rows),
             "digest of the pretrained weights": weights,
-            "preprocessing": prep.to_dict(),
+            "preprocessing": self.setup["preprocessing"],
             "use of cached features": bool(args.cache_features),
             "thresholds (--threshold)": self.setup["thresholds"],
             "precision": self.facts["precision"],
@@ -5752,11 +5736,8 @@ def resume_run(run: Run, source: RunFolder) -> None:
     (file, content), history, now = source.load(), run.history, run.identity
     with reading(file):
         then = content["identity"]
-        changed = [
-            f"{name} was {then['compared'].get(name)!s:.200}, now {value!s:.200}"
-            for name, value in now["compared"].items()
-            if then["compared"].get(name) != value
-        ]
+        pairs = {name: (then["compared"].get(name), value) for name, value in now["compared"].items()}
+        changed = [f"{name} was {old!s:.200}, now {new!s:.200}" for name, (old, new) in pairs.items() if old != new]
         if now["epochs"] < then["epochs"]:
             changed.append(f"--epochs was {then['epochs']}, now {now['epochs']}: it can only grow")
         if changed:
@@ -5842,18 +5823,14 @@ def report_epoch(run: Run, seconds: float, saved: str) -> None:
     *before, line = map(json.loads, run.history.lines)
     losses = "loss {}, val {}".format(*(shown(line[name]) for name in ("train_loss", "val_loss")))
     scores = "AUROC {}  AP {}  F1 {}".format(*(shown(line[f"macro_{x}"]) for x in ("auc", "average_precision", "f1")))
+    cost = f"rate {line['lr']:.1e}  {seconds:.0f} s"
     mark = "  * best" if run.history.is_best(line["epoch"]) else ""
-    log.info(
-        "epoch %3d/%d  %s  %s  rate %.1e  %.0f s%s%s", line["epoch"], run.args.epochs, losses, scores, line["lr"],
-        seconds, saved, mark,
-    )  # fmt: skip
+    log.info("epoch %3d/%d  %s  %s  %s%s%s", line["epoch"], run.args.epochs, losses, scores, cost, saved, mark)
     log.log(DETAIL, "%s", format_metrics_table(line))
     if line["micro_precision"] is None and all(earlier["micro_precision"] is not None for earlier in before):
-        log.warning(
-            "no validation scan is called positive so far (macro AUROC %s): F1 is 0, so macro average precision tells "
-            "which epoch is better; --threshold auto tunes thresholds on val at the end, a lower one lets F1 count now",
-            shown(line["macro_auc"]),
-        )
+        found = f"no validation scan is called positive so far (macro AUROC {shown(line['macro_auc'])}): F1 is 0"
+        advice = "--threshold auto tunes thresholds on val at the end, a lower one lets F1 count now"
+        log.warning("%s, so macro average precision tells which epoch is better; %s", found, advice)
     run.tracker.record(run.history.lines)
 
 
@@ -5879,29 +5856,28 @@ def finish_run(run: Run) -> None:
     run.stop.patient = not run.runtime.is_main  # all is saved: a stop need not wait, and the others wait for rank 0
     if not run.runtime.is_main:
         return
-    val, logits = parts["val"]
-    auto = tune_thresholds(val.targets, sigmoid(logits), args.threshold_objective)
+    val, probabilities = parts["val"]
+    auto = tune_thresholds(val.targets, probabilities, args.threshold_objective)
     thresholds = resolve_thresholds(args.threshold, run.table.labels, auto)
     objective = args.threshold_objective if args.threshold == "auto" else None
     if "averaged_epochs" in best or thresholds.tolist() != best["thresholds"]:
         best |= {"thresholds": thresholds.tolist(), "tuned_for": objective}
         save_checked(path, best)
-    left_out = [(part.table, part.skipped) for part in (run.train, run.val, run.test)]
-    write_skipped(path.with_name("skipped.csv"), *left_out)
+    write_skipped(path.with_name("skipped.csv"), *[(x.table, x.skipped) for x in (run.train, run.val, run.test)])
     run.facts |= {"checkpoint": str(path), "checkpoint digest": digest_of(best)}
-    figures = publish_all(args, "training", run.facts, run.table, model, parts, thresholds, {"val": objective})
+    figures = publish_all(args, "training", run.facts, run.table, model, parts, thresholds, objective)
     run.tracker.summarise({"best_epoch": best["epoch"], **figures})
     if args.wandb_log_model:
         run.tracker.keep_model(path, best["epoch"])
 
 
 def readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> tuple[CTVolumeDataset, np.ndarray]:
-    """The scans that could be read and their logits, averaged as `--aggregate` says; the rest says nothing."""
+    """The scans that could be read and their probabilities, of logits averaged as `--aggregate` says."""
     table, logits = dataset.table.subset(dataset.readable), logits[dataset.readable].astype(np.float64)
     if wrong := [name for name, row in zip(table.series_ids, logits, strict=True) if not np.isfinite(row).all()]:
         raise Diverged(f"the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
     logits = aggregate_logits(logits, table.series_ids, table.patient_ids, over)
-    return CTVolumeDataset(table, dataset.prep, None, dataset.on_bad_volume), logits
+    return CTVolumeDataset(table, dataset.prep, None, dataset.on_bad_volume), sigmoid(logits)
 
 
 def prediction_path(args: argparse.Namespace) -> Path:
@@ -5911,19 +5887,19 @@ def prediction_path(args: argparse.Namespace) -> Path:
 
 def publish_all(
     args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, model: SiglipClassifier,
-    parts: dict[str, tuple[CTVolumeDataset, np.ndarray]], thresholds: np.ndarray, tuned_here: dict[str, str | None],
+    parts: dict[str, tuple[CTVolumeDataset, np.ndarray]], thresholds: np.ndarray, tuned_for: str | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write what people read of some splits' logits (n, L): scores, pictures, predictions (the last one's), report.
+    """Write what people read of some splits' probabilities (n, L): scores, pictures, report, predictions of the last.
 
-    Returns the metrics of each split that has labels.
+    `tuned_for`: the objective that thresholds were tuned for on split val, if they were. Returns the metrics of each
+    split that has labels.
     """
     figures = {}
     labelled = [split for split, (dataset, _) in parts.items() if not np.isnan(dataset.targets).all()]
-    for split, (dataset, logits) in parts.items():
-        probabilities = sigmoid(logits)
+    for split, (dataset, probabilities) in parts.items():
         if split in labelled:
             level = logging.INFO if split == labelled[-1] else DETAIL  # one table is enough for the console
-            how = thresholds, tuned_here.get(split), args.bootstrap, args.seed, level
+            how = thresholds, tuned_for if split == "val" else None, args.bootstrap, args.seed, level
             figures[split] = publish(args.output_dir, split, dataset.table, probabilities, *how)["metrics"]
             draw_most_wrong(args.output_dir, dataset, probabilities, thresholds)
         if args.explain:
@@ -5931,6 +5907,7 @@ def publish_all(
             explain_split(args.output_dir, split, dataset, model, probabilities, *which)
         else:  # those of an earlier model must not stand beside these figures
             (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
+    *_, (dataset, probabilities) = parts.values()
     output = prediction_path(args)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_rows(output, prediction_rows(dataset.table.series_ids, probabilities, thresholds, table.labels))
@@ -5941,8 +5918,7 @@ def publish_all(
 
 def write_facts(args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table) -> None:
     """The run's facts, and the report where there is something to report; neither is a reason to stop."""
-    with optional("run.json"):
-        save_run(args.output_dir, title, facts, args, table)
+    save_run(args.output_dir, title, facts, args, table)
     if any(list(args.output_dir.glob(f"{kind}_*.json")) for kind in ("evaluation", "explanations")):
         with optional("report.html"):
             log.info("report: %s", write_report(args.output_dir))
@@ -5954,8 +5930,7 @@ def train_to_the_end(run: Run) -> None:
     try:
         run.save()  # a new run: no file that counts is ever without a last.ckpt beside it
         if run.runtime.is_main:
-            with optional("run.json"):
-                save_run(args.output_dir, "training", run.facts, args, run.table)
+            save_run(args.output_dir, "training", run.facts, args, run.table)
         while run.state.epoch < args.epochs:
             if 0 < patience <= run.history.epochs_without_gain:
                 log.info("no better %s for %d epochs: stopping early", args.select, run.history.epochs_without_gain)
@@ -6014,8 +5989,8 @@ def table_of_scans(named: Sequence[Path], labels: Sequence[str]) -> Table:
 class Classifier:
     """Checkpoints of ours, ready to predict; the logits of several are averaged, each with its own preprocessing.
 
-    `labels` (L), `thresholds` (L,), at or above which a probability is positive: the checkpoint's own, and 0.5 for a
-    mean; `modules`: the PyTorch models in eval mode, `module` the first of them. Raises BadInput.
+    `labels` (L), `thresholds` (L,), at or above which a probability is positive; with --threshold auto the checkpoint's
+    own, and 0.5 for a mean; `modules`: the PyTorch models in eval mode, `module` the first of them. Raises BadInput.
     """
 
     def __init__(self, args: argparse.Namespace, runtime: Runtime):
@@ -6038,8 +6013,9 @@ class Classifier:
                 needed = " ".join(map(repr, self.labels))
                 raise BadInput(f"{source}: {first} needs the labels {needed} in this order; unknown to it: {foreign}")
         own: dict[str, Any] = {"thresholds": [0.5] * len(self.labels)} if others else content
-        self.thresholds = np.array(own["thresholds"], np.float64)
-        self.tuned_for, self.origin = own.get("tuned_for"), own.get("origin", {})
+        self.thresholds = resolve_thresholds(args.threshold, self.labels, own["thresholds"])
+        self.tuned_for = own.get("tuned_for") if args.threshold == "auto" else None
+        self.origin = own.get("origin", {})
         self.modules = [classifier_from(each, path).to(runtime.device).eval() for path, each in self.contents.items()]
         self.module = self.modules[0]
         for module in self.modules:
@@ -6047,13 +6023,11 @@ class Classifier:
 
     def logits(self, table: Table) -> tuple[CTVolumeDataset, np.ndarray]:
         """A table's scans as the first model reads them, and their mean logits (n, L) float64."""
-        args, sets = self.args, []
+        args, sets, total = self.args, [], np.zeros((len(table), len(self.labels)))
         for content in self.contents.values():
             sets += build_datasets(args, [table], decide_preprocessing_like(content["preprocessing"], table, args))
-        total = np.zeros((len(table), len(self.labels)))
+        recipe = Recipe(args.batch_size, num_workers=args.num_workers)
         for module, dataset in zip(self.modules, sets, strict=True):
-            intensity = dataset.prep.intensity
-            recipe = Recipe(args.batch_size, num_workers=args.num_workers, intensity=intensity, seed=args.seed)
             total += predict(module, dataset, recipe, self.runtime).astype(np.float64) / len(sets)
             sets[0].skipped |= dataset.skipped
         return sets[0], total
@@ -6064,32 +6038,31 @@ class Classifier:
 
         named = [paths] if isinstance(paths, (str, Path)) else paths
         table = table_of_scans([Path(path) for path in named], self.labels)
-        dataset, logits = readable(*self.logits(table), self.args.aggregate)
-        header, *rows = prediction_rows(dataset.table.series_ids, sigmoid(logits), self.thresholds, self.labels)
+        dataset, probabilities = readable(*self.logits(table), self.args.aggregate)
+        header, *rows = prediction_rows(dataset.table.series_ids, probabilities, self.thresholds, self.labels)
         return pd.DataFrame(rows, columns=header)
 
     def tune(self, table: Table) -> None:
         """Set `thresholds` to those that are best for these logits on scans whose labels are known."""
         if np.isnan(table.targets).all():
-            raise BadInput(
-                "--threshold auto tunes the thresholds of several checkpoints for their mean on split val of --csv, "
-                "and no label is known there: give a number or a JSON file"
-            )
-        dataset, logits = readable(*self.logits(table), self.args.aggregate)
+            why = "thresholds of several checkpoints are tuned for their mean on split val, and no label is known there"
+            raise BadInput(f"--threshold auto: {why}: give a number or a JSON file")
+        dataset, probabilities = readable(*self.logits(table), self.args.aggregate)
         self.tuned_for = self.args.threshold_objective
-        self.thresholds = tune_thresholds(dataset.targets, sigmoid(logits), self.tuned_for)
+        self.thresholds = tune_thresholds(dataset.targets, probabilities, self.tuned_for)
 
 
 def load_classifier(*paths: str | Path, **settings: Any) -> Classifier:
     """A checkpoint of ours, or several whose logits are averaged, for use from Python.
 
     `settings` are arguments of the command line by their names: `batch_size=4, orientation="RAS", amp=True`. Volumes
-    are read in this process unless `num_workers` says otherwise. Raises BadInput.
+    are read in this process, and thresholds are the checkpoint's own, unless `num_workers` and `threshold` say
+    otherwise. Raises BadInput.
     """
-    usual = vars(build_parser().parse_args([])) | {"num_workers": 0, "test_only": [Path(path) for path in paths]}
+    usual = vars(build_parser().parse_args([])) | {"num_workers": 0, "threshold": "auto"}
     if unknown := [name for name in settings if name not in usual]:
         raise BadInput(f"load_classifier has no setting {', '.join(unknown)}: --help lists them")
-    args = argparse.Namespace(**usual | settings)
+    args = argparse.Namespace(**usual | settings | {"test_only": [Path(path) for path in paths]})
     return Classifier(args, init_runtime(args.amp))
 
 
@@ -6123,7 +6096,6 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     with results_folder(args, runtime.is_main) as folder:
         if classifier.several and args.threshold == "auto":
             classifier.tune(table.split("val"))
-        thresholds = resolve_thresholds(args.threshold, classifier.labels, classifier.thresholds)
         log.info("predicting %d scans of split %s with %s", len(rows), split, names)
         dataset, logits = classifier.logits(rows)
         if runtime.is_main:
@@ -6132,8 +6104,8 @@ def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
             write_skipped(args.output_dir / "skipped.csv", (rows, dataset.skipped))
             digests = ", ".join(map(digest_of, classifier.contents.values()))
             facts = provenance(args, runtime, classifier.origin | {"checkpoint": names, "checkpoint digest": digests})
-            tuned_here = {"val": classifier.tuned_for} if args.threshold == "auto" else {}
-            publish_all(args, "prediction", facts, rows, classifier.module, parts, thresholds, tuned_here)
+            how = classifier.thresholds, classifier.tuned_for
+            publish_all(args, "prediction", facts, rows, classifier.module, parts, *how)
     return 0
 
 
@@ -6150,18 +6122,16 @@ def read_predictions(path: Path, labels: Sequence[str] | None) -> tuple[list[str
     for line, cells in rows:
         name, *texts = [cells[place] if len(cells) == len(header) else "" for place in at]
         try:
-            values = [float(text) for text in texts]
-        except ValueError:
-            values = [math.nan]
-        if not all(0 <= value <= 1 for value in values):
+            values = [fraction(text) for text in texts]
+            if found.setdefault(name, values) is not values:
+                wrong.add("id", line, f"id {name!r} is there twice")
+        except (ValueError, argparse.ArgumentTypeError):
             wrong.add("cells", line, "needs a probability from 0 to 1 in each column {label}_prob")
-        elif found.setdefault(name, values) is not values:
-            wrong.add("id", line, f"id {name!r} is there twice")
     wrong.raise_if_any()
     return labels, found
 
 
-def run_score(args: argparse.Namespace) -> int:
+def run_score(args: argparse.Namespace) -> None:
     """Figures, intervals and report of predictions from anywhere, against the labels of a table."""
     labels, found = read_predictions(args.score, args.label_columns)
     table = read_table(args.csv, labels, allow_patient_overlap=True, volumes=False)
@@ -6169,10 +6139,9 @@ def run_score(args: argparse.Namespace) -> int:
     table, title = table.split(split), split or "all"
     if (ids := set(table.series_ids)) != found.keys():
         odd = {args.score: found.keys() - ids, args.csv: ids - found.keys()}
-        raise BadInput(
-            f"{args.score} and {args.csv} ({title}) are not about the same scans; --test-split names another split",
-            *(f"{len(some)} only in {file}: {', '.join(sorted(some)[:20])}" for file, some in odd.items() if some),
-        )
+        sides = [f"{len(some)} only in {file}: {', '.join(sorted(some)[:20])}" for file, some in odd.items() if some]
+        what = f"{args.score} and {args.csv} ({title}) are not about the same scans"
+        raise BadInput(f"{what}; --test-split names another split", *sides)
     probabilities = np.array([found[name] for name in table.series_ids])
     tuned = args.threshold_objective if args.threshold == "auto" else None
     auto = tune_thresholds(table.targets, probabilities, args.threshold_objective)
@@ -6182,29 +6151,22 @@ def run_score(args: argparse.Namespace) -> int:
         publish(args.output_dir, title, table, probabilities, thresholds, tuned, args.bootstrap, args.seed)
         facts = provenance(args, Runtime(torch.device("cpu")), {"predictions": str(args.score)})
         write_facts(args, "scoring", facts, table)
-    return 0
 
 
-def run_check(args: argparse.Namespace) -> int:
-    """Report on table and volumes, and draw some of them as a model will see them."""
-    table = read_table(args.csv, args.label_columns or (), labels_required=False, allow_patient_overlap=True)
-    prep = decide_preprocessing(table, (64, 224, 224), WINDOW_PRESETS["chest"], args)
-    check_data(table, prep, args.output_dir / "data_check.png", skip=args.on_bad_volume == "skip")
-    return 0
-
-
-def run_prepare(args: argparse.Namespace) -> int:
-    """Convert raw scans to NPZ files and a CSV that names them."""
+def run_alone(args: argparse.Namespace) -> int:
+    """What needs no model: a report made again, raw scans converted, a table checked, predictions scored."""
     skip = args.on_bad_volume == "skip"
-    how = (args.spacing[::-1], args.num_workers, skip, args.intensity, args.hu_range, args.format)
-    made = prepare_table(args.csv, args.label_columns or (), args.prepare, *how)
-    log.info("prepared; train with --csv %s", made)
-    return 0
-
-
-def run_report(args: argparse.Namespace) -> int:
-    """Make the report again from the files of a run alone."""
-    log.info("report: %s", write_report(args.report))
+    if args.report:
+        log.info("report: %s", write_report(args.report))
+    elif args.prepare:
+        how = args.spacing[::-1], args.num_workers, skip, args.intensity, args.hu_range, args.format
+        log.info("prepared; train with --csv %s", prepare_table(args.csv, args.label_columns or (), args.prepare, *how))
+    elif args.check_data:
+        table = read_table(args.csv, args.label_columns or (), labels_required=False, allow_patient_overlap=True)
+        prep = decide_preprocessing(table, (64, 224, 224), WINDOW_PRESETS["chest"], args)
+        check_data(table, prep, args.output_dir / "data_check.png", skip)
+    else:
+        run_score(args)
     return 0
 
 
@@ -6242,11 +6204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(None, is_main=own_rank() == 0)
     if args.use_3channel:
         log.info("--use-3channel: three windows (--windows) are what every model sees, so nothing changes")
-    alone = {run_report: args.report, run_prepare: args.prepare, run_check: args.check_data, run_score: args.score}
     with StopRequest(patient=False) as stop:
         try:
-            for work in [work for work, asked in alone.items() if asked]:
-                return work(args) if own_rank() == 0 else 0  # one process's work
+            if args.report or args.prepare or args.check_data or args.score:
+                return run_alone(args) if own_rank() == 0 else 0  # one process's work
             runtime = init_runtime(args.amp, args.deterministic == "on")
             log.info("finetune_siglip.py %s on %s", __version__, runtime.device)
             with together(runtime, stop):

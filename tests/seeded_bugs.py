@@ -116,7 +116,7 @@ BUGS = {
         "    full[:, : relevance.shape[1]] = relevance\n",
         f"{EXPLAIN} -k plain_graph",
     ),
-    "changed argument accepted": ("if name not in RESUME_MAY_CHANGE\n", "if False\n",
+    "changed argument accepted": ("if name not in RESUME_MAY_CHANGE}", "if False}",
                                   f"{CRASH} -k changed_arguments"),
     "ranks leave before rank 0": ("            torch.distributed.barrier(runtime.unhurried)\n", "", f"{CRASH} -k all_ranks_stay"),
     "a stop leaves no note": ("                save_bytes(folder.stopped,", "                print(folder.stopped,", f"{CRASH} -k before_training"),

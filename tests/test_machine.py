@@ -61,7 +61,7 @@ def test_a_stop_that_foreign_code_turns_into_another_error_is_still_a_stop(monke
         except Interrupted:
             raise fs.BadInput("could not determine the shape") from None
 
-    monkeypatch.setattr(fs, "run_report", work)
+    monkeypatch.setattr(fs, "write_report", work)
     assert fs.main(["--report", str(tmp_path)]) == 128 + signal.SIGTERM
 
 

@@ -93,6 +93,7 @@ def test_from_python_a_checkpoint_predicts_as_it_does_from_the_command_line(mode
     classifier = load_classifier(models["a"])
     assert classifier.labels == LABELS
     assert classifier.thresholds.tolist() == [0.5] * 3
+    assert load_classifier(models["a"], threshold=0.3).thresholds.tolist() == [0.3] * 3
     assert isinstance(classifier.module, torch.nn.Module)
     table = pd.read_csv(scans, dtype=str)
     paths = [scans.parent / path for path in table.img_path[table.split == "val"]]

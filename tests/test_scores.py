@@ -341,5 +341,6 @@ def test_what_was_predicted_for_an_unreadable_scan_enters_no_average() -> None:
     table = fs.Table(("A",), ids, ["p"] * 3, ["val"] * 3, [Path(name) for name in ids], targets, [2, 3, 4])
     dataset = fs.CTVolumeDataset(table, fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (4, 16, 16)))
     dataset.skipped[1] = "gone"
-    read, logits = fs.readable(dataset, np.array([[1.0], [-50.0], [3.0]], np.float32), "patient")
-    assert (read.table.series_ids, logits[:, 0].tolist()) == (["a", "c"], [2, 2])
+    read, probabilities = fs.readable(dataset, np.array([[1.0], [-50.0], [3.0]], np.float32), "patient")
+    assert read.table.series_ids == ["a", "c"]
+    assert probabilities[:, 0].tolist() == [1 / (1 + math.exp(-2.0))] * 2

@@ -2154,11 +2154,6 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         targets[list(self.skipped)] = math.nan
         return targets
 
-    @property
-    def readable(self) -> list[int]:
-        """The rows that were not skipped so far."""
-        return [row for row in range(len(self.table)) if row not in self.skipped]
-
 
 def build_loader(
     dataset: CTVolumeDataset, batches: Sequence[list[int]], num_workers: int, device: torch.device,
@@ -5104,7 +5099,6 @@ def cache_features(
 # ── 12 Papers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # What a person reads: predictions, pictures, curves, the report.
 
-
 REPORT_COLUMNS = {
     "auc": "AUROC", "average_precision": "average precision", "f1": "F1", "precision": "precision",
     "recall": "sensitivity", "specificity": "specificity", "balanced_accuracy": "balanced accuracy",
@@ -5315,10 +5309,10 @@ def save_run(folder: Path, title: str, facts: dict, args: argparse.Namespace, ta
     path, settings = folder / "run.json", {k: v for k, v in vars(args).items() if v is not None and k != "command"}
     parts = {name: table.split(name) for name in dict.fromkeys(table.splits)}
     data = {name: f"{len(part)} scans of {len(set(part.patient_ids))} patients" for name, part in parts.items()}
-    sections = {"Run": facts, "Settings": settings, "Data": data}
+    sections = {f"Run, {title}": facts, f"Settings, {title}": settings, f"Data, {title}": data}
     with optional(path.name):
-        content = (read_json(path) if path.exists() else {}) | {f"{k}, {title}": v for k, v in sections.items()}
-        save_bytes(path, json.dumps(content, default=str, indent=1).encode())
+        before = read_json(path) if path.exists() else {}
+        save_bytes(path, json.dumps(before | sections, default=str, indent=1).encode())
 
 
 # The report: one page, made from the files of a folder alone, that needs no network. All its text stands in this
@@ -5873,7 +5867,8 @@ def finish_run(run: Run) -> None:
 
 def readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> tuple[CTVolumeDataset, np.ndarray]:
     """The scans that could be read and their probabilities, of logits averaged as `--aggregate` says."""
-    table, logits = dataset.table.subset(dataset.readable), logits[dataset.readable].astype(np.float64)
+    rows = [row for row in range(len(dataset)) if row not in dataset.skipped]
+    table, logits = dataset.table.subset(rows), logits[rows].astype(np.float64)
     if wrong := [name for name, row in zip(table.series_ids, logits, strict=True) if not np.isfinite(row).all()]:
         raise Diverged(f"the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
     logits = aggregate_logits(logits, table.series_ids, table.patient_ids, over)

@@ -239,10 +239,9 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     """The flat table of arguments, grouped as in the README."""
     parser = Parser(
-        prog="finetune_siglip.py",
+        prog="finetune_siglip.py", allow_abbrev=False, fromfile_prefix_chars="@",
         description="Fine-tune a SigLIP vision backbone on chest CT volumes as a multilabel classifier.",
         epilog="Exit codes: 0 done, 2 bad input, 3 environment (disk, memory), 4 diverged, 128 + signal: stopped.",
-        allow_abbrev=False, fromfile_prefix_chars="@",
     )
     parser.add_argument("--version", action="version", version=f"finetune_siglip.py {__version__}")
     add = parser.add_argument_group("data").add_argument
@@ -5531,8 +5530,7 @@ def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, st
     facts |= {"threads": torch.get_num_threads(), "Python": platform.python_version()}
     packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
     facts |= {name: importlib.metadata.version(name) for name in packages}
-    for name, value in facts.items():
-        log.log(DETAIL, "%s: %s", name, value)
+    log.log(DETAIL, "%s", "\n".join(f"{name}: {value}" for name, value in facts.items()))
     return facts
 
 
@@ -5615,6 +5613,8 @@ class Run:
         log.info("%s; effective batch %d = %d x %d processes x %d accumulated", scans, math.prod(batch), *batch)
         announce_steps(self.state.schedule, steps_per_epoch, args.early_stopping_patience)
         self.describe(model, prep, plan)
+        # A stop need not wait for data; with several ranks it does, for the others go on to the next step.
+        self.waiting: Callable[[], AbstractContextManager] = stop.waiting if runtime.world_size == 1 else nullcontext
         self.saved_at = time.monotonic()
         self.saved: tuple[int, ...] = ()  # the position that the last commit holds
 
@@ -5671,10 +5671,6 @@ class Run:
             raise Interrupted(signal_number)
         if due:
             self.save()
-
-    def waiting(self) -> AbstractContextManager:
-        """Where a stop need not wait for data; with several ranks it does, for the others go on to the next step."""
-        return self.stop.waiting() if self.runtime.world_size == 1 else nullcontext()
 
     def predict(self, dataset: CTVolumeDataset, title: str) -> np.ndarray:
         """Logits (n, L) of the model as it is now; may end in Interrupted."""

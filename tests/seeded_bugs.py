@@ -82,8 +82,8 @@ BUGS = {
     "a full disk behind the console ends the run": (
         "        except (OSError, ValueError, AttributeError):\n", "        except KeyError:\n", f"{MACHINE} -k behind_the_console",
     ),
-    "a stop waits for data": ("return self.stop.waiting() if self.runtime.world_size == 1 else nullcontext()",
-                              "return nullcontext()", f"{CRASH} -k do_not_come"),
+    "a stop waits for data": (" = stop.waiting if runtime.world_size == 1 else nullcontext", " = nullcontext",
+                              f"{CRASH} -k do_not_come"),
     "ranks asked unevenly": ("        if number < in_common:\n            after_batch()", "        after_batch()", f"{STEP} -k are_asked"),
     "loss of a skipped step counted": ("torch.where(finite, loss, 0.0)", "loss", f"{STEP} -k spoils_no_figure"),
     "infinite loss stepped on": ("(share + 0 * loss.detach())", "share", f"{STEP} -k infinite_loss"),

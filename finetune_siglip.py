@@ -5560,6 +5560,15 @@ def build_model(args: argparse.Namespace, table: Table, runtime: Runtime) -> tup
     return model.to(runtime.device), prep
 
 
+def announce_steps(schedule: Schedule, steps_per_epoch: int, patience: int) -> None:
+    """Log how many optimiser steps there are and where warm-up ends; warn where warm-up takes too much of them."""
+    warmup, total, epochs = schedule.warmup, schedule.total_steps, schedule.warmup / steps_per_epoch
+    ends = f"warm-up ends after {warmup} (epoch {epochs:.1f})" if warmup else "no warm-up"
+    log.info("%d optimiser steps at most, %d an epoch; %s", total, steps_per_epoch, ends)
+    if warmup > 0.2 * total or 0 < patience < epochs:
+        log.warning("--warmup takes more than a fifth of all steps, or outlasts --early-stopping-patience: 5% is usual")
+
+
 # Resuming. A run goes on only where nothing that affects numbers has changed, so that what it ends with is what it
 # would have ended with unstopped. All arguments count but these, which change no more than rounding, only lengthen the
 # run, or are compared by what they lead to: the weights read, say, and not the path they lie at.
@@ -5705,22 +5714,6 @@ def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | Non
     return source if found else None
 
 
-def start_or_resume(run: Run, source: RunFolder | None) -> None:
-    """Begin with an empty folder, or where another run has left off."""
-    folder = run.folder
-    if any(agree(run.runtime, bool(source))):  # a disk may show ranks on other machines different things
-        resume_run(run, source or folder)
-    elif run.runtime.is_main:
-        if run.args.resume:
-            log.info("--resume auto: %s holds no run yet, so a new one starts", folder.path)
-        folder.clear()
-    if run.runtime.is_main:  # at its largest moment there are three states, the top k, one more and the best
-        weights, moments = tensor_bytes(unwrap(run.state.model).state_dict()), 2 if run.args.optimizer == "adamw" else 1
-        state = weights + tensor_bytes(optimized(run.state)) * (moments + bool(run.state.ema))
-        present = sum(file.stat().st_size for file in folder.ours(*RUN_FILES))
-        require_space(folder.path, max(0, 3 * state + weights * (TOP_K + 2) - present))
-
-
 def resume_run(run: Run, source: RunFolder) -> None:
     """Go on from the last commit, once it is certain that nothing which affects numbers has changed."""
     (file, content), history, now = source.load(), run.history, run.identity
@@ -5759,13 +5752,20 @@ def resume_run(run: Run, source: RunFolder) -> None:
         log.warning("--epochs has grown: the cosine schedule goes on along the curve of the new length, so it jumps up")
 
 
-def announce_steps(schedule: Schedule, steps_per_epoch: int, patience: int) -> None:
-    """Log how many optimiser steps there are and where warm-up ends; warn where warm-up takes too much of them."""
-    warmup, total, epochs = schedule.warmup, schedule.total_steps, schedule.warmup / steps_per_epoch
-    ends = f"warm-up ends after {warmup} (epoch {epochs:.1f})" if warmup else "no warm-up"
-    log.info("%d optimiser steps at most, %d an epoch; %s", total, steps_per_epoch, ends)
-    if warmup > 0.2 * total or 0 < patience < epochs:
-        log.warning("--warmup takes more than a fifth of all steps, or outlasts --early-stopping-patience: 5% is usual")
+def start_or_resume(run: Run, source: RunFolder | None) -> None:
+    """Begin with an empty folder, or where another run has left off."""
+    folder = run.folder
+    if any(agree(run.runtime, bool(source))):  # a disk may show ranks on other machines different things
+        resume_run(run, source or folder)
+    elif run.runtime.is_main:
+        if run.args.resume:
+            log.info("--resume auto: %s holds no run yet, so a new one starts", folder.path)
+        folder.clear()
+    if run.runtime.is_main:  # at its largest moment there are three states, the top k, one more and the best
+        weights, moments = tensor_bytes(unwrap(run.state.model).state_dict()), 2 if run.args.optimizer == "adamw" else 1
+        state = weights + tensor_bytes(optimized(run.state)) * (moments + bool(run.state.ema))
+        present = sum(file.stat().st_size for file in folder.ours(*RUN_FILES))
+        require_space(folder.path, max(0, 3 * state + weights * (TOP_K + 2) - present))
 
 
 def validate(run: Run, title: str = "validate") -> dict[str, Any]:
@@ -5779,6 +5779,22 @@ def validate(run: Run, title: str = "validate") -> dict[str, Any]:
     if metrics["macro_average_precision"] is None:
         raise BadInput("split val: no scan with a positive label could be read, so nothing tells which epoch is better")
     return {"val_loss": loss, **metrics}
+
+
+def report_epoch(run: Run, seconds: float, saved: str) -> None:
+    """What a person sees of the last epoch: a line on the console, the table in the log, figures in the tracker."""
+    *before, line = map(json.loads, run.history.lines)
+    losses = "loss {}, val {}".format(*(shown(line[name]) for name in ("train_loss", "val_loss")))
+    scores = "AUROC {}  AP {}  F1 {}".format(*(shown(line[f"macro_{x}"]) for x in ("auc", "average_precision", "f1")))
+    cost = f"rate {line['lr']:.1e}  {seconds:.0f} s"
+    mark = "  * best" if run.history.is_best(line["epoch"]) else ""
+    log.info("epoch %3d/%d  %s  %s  %s%s%s", line["epoch"], run.args.epochs, losses, scores, cost, saved, mark)
+    log.log(DETAIL, "%s", format_metrics_table(line))
+    if line["micro_precision"] is None and all(earlier["micro_precision"] is not None for earlier in before):
+        found = f"no validation scan is called positive so far (macro AUROC {shown(line['macro_auc'])}): F1 is 0"
+        advice = "--threshold auto tunes thresholds on val at the end, a lower one lets F1 count now"
+        log.warning("%s, so macro average precision tells which epoch is better; %s", found, advice)
+    run.tracker.record(run.history.lines)
 
 
 def run_epoch(run: Run) -> None:
@@ -5808,20 +5824,58 @@ def run_epoch(run: Run) -> None:
             log.warning("most of training waits for data: raise --num-workers, or keep volumes with --cache-dir")
 
 
-def report_epoch(run: Run, seconds: float, saved: str) -> None:
-    """What a person sees of the last epoch: a line on the console, the table in the log, figures in the tracker."""
-    *before, line = map(json.loads, run.history.lines)
-    losses = "loss {}, val {}".format(*(shown(line[name]) for name in ("train_loss", "val_loss")))
-    scores = "AUROC {}  AP {}  F1 {}".format(*(shown(line[f"macro_{x}"]) for x in ("auc", "average_precision", "f1")))
-    cost = f"rate {line['lr']:.1e}  {seconds:.0f} s"
-    mark = "  * best" if run.history.is_best(line["epoch"]) else ""
-    log.info("epoch %3d/%d  %s  %s  %s%s%s", line["epoch"], run.args.epochs, losses, scores, cost, saved, mark)
-    log.log(DETAIL, "%s", format_metrics_table(line))
-    if line["micro_precision"] is None and all(earlier["micro_precision"] is not None for earlier in before):
-        found = f"no validation scan is called positive so far (macro AUROC {shown(line['macro_auc'])}): F1 is 0"
-        advice = "--threshold auto tunes thresholds on val at the end, a lower one lets F1 count now"
-        log.warning("%s, so macro average precision tells which epoch is better; %s", found, advice)
-    run.tracker.record(run.history.lines)
+def readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> tuple[CTVolumeDataset, np.ndarray]:
+    """The scans that could be read and their probabilities, of logits averaged as `--aggregate` says."""
+    rows = [row for row in range(len(dataset)) if row not in dataset.skipped]
+    table, logits = dataset.table.subset(rows), logits[rows].astype(np.float64)
+    if wrong := [name for name, row in zip(table.series_ids, logits, strict=True) if not np.isfinite(row).all()]:
+        raise Diverged(f"the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
+    logits = aggregate_logits(logits, table.series_ids, table.patient_ids, over)
+    return CTVolumeDataset(table, dataset.prep, None, dataset.on_bad_volume), sigmoid(logits)
+
+
+def prediction_path(args: argparse.Namespace) -> Path:
+    """Where `--test-output` lies."""
+    return args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
+
+
+def write_facts(args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table) -> None:
+    """The run's facts, and the report where there is something to report; neither is a reason to stop."""
+    save_run(args.output_dir, title, facts, args, table)
+    if any(list(args.output_dir.glob(f"{kind}_*.json")) for kind in ("evaluation", "explanations")):
+        with optional("report.html"):
+            log.info("report: %s", write_report(args.output_dir))
+
+
+def publish_all(
+    args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, model: SiglipClassifier,
+    parts: dict[str, tuple[CTVolumeDataset, np.ndarray]], thresholds: np.ndarray, tuned_for: str | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Write what people read of some splits' probabilities (n, L): scores, pictures, report, predictions of the last.
+
+    `tuned_for`: the objective that thresholds were tuned for on split val, if they were. Returns the metrics of each
+    split that has labels.
+    """
+    figures = {}
+    labelled = [split for split, (dataset, _) in parts.items() if not np.isnan(dataset.targets).all()]
+    for split, (dataset, probabilities) in parts.items():
+        if split in labelled:
+            level = logging.INFO if split == labelled[-1] else DETAIL  # one table is enough for the console
+            how = thresholds, tuned_for if split == "val" else None, args.bootstrap, args.seed, level
+            figures[split] = publish(args.output_dir, split, dataset.table, probabilities, *how)["metrics"]
+            draw_most_wrong(args.output_dir, dataset, probabilities, thresholds)
+        if args.explain:
+            which = thresholds, args.explain, args.num_workers
+            explain_split(args.output_dir, split, dataset, model, probabilities, *which)
+        else:  # those of an earlier model must not stand beside these figures
+            (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
+    *_, (dataset, probabilities) = parts.values()
+    output = prediction_path(args)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(output, prediction_rows(dataset.table.series_ids, probabilities, thresholds, table.labels))
+    log.info("predictions of %d scans: %s", len(dataset), output)
+    write_facts(args, title, facts, table)
+    return figures
 
 
 def finish_run(run: Run) -> None:
@@ -5859,60 +5913,6 @@ def finish_run(run: Run) -> None:
     run.tracker.summarise({"best_epoch": best["epoch"], **figures})
     if args.wandb_log_model:
         run.tracker.keep_model(path, best["epoch"])
-
-
-def readable(dataset: CTVolumeDataset, logits: np.ndarray, over: str) -> tuple[CTVolumeDataset, np.ndarray]:
-    """The scans that could be read and their probabilities, of logits averaged as `--aggregate` says."""
-    rows = [row for row in range(len(dataset)) if row not in dataset.skipped]
-    table, logits = dataset.table.subset(rows), logits[rows].astype(np.float64)
-    if wrong := [name for name, row in zip(table.series_ids, logits, strict=True) if not np.isfinite(row).all()]:
-        raise Diverged(f"the logits of {', '.join(wrong[:20])} are not finite; leave out --amp")
-    logits = aggregate_logits(logits, table.series_ids, table.patient_ids, over)
-    return CTVolumeDataset(table, dataset.prep, None, dataset.on_bad_volume), sigmoid(logits)
-
-
-def prediction_path(args: argparse.Namespace) -> Path:
-    """Where `--test-output` lies."""
-    return args.test_output if args.test_output.parent != Path() else args.output_dir / args.test_output
-
-
-def publish_all(
-    args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table, model: SiglipClassifier,
-    parts: dict[str, tuple[CTVolumeDataset, np.ndarray]], thresholds: np.ndarray, tuned_for: str | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Write what people read of some splits' probabilities (n, L): scores, pictures, report, predictions of the last.
-
-    `tuned_for`: the objective that thresholds were tuned for on split val, if they were. Returns the metrics of each
-    split that has labels.
-    """
-    figures = {}
-    labelled = [split for split, (dataset, _) in parts.items() if not np.isnan(dataset.targets).all()]
-    for split, (dataset, probabilities) in parts.items():
-        if split in labelled:
-            level = logging.INFO if split == labelled[-1] else DETAIL  # one table is enough for the console
-            how = thresholds, tuned_for if split == "val" else None, args.bootstrap, args.seed, level
-            figures[split] = publish(args.output_dir, split, dataset.table, probabilities, *how)["metrics"]
-            draw_most_wrong(args.output_dir, dataset, probabilities, thresholds)
-        if args.explain:
-            which = thresholds, args.explain, args.num_workers
-            explain_split(args.output_dir, split, dataset, model, probabilities, *which)
-        else:  # those of an earlier model must not stand beside these figures
-            (args.output_dir / f"explanations_{split}.json").unlink(missing_ok=True)
-    *_, (dataset, probabilities) = parts.values()
-    output = prediction_path(args)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_rows(output, prediction_rows(dataset.table.series_ids, probabilities, thresholds, table.labels))
-    log.info("predictions of %d scans: %s", len(dataset), output)
-    write_facts(args, title, facts, table)
-    return figures
-
-
-def write_facts(args: argparse.Namespace, title: str, facts: dict[str, Any], table: Table) -> None:
-    """The run's facts, and the report where there is something to report; neither is a reason to stop."""
-    save_run(args.output_dir, title, facts, args, table)
-    if any(list(args.output_dir.glob(f"{kind}_*.json")) for kind in ("evaluation", "explanations")):
-        with optional("report.html"):
-            log.info("report: %s", write_report(args.output_dir))
 
 
 def train_to_the_end(run: Run) -> None:

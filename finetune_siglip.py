@@ -1075,8 +1075,8 @@ def read_table(
     """The checked rows of the CSV.
 
     Raises BadInput with every error of the table, each with its line. `labels_required=False` (prediction) accepts a
-    table without some or all label columns; their targets are NaN. `volumes=False` (scoring) needs neither paths nor
-    splits and looks at no file.
+    table without some or all label columns, whose targets are then NaN, and only warns of patients in two splits.
+    `volumes=False` (scoring) needs neither paths nor splits and looks at no file.
     """
     csv_path, labels = Path(csv_path), tuple(label_columns)
     odd = [x for x in labels if labels.count(x) > 1 or x in TABLE_COLUMNS or not x.strip() or unsafe_text(x)]
@@ -1103,7 +1103,7 @@ def read_table(
         labels, ids, list(map(patient_of, ids, patients)), splits, [path_of(csv_path.parent, cell) for cell in cells],
         np.array(known, np.float32).reshape(len(rows), len(labels)), list(rows),
     )  # fmt: skip
-    check_table(table, wrong, "img_path" in at, allow_patient_overlap)
+    check_table(table, wrong, "img_path" in at, allow_patient_overlap or not labels_required)
     return table
 
 
@@ -6073,14 +6073,12 @@ def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[R
 
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     """Predict with checkpoints of ours; where labels are known, score as well."""
-    classifier, split = Classifier(args, runtime), "images"
+    classifier = Classifier(args, runtime)
+    labels = classifier.labels
     if classifier.several and args.explain:
         raise BadInput("--explain is about one model: name one checkpoint")
-    if args.images:
-        table = table_of_scans(args.images, classifier.labels)
-    else:
-        table = read_table(args.csv, classifier.labels, labels_required=False, allow_patient_overlap=True)
-        split = args.test_split or ("test" if len(table.split("test")) else "val")
+    table = table_of_scans(args.images, labels) if args.images else read_table(args.csv, labels, labels_required=False)
+    split = "images" if args.images else args.test_split or ("test" if "test" in table.splits else "val")
     rows, names = table.split(split), ", ".join(map(str, classifier.contents))
     if not len(rows):
         raise BadInput(f"{args.csv}: no row has split {split}; --test-split names another")
@@ -6153,7 +6151,7 @@ def run_alone(args: argparse.Namespace) -> int:
         how = args.spacing[::-1], args.num_workers, skip, args.intensity, args.hu_range, args.format
         log.info("prepared; train with --csv %s", prepare_table(args.csv, args.label_columns or (), args.prepare, *how))
     elif args.check_data:
-        table = read_table(args.csv, args.label_columns or (), labels_required=False, allow_patient_overlap=True)
+        table = read_table(args.csv, args.label_columns or (), labels_required=False)
         prep = decide_preprocessing(table, (64, 224, 224), WINDOW_PRESETS["chest"], args)
         check_data(table, prep, args.output_dir / "data_check.png", skip)
     else:

@@ -2440,7 +2440,7 @@ def prepare_table(
     """
     from tqdm import tqdm
 
-    table, out = read_table(csv_path, labels, labels_required=False, allow_patient_overlap=True), folder / csv_path.name
+    table, out = read_table(csv_path, labels, labels_required=False), folder / csv_path.name
     if out.resolve() == csv_path.resolve():
         raise BadInput(f"--prepare {folder}: would overwrite {csv_path}: name another folder")
     (folder / "volumes").mkdir(parents=True, exist_ok=True)

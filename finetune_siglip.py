@@ -1272,15 +1272,10 @@ def read_stored(path: Path) -> Iterator[Any]:
     """Header of an NPZ, NPY or B2ND file, by its first bytes; then voxels (C, three stored axes), C = 1 if left out."""
     with path.open("rb") as file:
         head = file.read(9)
-    if head[:4] == b"PK\3\4":
-        scan = read_npz(path)
-    elif head[2:] == b"b2frame":
-        scan = read_b2nd(path)
-    elif head[:6] == b"\x93NUMPY":
-        scan = read_npy(path)
-    else:
+    formats = {b"PK\3\4": read_npz, b"\x93NUMPY": read_npy, b"(?s)..b2frame": read_b2nd}
+    if not (found := [read for start, read in formats.items() if re.match(start, head)]):
         raise BadVolume("is no NPZ, NPY, B2ND, NIfTI, MHA or NRRD file, nor a folder with a series of DICOM slices")
-    shape, dtype, told = next(scan)
+    shape, dtype, told = next(scan := found[0](path))
     shape = (1, *shape) if len(shape) == 3 else shape
     if (size := math.prod(shape) * dtype.itemsize) > max(1 << 25, 200 * path.stat().st_size):
         raise BadVolume(f"would inflate to {size} bytes: noise alone keeps a CT below 20 times its packed size")
@@ -1296,8 +1291,7 @@ def read_stored(path: Path) -> Iterator[Any]:
     spacing = tuple(map(float, told.get("spacing", ()))) or None
     if spacing and not (len(spacing) == 3 and all(0.05 < mm < 50 for mm in spacing)):
         raise BadVolume(f"its member 'spacing' is {spacing}, not mm along the three stored axes")
-    source = bytes(told["source"]).hex() if "source" in told else None
-    yield Header(shape, dtype, code, spacing, crc=told.get("crc32"), source=source)
+    yield Header(shape, dtype, code, spacing, crc=told.get("crc32"), source=bytes(told.get("source", ())).hex() or None)
     yield next(scan).reshape(shape)
 
 
@@ -1501,13 +1495,12 @@ def what_is(path: Path) -> tuple[str, Any]:
     data = raw_library("pydicom").dcmread(path, defer_size=1024, force=True)
     if data.file_meta.get("TransferSyntaxUID") == "1.2.840.10008.1.2.1.99":  # packed as a whole
         data = raw_library("pydicom").dcmread(path)
-    modality = str(data.get("Modality") or "CT")
     secondary = str(data.get("SOPClassUID")).startswith("1.2.840.10008.5.1.4.1.1.7")  # capture
     kinds = {
         "other file": "Rows" not in data,
         "localizer": "LOCALIZER" in (data.get("ImageType") or ()),
         "screen picture": (secondary and "ImagePositionPatient" not in data) or data.get("SamplesPerPixel", 1) != 1,
-        f"{modality} image": modality != "CT",
+        f"{data.get('Modality')} image": (data.get("Modality") or "CT") != "CT",
     }
     return next((kind for kind, found in kinds.items() if found), ""), data
 
@@ -1771,8 +1764,7 @@ def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
     """The voxels (C, D, H, W) in SPL, in the stored dtype, without copying; a raw scan in HU at its own spacing.
 
     `orientation` names towards which side of the patient each stored axis rises; a file that says otherwise of itself,
-    and one that cannot be read whole, raises BadVolume. Raw scans know their orientation.
-    """
+    and one that cannot be read whole, raises BadVolume. Raw scans know their orientation."""
     header, stored = read_volume(Path(path), orientation=orientation)
     if header.raw:
         return np.nan_to_num(stored, nan=AIR) if stored.dtype.kind == "f" else stored

@@ -420,16 +420,21 @@ def conflicts(args: argparse.Namespace) -> list[str]:
 # ── 2 Machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # Device, precision, ranks, signals, random numbers, logging, files: the one place that reads the environment.
 
+
+def own_rank() -> int:
+    """The number of this process among those of the run, known before they have met."""
+    return int(os.environ.get("RANK", 0))
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C in those seconds is no traceback either
-    silent = int(os.environ.get("RANK", 0)) > 0  # rank 0 says the same
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere if silent else sys.stderr):
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere if own_rank() else sys.stderr):  # 0 says the same
         parse_args()  # --help and a wrong flag are answered here, before the seconds that importing torch takes
-    if not silent:
-        with suppress(OSError):  # nobody may be listening
-            print("loading PyTorch …", flush=True)
-    if lacking := [name for name in ("deflate", "numpy", "torch") if not find_spec(name)]:
-        build_parser().exit(3, f"error: needs {', '.join(lacking)}: pip install -r requirements.txt\n" * (not silent))
+        if not own_rank():
+            with suppress(OSError):  # nobody may be listening
+                print("loading PyTorch …", flush=True)
+        if lacking := [name for name in ("deflate", "numpy", "torch") if not find_spec(name)]:
+            build_parser().exit(3, f"error: needs {', '.join(lacking)}: pip install -r requirements.txt\n")
 
 import deflate
 import numpy as np
@@ -448,7 +453,6 @@ class Runtime:
     amp_dtype: torch.dtype | None = None
     rank: int = 0
     world_size: int = 1
-    unhurried: Any = None  # the process group in which ranks wait for one another without a limit
 
     @property
     def is_main(self) -> bool:
@@ -456,11 +460,6 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
-
-
-def own_rank() -> int:
-    """The number of this process among those of the run, known before they have met."""
-    return int(os.environ.get("RANK", 0))
 
 
 # Several processes. A rank that dies closes its connections: whoever exchanges something with it through gloo finds out
@@ -487,29 +486,28 @@ def init_runtime(amp: bool, deterministic: bool = True) -> Runtime:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # see add_in_fixed_order; read by the first product
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     amp_dtype = (torch.bfloat16 if has_bf16 else torch.float16) if amp else None
-    if world_size == 1:
-        return Runtime(device, amp_dtype)
-    if not torch.distributed.is_initialized():
+    if world_size > 1 and not torch.distributed.is_initialized():
         backend, gpu = ("cpu:gloo,cuda:nccl", device) if device.type == "cuda" else ("gloo", None)
         torch.distributed.init_process_group(backend, timeout=timedelta(minutes=30), device_id=gpu)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that dies stops its ranks, which would else train on
-        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
-    unhurried = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
-    return Runtime(device, amp_dtype, rank, world_size, unhurried)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # a torchrun that dies stops its ranks, which would else train on
+            torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGTERM)  # type: ignore[attr-defined]
+    return Runtime(device, amp_dtype, rank, world_size)
 
 
 @contextmanager
 def together(runtime: Runtime, stop: StopRequest) -> Iterator[None]:
     """End when all ranks are here, however long that takes: the work is done, or they have agreed on a stop."""
-    agreed = True
+    several, agreed = runtime.world_size > 1, True
+    if several:
+        unhurried: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))
     try:
         yield
     except BaseException as error:
         agreed = isinstance(error, Interrupted) and stop.patient
         raise
     finally:
-        if agreed and runtime.world_size > 1:
-            torch.distributed.barrier(runtime.unhurried)
+        if agreed and several:
+            torch.distributed.barrier(unhurried)
             torch.distributed.destroy_process_group()
 
 
@@ -518,7 +516,7 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
-def says_why(error: BaseException) -> bool:
+def may_speak(error: BaseException) -> bool:
     """Whether this rank is to say why the run ends, so that each reason is read once: rank 0 where it knows.
 
     A lost connection is a reason only where no rank has given another.
@@ -535,10 +533,10 @@ def says_why(error: BaseException) -> bool:
     return (speakers if is_lost(error) else same) == 1
 
 
-def leave(runtime: Runtime, code: int) -> None:
+def leave(code: int) -> None:
     """End a rank that has not parted from the others: neither PyTorch nor NCCL may wait for them on the way."""
     if torch.distributed.is_initialized():
-        time.sleep(3 if runtime.is_main else 0)  # the store in which the others look up what has been said may be here
+        time.sleep(0 if own_rank() else 3)  # the store in which the others look up what has been said may be here
         os._exit(code)
 
 
@@ -634,7 +632,6 @@ def end_readers() -> None:
 def signals_held() -> Iterator[None]:
     """Hold signals back; a process started here never gets them: a stop is sent to every process of a job, but the main
     one saves and needs its data. At the latest it ends with this one."""
-    atexit.unregister(end_readers)
     atexit.register(end_readers)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -660,31 +657,21 @@ class ConsoleHandler(logging.Handler):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class LineFormatter(logging.Formatter):
-    """Puts the time before each line of a message."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        head = f"{self.formatTime(record)} {record.levelname:7} "
-        return "\n".join(head + line for line in record.getMessage().splitlines())
-
-
-def setup_logging(output_dir: Path | None, is_main: bool) -> None:
-    """Log to the console and, on the main process, to `training.log` in `output_dir`."""
+def setup_logging(output_dir: Path | None = None) -> None:
+    """Log to the console and, on the main process, to `training.log` in `output_dir`: lines, each with its time."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     logging.raiseExceptions = False  # a full disk under training.log is no reason to stop, nor for a traceback per line
     logging.addLevelName(DETAIL, "DETAIL")
-    log.setLevel(DETAIL if is_main else logging.ERROR)
+    log.setLevel(logging.ERROR if own_rank() else DETAIL)
     log.propagate = False
     log.addHandler(ConsoleHandler(logging.INFO))
-    if output_dir and is_main:
-        try:
+    if output_dir and not own_rank():
+        with optional("training.log"):
             to_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
-        except OSError as error:
-            return log.warning("no training.log, the run goes on without it: %s", error)
-        to_file.setFormatter(LineFormatter())
-        log.addHandler(to_file)
+            to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+            log.addHandler(to_file)
 
 
 def first_line(error: BaseException) -> str:
@@ -694,22 +681,19 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def optional(what: str) -> Iterator[None]:
-    """For pictures and reports: one that fails is left out, which is said, and stops nothing."""
+    """For logs, pictures and reports: one that fails is left out, which is said, and stops nothing."""
     try:
         yield
     except Exception as error:
         log.warning("%s is left out: %s", what, first_line(error))
 
 
-def flat_figures(figures: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_figures(figures: dict[str, Any]) -> dict[str, Any]:
     """Nested figures under one name each, `Lung nodule/auc`; undefined ones are left out."""
-    flat: dict[str, Any] = {}
-    for name, value in figures.items():
-        if isinstance(value, dict):
-            flat |= flat_figures(value, prefix if name == "per_label" else f"{prefix}{name}/")
-        elif value is not None:
-            flat[prefix + name] = value
-    return flat
+    import pandas as pd
+
+    (flat,) = pd.json_normalize(figures, sep="/").to_dict("records")
+    return {str(name).replace("per_label/", ""): value for name, value in flat.items() if value is not None}
 
 
 class Tracker:
@@ -755,13 +739,11 @@ class Tracker:
         self.attempt(upload)
 
 
-def start_wandb(
-    project: str, mode: str, config: dict[str, Any], folder: Path, is_main: bool, run_id: str | None = None
-) -> Tracker:
+def start_wandb(project: str, mode: str, config: dict[str, Any], folder: Path, run_id: str) -> Tracker:
     """A tracker of this run, which goes on in the run `run_id` where the server has it; offline where it can't be
     reached, and none without the package. `auto` is WANDB_MODE, else online."""
     mode = os.environ.get("WANDB_MODE", "online") if mode == "auto" else mode
-    if mode == "disabled" or not is_main:
+    if mode == "disabled" or own_rank():
         return Tracker()
     try:
         import wandb
@@ -780,7 +762,7 @@ def start_wandb(
             return Tracker()
         with suppress(Exception):
             wandb.teardown()  # it would go on trying, and keep the id
-        return start_wandb(project, "offline", config, folder, is_main, run_id)
+        return start_wandb(project, "offline", config, folder, run_id)
     if run.offline:
         log.info("Weights & Biases: offline, `wandb sync %s` uploads later", Path(run.dir).parent)
     return Tracker(run, seen=int(run.summary.get("epoch") or 0))
@@ -809,12 +791,17 @@ def agree(runtime: Runtime, *wishes: int) -> list[int]:
     return largest.tolist()
 
 
+def of_all_ranks(runtime: Runtime, value: Any) -> list[Any]:
+    """What each rank gives, in their order."""
+    values = [value] * runtime.world_size
+    if runtime.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows (n,) and values (n, …) of all ranks, in rising order of row."""
-    if runtime.world_size > 1:
-        parts: list[Any] = [None] * runtime.world_size
-        torch.distributed.all_gather_object(parts, (rows, values))
-        rows, values = (np.concatenate(column) for column in zip(*parts, strict=True))
+    rows, values = (np.concatenate(parts) for parts in zip(*of_all_ranks(runtime, (rows, values)), strict=True))
     order = np.argsort(rows, kind="stable")
     return rows[order], values[order]
 
@@ -4219,14 +4206,6 @@ def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
     return tqdm(total=total, desc=title, unit="scan", leave=False, disable=hidden, dynamic_ncols=True)
 
 
-def rank_losses(state: TrainState, runtime: Runtime) -> list[float]:
-    """Each rank's sum of losses in this epoch."""
-    losses: list[Any] = [state.loss_sum.item()] * runtime.world_size
-    if runtime.world_size > 1:
-        torch.distributed.all_gather_object(losses, state.loss_sum.item())
-    return losses
-
-
 def train_one_epoch(
     state: TrainState, dataset: CTVolumeDataset, loss_fn: MultilabelBCELoss, recipe: Recipe, runtime: Runtime,
     after_step: Callable[[], None] = lambda: None, waiting: Callable[[], AbstractContextManager] = nullcontext,
@@ -4266,9 +4245,10 @@ def train_one_epoch(
         after_step()
     bar.close()
     labels, steps = state.tally["known"], state.tally["steps"]  # these stay, for validation may be interrupted
+    losses = sum(of_all_ranks(runtime, state.loss_sum.item()))
     return {
         "lr": state.optimizer.param_groups[0]["lr"],
-        "train_loss": sum(rank_losses(state, runtime)) / labels if labels else None,  # no step taken, no label known
+        "train_loss": losses / labels if labels else None,  # no step taken, no label known
         "grad_norm": state.tally["norm"] / steps if steps else None,
         "seconds": {"data": waited, "train": time.perf_counter() - started - waited},
     }
@@ -4284,10 +4264,8 @@ def share_statistics(model: nn.Module, runtime: Runtime) -> None:
 
 def share_skipped(dataset: CTVolumeDataset, runtime: Runtime) -> None:
     """Let every rank know of the scans that others could not read."""
-    if runtime.world_size > 1 and dataset.on_bad_volume == "skip":
-        found: list[Any] = [None] * runtime.world_size
-        torch.distributed.all_gather_object(found, dataset.skipped)
-        for skipped in found:
+    if dataset.on_bad_volume == "skip":
+        for skipped in of_all_ranks(runtime, dataset.skipped):
             dataset.skipped |= skipped
 
 
@@ -4669,8 +4647,8 @@ def shown(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def format_metrics_table(metrics: dict) -> str:
-    """The log's table: one line per label, then macro and micro; figures that are undefined show as a dash."""
+def log_metrics_table(metrics: dict, level: int) -> None:
+    """Log a line per label, then macro and micro; figures that are undefined show as a dash."""
     titles = {"accuracy": "acc", "precision": "prec", "recall": "recall", "specificity": "spec", "f1": "F1"}
     titles |= {"auc": "AUROC", "average_precision": "AP", "brier": "Brier"}
     rows = [("label", "pos/known", [*titles.values()])]
@@ -4681,7 +4659,8 @@ def format_metrics_table(metrics: dict) -> str:
     width, counts = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{label:{width}}  {n:>{counts}}" + "".join(f"{cell:>8}" for cell in cells) for label, n, cells in rows]
     rule = "─" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]])
+    for line in (lines[0], rule, *lines[1:-2], rule, *lines[-2:]):
+        log.log(level, "%s", line)
 
 
 # ── 11 Keep ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4789,23 +4768,19 @@ def cpu_weights(model: nn.Module, read: Callable = nn.Module.state_dict) -> dict
 
 
 def pack_model(model: nn.Module, setup: dict[str, Any], epoch: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """All that prediction needs, in plain types: see `classifier_from` for the way back."""
-    return {
-        "kind": MODEL_KIND,
-        "format": FORMAT,
-        "model": cpu_weights(model, merged_weights),
-        **setup,  # labels, preprocessing, backbone, head, thresholds
-        "metrics": metrics,
-        "epoch": epoch,
-    }
+    """All that prediction needs, in plain types: see `classifier_from` for the way back.
+
+    `setup`: labels, preprocessing, backbone, head, thresholds, and where they come from.
+    """
+    weights = cpu_weights(model, merged_weights)
+    return {"kind": MODEL_KIND, "format": FORMAT, "model": weights, **setup, "metrics": metrics, "epoch": epoch}
 
 
-def mean_weights(contents: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """The mean of several checkpoints of one run; what is no floating-point tensor is the first one's.
+def mean_weights(models: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of several epochs' weights; what is no floating-point tensor is the first one's.
 
     Wortsman et al., "Model soups", ICML 2022.
     """
-    models = [content["model"] for content in contents]
     mean = dict(models[0])
     for name, first in models[0].items():
         if first.is_floating_point():
@@ -4816,11 +4791,8 @@ def mean_weights(contents: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 def classifier_from(content: dict[str, Any], path: Path = Path("checkpoint")) -> SiglipClassifier:
     """The model in a checkpoint, its weights loaded; every tensor must fit. Raises BadInput naming `path`."""
     with reading(path):
-        backbone = build_backbone(content["backbone"])
-        preprocessing = Preprocessing.from_dict(content["preprocessing"])
-        model = SiglipClassifier(
-            backbone, preprocessing.windows, preprocessing.intensity, len(content["labels"]), **content["head"]
-        )
+        backbone, prep = build_backbone(content["backbone"]), Preprocessing.from_dict(content["preprocessing"])
+        model = SiglipClassifier(backbone, prep.windows, prep.intensity, len(content["labels"]), **content["head"])
         model.load_state_dict(content["model"], strict=True)
     return model
 
@@ -4952,8 +4924,7 @@ class RunFolder:
             except OSError as error:
                 log.warning("%s: this disk has no locks (%s); start no second run there", self.path, error.strerror)
             handle.truncate(0)
-            handle.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-            handle.flush()
+            print(f"pid {os.getpid()} on {socket.gethostname()}", file=handle, flush=True)
             self.stopped.unlink(missing_ok=True)
             yield
 
@@ -5279,7 +5250,7 @@ def publish(
     how = thresholds, table.patient_ids, tuned_here, resamples, seed
     scored = evaluate(table.targets, probabilities, table.labels, *how)
     save_evaluation(folder, split, table, probabilities, thresholds, scored)
-    log.log(level, "%s", format_metrics_table(scored["metrics"]))
+    log_metrics_table(scored["metrics"], level)
     log.info("%s", format_summary(split, scored))
     return scored
 
@@ -5658,7 +5629,7 @@ class Run:
     def save(self) -> None:
         """Commit the state as it is now, between two steps, unless the last commit is of this very step."""
         if self.position != self.saved:
-            losses = rank_losses(self.state, self.runtime)
+            losses = of_all_ranks(self.runtime, self.state.loss_sum.item())
             if self.runtime.is_main:
                 self.folder.commit(pack_state(self.state, losses, self.history, self.identity))
             self.saved = self.position
@@ -5781,7 +5752,7 @@ def report_epoch(run: Run, seconds: float, saved: str) -> None:
     cost = f"rate {line['lr']:.1e}  {seconds:.0f} s"
     mark = "  * best" if run.history.is_best(line["epoch"]) else ""
     log.info("epoch %3d/%d  %s  %s  %s%s%s", line["epoch"], run.args.epochs, losses, scores, cost, saved, mark)
-    log.log(DETAIL, "%s", format_metrics_table(line))
+    log_metrics_table(line, DETAIL)
     if line["micro_precision"] is None and all(earlier["micro_precision"] is not None for earlier in before):
         found = f"no validation scan is called positive so far (macro AUROC {shown(line['macro_auc'])}): F1 is 0"
         advice = "--threshold auto tunes thresholds on val at the end, a lower one lets F1 count now"
@@ -5879,7 +5850,7 @@ def finish_run(run: Run) -> None:
     drop_lora(model)  # what was saved is merged
     log.info("best of %d epochs by %s: epoch %d", run.state.epoch, args.select, best["epoch"])
     if args.soup and len(run.history.names) > 1:  # the mean of the best epochs, where it compares better
-        mean = mean_weights([load_checked(run.folder.path / name, MODEL_KIND) for name in run.history.names])
+        mean = mean_weights([load_checked(run.folder.path / x, MODEL_KIND)["model"] for x in run.history.names])
         model.load_state_dict(mean)
         metrics, epochs = validate(run, "soup"), [epoch for _, epoch in run.history.entries]
         better = comparison_key(metrics, args.select) > run.history.entries[0][0]
@@ -5933,12 +5904,12 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
     folder = RunFolder(args.output_dir)
     source = check_folder(args, folder)
     with folder.locked() if runtime.is_main else nullcontext():
-        setup_logging(args.output_dir, runtime.is_main)
+        setup_logging(args.output_dir)
         try:
             run = Run(args, runtime, stop, folder)
             start_or_resume(run, source)
             apply_memory_plan(unwrap(run.state.model), *run.identity["plan"])
-            known = run.settings, folder.path, runtime.is_main, run.identity["tracker"]
+            known = run.settings, folder.path, run.identity["tracker"]
             with start_wandb(args.wandb_project, args.wandb_mode, *known) as run.tracker:
                 run.tracker.record(run.history.lines)
                 stop.patient = True
@@ -6154,7 +6125,7 @@ def run_alone(args: argparse.Namespace) -> int:
 def say_why(error: BaseException) -> int:
     """Say in one line why the run has ended; returns the exit code. What only a bug can raise is raised again."""
     text = " ".join(str(error).split())[:300]
-    if not says_why(error):
+    if not may_speak(error):
         log.setLevel(logging.CRITICAL)
     if isinstance(error, Interrupted):
         log.info("stopped by %s", error)
@@ -6181,8 +6152,8 @@ def say_why(error: BaseException) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with these arguments; returns the exit code."""
-    args, runtime = parse_args(argv), Runtime(torch.device("cpu"))
-    setup_logging(None, is_main=own_rank() == 0)
+    args = parse_args(argv)
+    setup_logging()
     if args.use_3channel:
         log.info("--use-3channel: three windows (--windows) are what every model sees, so nothing changes")
     with StopRequest(patient=False) as stop:
@@ -6197,7 +6168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             reason = stop.reason(error)
             stop.patient = True  # a launcher ends the other ranks with a signal: no reason to raise on the way out
             code = say_why(reason)
-            leave(runtime, code)
+            leave(code)
             return code
 
 

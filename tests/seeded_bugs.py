@@ -118,7 +118,7 @@ BUGS = {
     ),
     "changed argument accepted": ("if name not in RESUME_MAY_CHANGE}", "if False}",
                                   f"{CRASH} -k changed_arguments"),
-    "ranks leave before rank 0": ("            torch.distributed.barrier(runtime.unhurried)\n", "", f"{CRASH} -k all_ranks_stay"),
+    "ranks leave before rank 0": ("            torch.distributed.barrier(unhurried)\n", "", f"{CRASH} -k all_ranks_stay"),
     "a stop leaves no note": ("                save_bytes(folder.stopped,", "                print(folder.stopped,", f"{CRASH} -k before_training"),
     "an old note of a stop stays": ("            self.stopped.unlink(missing_ok=True)\n", "", f"{CRASH} -k a_signal_saves"),
     "said by every rank": ("    return (speakers if is_lost(error) else same) == 1\n", "    return True\n", f"{CRASH} -k said_once"),

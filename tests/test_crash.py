@@ -267,13 +267,12 @@ def test_the_room_for_the_largest_moment_is_looked_for_before_training(bench, tm
 
 def test_logs_and_pictures_that_fail_stop_nothing(bench, tmp_path):
     out = tmp_path / "run"
-    names = ("data_check.png", "progress.png", "report.html")
-    for name in ("training.log", *names):
+    names = ("training.log", "data_check.png", "progress.png", "report.html")
+    for name in names:
         (out / name / "in the way").mkdir(parents=True)
     (out / "pictures").touch()
     ended = run(bench, out, "--epochs", "1", pictures=True)
     assert ended.code == 0, ended.text
-    assert "no training.log" in ended.text
     assert all(f"warning: {name} is left out: " in ended.text for name in (*names, "the report's pictures"))
     assert (out / "test_predictions.csv").exists()
 

@@ -119,7 +119,7 @@ def test_a_process_ends_though_somebody_still_holds_its_readers(tmp_path):
 def test_a_full_disk_or_nobody_behind_the_console_stops_nothing(tmp_path):
     program = (
         "import finetune_siglip as fs\n"
-        "fs.setup_logging(None, True)\n"
+        "fs.setup_logging()\n"
         "for _ in range(3): fs.log.info('x' * 9999); fs.log.error('x' * 9999)\n"
     )
     reader, writer = os.pipe()
@@ -158,12 +158,12 @@ def test_a_gpu_that_pytorch_cannot_use_is_a_warning(monkeypatch, caplog, tmp_pat
 
 
 def test_every_line_of_the_log_has_its_time_and_details_stay_off_the_console(tmp_path, capsys):
-    fs.setup_logging(tmp_path, True)
-    fs.log.info("two\nlines")
-    fs.log.log(fs.DETAIL, "a table\nwith rows")
-    fs.setup_logging(None, True)
+    fs.setup_logging(tmp_path)
+    fs.log.info("a line")
+    fs.log.log(fs.DETAIL, "a row of a table")
+    fs.setup_logging()
     lines = (tmp_path / "training.log").read_text().splitlines()
     assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", line) for line in lines] == [
-        "INFO    two", "INFO    lines", "DETAIL  a table", "DETAIL  with rows",
+        "INFO    a line", "DETAIL  a row of a table",
     ]  # fmt: skip
-    assert capsys.readouterr().out == "two\nlines\n"
+    assert capsys.readouterr().out == "a line\n"

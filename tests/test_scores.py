@@ -1,5 +1,6 @@
 """Room 10: metrics, intervals and thresholds against scikit-learn, plain loops and hand-worked examples."""
 
+import logging
 import math
 import warnings
 from pathlib import Path
@@ -125,9 +126,11 @@ def test_calibration_error_equals_a_plain_loop() -> None:
     )
 
 
-def test_the_log_table_shows_every_label_and_dashes_for_undefined_figures() -> None:
+def test_the_log_table_shows_every_label_and_dashes_for_undefined_figures(caplog) -> None:
     metrics = fs.compute_metrics(*scans(), LABELS, 0.5)
-    lines = fs.format_metrics_table(metrics).splitlines()
+    with caplog.at_level(logging.INFO, "finetune_siglip"):
+        fs.log_metrics_table(metrics, logging.INFO)
+    lines = caplog.messages
     assert [line.split("  ")[0] for line in lines if "─" not in line] == ["label", *LABELS, "macro", "micro"][:9]
     assert f"{metrics['per_label']['Emphysema']['auc']:.3f}" in next(s for s in lines if s.startswith("Emphysema"))
     assert "–" in next(s for s in lines if s.startswith("Never"))

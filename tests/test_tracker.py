@@ -25,7 +25,7 @@ def nobody_at_home(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    fs.setup_logging(None, is_main=True)
+    fs.setup_logging()
     yield
     with suppress(Exception):  # there may be none, or its service is gone
         sys.modules["wandb"].teardown()  # it keeps the environment that it found
@@ -41,7 +41,7 @@ def house(monkeypatch):
 
 
 def start(folder: Path, mode: str = "auto", run_id: str = "abc") -> fs.Tracker:
-    return fs.start_wandb("project", mode, {"lr": 0.25}, folder, is_main=True, run_id=run_id)
+    return fs.start_wandb("project", mode, {"lr": 0.25}, folder, run_id)
 
 
 def sync(folder: Path) -> None:
@@ -178,7 +178,8 @@ def test_the_mode_follows_the_flag_the_environment_and_the_key(monkeypatch, tmp_
         opened.clear()
         assert start(tmp_path, asked).run is None
         assert opened == expected
-    assert fs.start_wandb("p", "offline", {}, tmp_path, is_main=False).run is None
+    monkeypatch.setenv("RANK", "1")
+    assert start(tmp_path, "offline").run is None
     assert opened == expected
 
 

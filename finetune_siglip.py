@@ -640,6 +640,20 @@ def signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def first_line(error: BaseException) -> str:
+    """An exception for a one-line message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """For logs, pictures and reports: one that fails is left out, which is said, and stops nothing."""
+    try:
+        yield
+    except Exception as error:
+        log.warning("%s is left out: %s", what, first_line(error))
+
+
 class ConsoleHandler(logging.Handler):
     """Prints above a progress bar rather than through it; a full disk, or nobody, behind it is no reason to stop."""
 
@@ -672,20 +686,6 @@ def setup_logging(output_dir: Path | None = None) -> None:
             to_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
             log.addHandler(to_file)
-
-
-def first_line(error: BaseException) -> str:
-    """An exception for a one-line message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-@contextmanager
-def optional(what: str) -> Iterator[None]:
-    """For logs, pictures and reports: one that fails is left out, which is said, and stops nothing."""
-    try:
-        yield
-    except Exception as error:
-        log.warning("%s is left out: %s", what, first_line(error))
 
 
 def flat_figures(figures: dict[str, Any]) -> dict[str, Any]:
@@ -806,9 +806,17 @@ def gather_rows(runtime: Runtime, rows: np.ndarray, values: np.ndarray) -> tuple
     return rows[order], values[order]
 
 
+def sync(path: Path) -> None:
+    """Bring what has been written to a file, or what a folder lists, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 # Files are whole or not there: what is written goes to a file beside the one it becomes, to the disk, and only then
 # gets its name; the folder follows it to the disk, since without that a power cut can undo the renaming.
-
 
 TEMPORARY = r"\..+\.\w+\.siglip\.tmp"  # what its first name looks like
 
@@ -836,15 +844,6 @@ def put_in_place(path: Path, size: int = 0, lasting: bool = True) -> Iterator[Pa
     finally:
         with suppress(OSError):
             temporary.unlink()  # renaming one name of a file to another of its names leaves both
-
-
-def sync(path: Path) -> None:
-    """Bring what has been written to a file, or what a folder lists, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def save_atomic(path: Path, write: Callable[[BinaryIO], object], size: int = 0) -> None:
@@ -4708,6 +4707,13 @@ def tensor_bytes(content: Any) -> int:
     return sum(tensor.nbytes for _, tensor in tensors_in(content))
 
 
+def require_space(folder: Path, needed: int) -> None:
+    """Raises BadEnvironment unless `needed` bytes and a little more are free in a folder."""
+    needed, free = needed + 2**20, shutil.disk_usage(folder).free
+    if free < needed:
+        raise BadEnvironment(f"{folder}: {needed:,} bytes are needed there, {free:,} are free; make room")
+
+
 def save_checked(path: Path, content: dict[str, Any]) -> str:
     """Save plain types and tensors together with their digest, which is returned. Raises Diverged for a NaN."""
     for name, tensor in tensors_in(content, path.name):
@@ -4753,13 +4759,6 @@ def reading(path: Path) -> Iterator[None]:
     except Exception as error:  # libraries check a configuration with errors of their own
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BadInput(f"{path}: can't be used ({why}); use the script that wrote it") from error
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raises BadEnvironment unless `needed` bytes and a little more are free in a folder."""
-    needed, free = needed + 2**20, shutil.disk_usage(folder).free
-    if free < needed:
-        raise BadEnvironment(f"{folder}: {needed:,} bytes are needed there, {free:,} are free; make room")
 
 
 def cpu_weights(model: nn.Module, read: Callable = nn.Module.state_dict) -> dict[str, Tensor]:
@@ -4830,6 +4829,12 @@ class History:
         return bool(self.entries) and self.entries[0][1] == epoch
 
 
+def optimized(state: TrainState) -> dict[str, Tensor]:
+    """The parameters by name, in the order in which the optimiser numbers them."""
+    names = {id(parameter): name for name, parameter in unwrap(state.model).named_parameters()}
+    return {names[id(p)]: p for group in state.optimizer.param_groups for p in group["params"]}
+
+
 # What a state keeps of a TrainState and a History besides their larger parts.
 OF_PROGRESS = ("epoch", "micro", "skipped", "skipped_in_row", "tally")
 OF_HISTORY = ("lines", "entries", "digests", "epochs_without_gain")
@@ -4855,12 +4860,6 @@ def pack_state(state: TrainState, losses: list[float], history: History, identit
         "losses": losses,
         "history": {name: getattr(history, name) for name in (*OF_HISTORY, "skipped")},
     }
-
-
-def optimized(state: TrainState) -> dict[str, Tensor]:
-    """The parameters by name, in the order in which the optimiser numbers them."""
-    names = {id(parameter): name for name, parameter in unwrap(state.model).named_parameters()}
-    return {names[id(p)]: p for group in state.optimizer.param_groups for p in group["params"]}
 
 
 def restore_state(content: dict[str, Any], state: TrainState, history: History, rank: int) -> None:

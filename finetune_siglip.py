@@ -5492,7 +5492,8 @@ def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, st
     facts |= {"threads": torch.get_num_threads(), "Python": platform.python_version()}
     packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
     facts |= {name: importlib.metadata.version(name) for name in packages}
-    log.log(DETAIL, "%s", "\n".join(f"{name}: {value}" for name, value in facts.items()))
+    for name, value in facts.items():
+        log.log(DETAIL, "%s: %s", name, value)
     return facts
 
 

@@ -2790,9 +2790,18 @@ class Backbone(nn.Module):
         rows = images.shape[2] // self.config.get("patch_size", 1)
         return x if x.ndim > 3 else x[:, self.leading :].unflatten(1, (rows, -1))
 
-    def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Spatial features (n, *grid, E) that decide on what `forward` gives, and what makes that of them."""
-        return self.tokens(images), partial(self.summary, maxima=maxima)
+    def evidence(self, images: Tensor, *kept: Any, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Ones (n, *grid), and what makes of such shares of the tokens that decide on it what `forward` gives.
+
+        Patches that are left out are on the grid as well.
+        """
+        x, real = self.encode(images, *kept)
+        grid = x.shape[1:-1] if x.ndim > 3 else [n // self.config["patch_size"] for n in images.shape[2:]]
+
+        def feature(shares: Tensor) -> Tensor:
+            return self.summary(x.flatten(1, -2) * pack_kept(shares.flatten(1)[..., None], *kept)[0], maxima, real)
+
+        return x.new_ones(len(x), *grid), feature
 
     def turn(self, volume: Tensor) -> Tensor:
         """(N, K, D, H, W) in SPL, as a view with the axes in this family's orientation."""
@@ -2971,18 +2980,19 @@ class ViTBackbone(Backbone):
             mean, std = mean.mean(), std.mean()
         return (images - mean) / std
 
-    def evidence(self, images: Tensor, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """What the last block is given: a class token no longer depends on the patches that come out of it."""
+    def evidence(self, images: Tensor, *kept: Any, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Of what the last block is given: a class token no longer depends on the patches that come out of it."""
         last, given = self.blocks()[-1], []
         with last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
-            grid = self.tokens(images).shape[1:3]
+            shares = torch.ones_like(self.tokens(images)[..., 0])
 
-        def finish(tokens: Tensor) -> Tensor:
-            x = torch.cat([given[0][:, : self.leading], tokens.flatten(1, 2)], 1)
+        def feature(shares: Tensor) -> Tensor:
+            patches = given[0][:, self.leading :] * shares.flatten(1)[..., None]
+            x = torch.cat([given[0][:, : self.leading], patches], 1)
             with last.register_forward_pre_hook(lambda _, inputs: (x, *inputs[1:])):
                 return self(images, maxima=maxima)
 
-        return given[0][:, self.leading :].unflatten(1, grid), finish
+        return shares, feature
 
 
 class TimmBackbone(ViTBackbone):
@@ -3398,13 +3408,20 @@ def add_lora(backbone: Backbone, rank: int) -> None:
 
 
 @torch.no_grad()
-def merged_state(backbone: Backbone) -> dict[str, Tensor]:
-    """The backbone's `state_dict()`, low-rank updates added to what they update and their own tensors left out."""
-    state = {k.replace(".base_layer.", "."): v for k, v in backbone.state_dict().items() if ".lora_" not in k}
-    for name, module in backbone.named_modules():
+def merged_weights(model: nn.Module) -> dict[str, Tensor]:
+    """`state_dict()` with low-rank updates added to what they update and their own tensors left out."""
+    state = {k.replace(".base_layer.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k}
+    for name, module in model.named_modules():
         if hasattr(module, "get_delta_weight"):
             state[f"{name}.weight"] = state[f"{name}.weight"] + module.get_delta_weight("default")
     return state
+
+
+def drop_lora(model: nn.Module) -> None:
+    """Put the adapted layers back as they were, for merged weights to be loaded."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "get_delta_weight"):
+            model.set_submodule(name, module.get_base_layer())
 
 
 # ── 6 Model ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3623,20 +3640,6 @@ class SiglipClassifier(nn.Module):
         return self.weigh(x if x.ndim == 3 else self.slice_features(x))[0]
 
 
-def merged_weights(model: SiglipClassifier) -> dict[str, Tensor]:
-    """`state_dict()` as it would be without LoRA."""
-    merged = {f"backbone.{name}": tensor for name, tensor in merged_state(model.backbone).items()}
-    return merged | {name: x for name, x in model.state_dict().items() if not name.startswith("backbone.")}
-
-
-def drop_lora(model: nn.Module) -> None:
-    """Put the adapted layers back as they were, for merged weights to be loaded."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "get_delta_weight"):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.get_base_layer())
-
-
 # Why memory is planned. For the backward pass autograd keeps what every layer of the backbone was given, in proportion
 # to the slices of a batch: 71 MiB for each 224 x 224 slice of a ViT-B/16 in bfloat16, so 35 GiB for 8 scans of 64.
 # Throwing it away and computing it again, chunk by chunk, costs a third more time, so that is done only where it has to
@@ -3650,16 +3653,10 @@ def saved_bytes(model: SiglipClassifier, volume: Tensor, runtime: Runtime) -> in
     """Bytes that the slices of `volume` (N, C, S, H, W) take until the backward pass: what twice as many keep more."""
 
     def kept(volume: Tensor) -> int:
-        stored = {p.untyped_storage().data_ptr(): 0 for p in model.parameters()}  # bytes by address, weights aside
-
-        def pack(tensor: Tensor) -> Tensor:  # all that is packed stays alive until the end, so addresses are unique
-            stored.setdefault(tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), runtime.autocast():
-            features = model.slice_features(volume)
-        del features
-        return sum(stored.values())
+        packed: list[Tensor] = []  # which keeps all of them until the end, so that no address comes twice
+        with torch.autograd.graph.saved_tensors_hooks(packed.append, lambda none: none), runtime.autocast():
+            model.slice_features(volume)
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in packed}.values())
 
     buffers = {name: b.clone() for name, b in model.named_buffers()}
     model.backbone.train()
@@ -3677,9 +3674,9 @@ def sample_volume(model: SiglipClassifier, shape: Sequence[int], runtime: Runtim
     return sample
 
 
-def usual_chunk(runtime: Runtime) -> int:
+def usual_chunk(device: torch.device) -> int:
     """Slices at once that keep the device busy; more would only take more memory."""
-    return 64 if runtime.device.type == "cuda" else 8
+    return 64 if device.type == "cuda" else 8
 
 
 def free_for_slices(model: SiglipClassifier, runtime: Runtime, share: float) -> float:
@@ -3695,7 +3692,7 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
     `shape` is (C, S, H, W). A chunk is a power of two, so that two starts on one machine agree; no larger than helps,
     for memory grows with it.
     """
-    recompute, chunk = args.grad_checkpointing == "on", usual_chunk(runtime)
+    recompute, chunk = args.grad_checkpointing == "on", usual_chunk(runtime.device)
     if any(p.requires_grad for p in model.backbone.parameters()):
         sample = sample_volume(model, shape, runtime)
         model.slice_bytes = max(1, saved_bytes(model, sample, runtime) // sample.shape[2])
@@ -3726,7 +3723,7 @@ def keep_plan(
 
 def apply_memory_plan(model: SiglipClassifier, chunk: int, recompute: int) -> None:
     """Set what was planned. A prediction holds no more than two blocks' tensors at a time, so its chunks are larger."""
-    usual, blocks = usual_chunk(Runtime(model.windows.low.device)), len(model.backbone.blocks())
+    usual, blocks = usual_chunk(model.windows.low.device), len(model.backbone.blocks())
     model.slice_chunk, model.predict_chunk = chunk, max(chunk, min(usual, chunk * blocks // 2))
     model.recompute = model.backbone.recompute = bool(recompute)
     unit = "volumes whole" if model.backbone.volumetric else f"{chunk} slices at a time"
@@ -3734,11 +3731,11 @@ def apply_memory_plan(model: SiglipClassifier, chunk: int, recompute: int) -> No
     log.info("backbone: %s, activations %s", unit, what)
 
 
-def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime) -> bool:
+def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime) -> None:
     """Have a GPU's kernels add their terms in one order, so that the same seed gives the same bits.
 
-    One pass over `sample` tells whether all kernels can; if one cannot, none has to, and False is returned. Any other
-    error of that pass, such as no memory, is raised.
+    One pass over `sample` tells whether all kernels can; if one cannot, none has to, which is said. Any other error of
+    that pass, such as no memory, is raised.
     """
     torch.use_deterministic_algorithms(True)
     setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # noqa: B010, only of use in a hunt for bugs
@@ -3753,8 +3750,6 @@ def add_in_fixed_order(model: SiglipClassifier, sample: Tensor, runtime: Runtime
             raise
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True  # no use in half of it
         log.warning("runs agree to rounding only, not to the bit: %s", first_line(error))
-        return False
-    return True
 
 
 class CompilerWarnings(logging.Handler):
@@ -4072,10 +4067,6 @@ class Window:
     batches: list[list[int]]
     known: int
 
-    def scans(self, table: Table) -> str:
-        """The ids of the scans that this rank puts into the step."""
-        return ", ".join(table.series_ids[row] for rows in self.batches for row in rows if row >= 0)
-
 
 def plan_epoch(targets: np.ndarray, recipe: Recipe, runtime: Runtime, epoch: int) -> list[Window]:
     """The steps of an epoch over training targets (n, L), a function of (seed, epoch) alone.
@@ -4149,9 +4140,9 @@ def optimizer_step(state: TrainState, max_grad_norm: float, loss: Tensor | float
     return norm.item()
 
 
-def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_skip: bool, known: int = 0) -> None:
+def settle_step(state: TrainState, norm: float, ids: Sequence[str], may_skip: bool, known: int = 0) -> None:
     """Count a step taken and its known labels, or one skipped, of which in full precision one, else ten in a row, end
-    the run."""
+    the run. `ids` are those of the scans that this rank put into it."""
     if math.isfinite(norm):
         state.schedule.steps += 1
         state.skipped_in_row = 0
@@ -4165,7 +4156,7 @@ def settle_step(state: TrainState, norm: float, scans: Callable[[], str], may_sk
     where = f"epoch {state.epoch + 1}, after {state.schedule.steps} steps"
     if not may_skip or state.skipped_in_row >= 10:
         advice = "lower --lr, add --warmup or leave out --amp"
-        raise Diverged(f"the gradient is {norm} in {where}, scans {scans()}: {advice}")
+        raise Diverged(f"the gradient is {norm} in {where}, scans {', '.join(ids)}: {advice}")
     log.warning("the gradient is %s in %s: a step is skipped, the %d. of this run", norm, where, state.skipped)
 
 
@@ -4184,17 +4175,16 @@ def taken_back(state: TrainState, passes: int) -> Iterator[None]:
         raise
 
 
-def forget_lost(state: TrainState, dataset: CTVolumeDataset, known: int, rows: list[int], runtime: Runtime) -> int:
-    """Take the labels of rows that could not be read out of a step's mean, on all ranks; returns how many these are."""
+def forget_lost(state: TrainState, dataset: CTVolumeDataset, known: int, mine: int, runtime: Runtime) -> int:
+    """Have a step's mean go over the labels of the scans that could be read, `mine` on this rank, instead of all that
+    are `known`; returns how many these are on all ranks."""
     if dataset.on_bad_volume != "skip":
-        return 0
-    total = torch.tensor((~np.isnan(dataset.table.targets[rows])).sum())
-    if runtime.world_size > 1:
-        torch.distributed.all_reduce(total)
-    if total:
-        gradients = [p.grad for group in state.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, max(1, known) / max(1, known - int(total)))
-    return int(total)
+        return known
+    seen = sum(of_all_ranks(runtime, mine))
+    if seen != known:
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, max(1, known) / max(1, seen))
+    return seen
 
 
 def progress_bar(title: str, total: int, runtime: Runtime) -> Any:
@@ -4223,21 +4213,22 @@ def train_one_epoch(
     waited, started = 0.0, time.perf_counter()
     state.model.train()
     for window in windows:
-        loss, lost = torch.zeros_like(state.loss_sum), []
+        loss, seen = torch.zeros_like(state.loss_sum), 0
         with taken_back(state, len(window.batches)):
             for number, rows in enumerate(window.batches, 1):
                 asked = time.perf_counter()
                 batch = next(batches)
                 if number == 1 or runtime.device.type == "cpu":  # later in a step a GPU has work, and loses no time
                     waited += time.perf_counter() - asked
-                lost += [row for row, bad in zip(rows, batch["bad"].tolist(), strict=True) if bad and row >= 0]
+                seen += int(np.isfinite(batch["targets"].numpy()).sum())
                 last = number == len(window.batches)
                 loss += forward_backward(state, batch, loss_fn, recipe, runtime, window.known, last)
                 bar.update(len(rows))
-        known = window.known - forget_lost(state, dataset, window.known, lost, runtime)
+        known = forget_lost(state, dataset, window.known, seen, runtime)
         # The step's only wait for the device: a GPU idles for the milliseconds in which the next batch reaches it.
         norm = optimizer_step(state, recipe.max_grad_norm, loss)
-        settle_step(state, norm, partial(window.scans, dataset.table), runtime.amp_dtype is not None, known)
+        ids = [dataset.table.series_ids[row] for rows in window.batches for row in rows if row >= 0]
+        settle_step(state, norm, ids, runtime.amp_dtype is not None, known)
         if not bar.disable and state.micro % recipe.log_interval < recipe.accumulation:
             mean = state.loss_sum.item() * runtime.world_size / max(1.0, state.tally["known"])
             bar.set_postfix(loss=f"{mean:.4f}", lr=f"{state.optimizer.param_groups[0]['lr']:.1e}")
@@ -4331,9 +4322,8 @@ def find_evidence(model: SiglipClassifier, volume: Tensor, labels: Sequence[int]
     source = (model.layers if model.backbone.volumetric else model.slice_features)(volume).float().requires_grad_()
     with torch.enable_grad():
         features = source  # (1, S, E)
-        if model.backbone.volumetric:  # of the last map (1, D', h, w, E), whose layers are its slices
-            summary = model.backbone.summary
-            features = summary(source[0], maxima)[None] if maxima else summary(source)[:, None]
+        if model.backbone.volumetric:  # of the last map (1, D', h, w, E), whose layers are slices to a head per finding
+            features = model.backbone.summary(source[0] if maxima else source, maxima)[None]
         logits, shares = model.weigh(features)
         of_label = logits[0].unbind()
     found = []
@@ -4357,30 +4347,13 @@ def find_evidence(model: SiglipClassifier, volume: Tensor, labels: Sequence[int]
 
 
 def slice_relevance(model: SiglipClassifier, slices: Tensor, gradients: Tensor) -> Tensor:
-    """Relevance (n, h, w) of the tokens of slices (n, C, H, W) whose features have these gradients (n, E).
-
-    Patches that `skip_air` leaves out had no say: theirs is 0.
-    """
-    backbone: Any = model.backbone  # of the SigLIP family, where patches are left out
-    images, maxima = model.images(slices), model.pool.mode == "label"
-    if not model.skip_air:
-        tokens, finish = backbone.evidence(images, maxima)
-        return token_relevance(tokens.float(), finish, gradients)
-    keep = patches_in_body(slices[:, 0], backbone.config["patch_size"])
-    tokens, real = backbone.encode(images, keep)
-    relevance = token_relevance(tokens.float(), partial(backbone.summary, maxima=maxima, real=real), gradients)
-    keep[:, 0] |= ~keep.any(1)  # as the backbone does: a slice of air keeps its first patch
-    full = torch.zeros(keep.shape, device=keep.device)
-    full[keep] = relevance.flatten() if real is None else relevance[real]
-    return full.unflatten(1, (backbone.side, backbone.side))
-
-
-def token_relevance(tokens: Tensor, pool: Callable[[Tensor], Tensor], gradients: Tensor) -> Tensor:
-    """Gradient x activation (n, …) of tokens (n, …, E) that `pool` makes features with these gradients (n, E) of."""
-    tokens = tokens.detach().requires_grad_()
+    """Gradient x activation (n, h, w) of the tokens of slices (n, C, H, W) whose features have these gradients (n, E):
+    the derivative by how much of a token there is. Patches that `skip_air` leaves out have no say: theirs is 0."""
+    kept = [patches_in_body(slices[:, 0], model.backbone.config["patch_size"])] if model.skip_air else []
+    shares, feature = model.backbone.evidence(model.images(slices), *kept, maxima=model.pool.mode == "label")
     with torch.enable_grad():
-        gain = (pool(tokens) * gradients).sum()
-    return (torch.autograd.grad(gain, tokens)[0] * tokens).sum(-1)
+        gain = (feature(shares.requires_grad_()) * gradients).sum()
+    return torch.autograd.grad(gain, shares)[0]
 
 
 def fit_to_image(maps: Tensor, size: Sequence[int], patch: int) -> Tensor:
@@ -5104,11 +5077,6 @@ def save_figure(path: Path, figure: Any) -> None:
     save_atomic(path, partial(figure.savefig, format="png", dpi=110))
 
 
-def plot_progress(folder: Path, results: list[dict], select: str = "macro_f1") -> None:
-    """progress.png, redrawn after each epoch."""
-    save_figure(folder / "progress.png", draw_progress(results, select))
-
-
 def draw_progress(results: list[dict], select: str) -> Any:
     """Losses, macro F1 and AUROC, learning rate by epoch, with the best epoch marked."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
@@ -5128,11 +5096,10 @@ def draw_progress(results: list[dict], select: str) -> Any:
     return figure
 
 
-def picture_path(folder: Path, series_id: str, label: str | None = None) -> Path:
+def picture_path(folder: Path, series_id: str, *label: str) -> Path:
     """Where a scan's picture lies, or the one of a finding in it: ids may hold characters that no file name can."""
-    key = series_id if label is None else f"{series_id}\0{label}"
-    name = hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return folder / ("pictures" if label is None else "explanations") / f"{name}.png"
+    name = hashlib.sha256("\0".join([series_id, *label]).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return folder / ("explanations" if label else "pictures") / f"{name}.png"
 
 
 def legible_windows(windows: np.ndarray) -> dict[int, np.ndarray]:
@@ -5195,10 +5162,8 @@ def explain_split(
             title = f"{label[:60]}: probability {p:.3f}, scan {series[:60]}"
             figure = draw_slices(windows, names, title, found.slices, notes, found.maps)
             save_figure(picture_path(folder, series, label), figure)
-            findings.append({
-                "id": series, "label": label, "probability": p, "target": None if np.isnan(truth) else int(truth),
-                "slices": found.slices, "gains": found.gains, "attention": found.attention,
-            })  # fmt: skip
+            facts = {"id": series, "label": label, "probability": p, "target": None if np.isnan(truth) else int(truth)}
+            findings.append(facts | {name: getattr(found, name) for name in ("slices", "gains", "attention")})
     content = {"split": split, "depth": dataset.prep.grid[0], "labels": list(table.labels), "findings": findings}
     save_bytes(folder / f"explanations_{split}.json", json.dumps(content, allow_nan=False).encode())
     log.info("%s: %d explanations in %s", split, len(findings), folder / "explanations")
@@ -5222,10 +5187,10 @@ def save_evaluation(
 
     Its `thresholds` can be given to --threshold. Unknown targets are null.
     """
-    thresholds = np.broadcast_to(thresholds, len(table.labels)).tolist()
+    cuts = dict(zip(table.labels, thresholds.tolist(), strict=True))
     content = {
-        "split": split, "labels": list(table.labels), "thresholds": dict(zip(table.labels, thresholds, strict=True)),
-        **scored, "ids": table.series_ids, "patients": table.patient_ids,
+        "split": split, "labels": list(table.labels), "thresholds": cuts, **scored,
+        "ids": table.series_ids, "patients": table.patient_ids,
         "targets": [[None if t != t else int(t) for t in row] for row in table.targets.tolist()],
         "probabilities": np.asarray(probabilities, np.float64).tolist(),
     }  # fmt: skip
@@ -5257,9 +5222,9 @@ def publish(
 def draw_most_wrong(folder: Path, dataset: CTVolumeDataset, probabilities: np.ndarray, thresholds: np.ndarray) -> None:
     """Pictures, as models see them, of the scans with the most confidently wrong decisions."""
     to_windows = CTWindows(dataset.prep.windows, dataset.prep.intensity)
-    with optional("the report's pictures"), torch.no_grad():
+    with optional("the report's pictures"):
         for row, _ in most_wrong(dataset.table.targets, probabilities, thresholds):
-            windows = to_windows(dataset[row]["volume"][None])[0].float().cpu().numpy()
+            windows = to_windows(dataset[row]["volume"][None])[0].numpy()
             slices, series = [int((k + 0.5) / 4 * windows.shape[1]) for k in range(4)], dataset.table.series_ids[row]
             figure = draw_slices(windows, window_names(dataset.prep), series[:60], slices)
             save_figure(picture_path(folder, series), figure)
@@ -5277,7 +5242,8 @@ def save_run(folder: Path, title: str, facts: dict, args: argparse.Namespace, ta
 
 
 # The report: one page, made from the files of a folder alone, that needs no network. All its text stands in this
-# template, which escapes whatever a table holds; the only script that may run says where a box scrolls sideways.
+# template, which escapes whatever a table holds and calls what is in this file by its name; the only script that may
+# run says where a box scrolls sideways.
 
 REPORT_SCRIPT = """
 const mark = () => document.querySelectorAll('.wide').forEach(
@@ -5291,41 +5257,41 @@ REPORT_TEMPLATE = """
 {%- if interval %}<small>{{ '%.3f–%.3f' % (interval[0], interval[1]) }}</small>{% endif %}</{{ tag }}>{% endmacro %}
 {% macro wide(name) %}<div class="wide" tabindex="0" role="region" aria-label="{{ name }}">{{ caller() }}</div>
 {% endmacro %}
-{% macro image(address, text) %}{% if address %}<img src="{{ address }}" alt="{{ text }}">{% endif %}{% endmacro %}
+{% macro image(name, address, text) %}{% call wide(name) %}{% if address %}<img src="{{ address }}" alt="{{ text }}">
+{%- endif %}{% endcall %}{% endmacro %}
 {% macro facts(content) %}<dl>{% for name, value in content.items() %}<dt>{{ name }}</dt><dd>{{ value }}</dd>
 {% endfor %}</dl>{% endmacro %}
 {% macro evaluation(e, at) %}{% set spread = e.intervals.get('per_label', {}) %}
 <p>{{ e.ids | length }} scans of {{ e.patients | unique(true) | list | length }} patients, {{ e.labels | length }}
 labels. {% if e.intervals %}In small print: 95 % intervals from {{ e.resamples }} resamples of the patients.{% endif %}
 {% for kind, value in e.get('f1', {}).items() %} Macro F1 at {{ kind }} thresholds: {{ shown(value) }}.{% endfor %}
-{% if e.tuned_here is not none %}The thresholds were tuned for {{ objectives[e.tuned_here] }} on this split. So that
+{% if e.tuned_here is not none %}The thresholds were tuned for {{ OBJECTIVES[e.tuned_here] }} on this split. So that
 they do not flatter, the figures that depend on them are cross-fitted: each scan is decided by thresholds tuned on other
 patients. Taken at face value, macro F1 would seem to be {{ shown(e.apparent.macro_f1) }}.{% endif %}</p>
-<div class="grid" style="--w: max(10rem, 20%)">{% for key, title in headlines.items() %}
+<div class="grid" style="--w: max(10rem, 20%)">{% for key, title in REPORT_HEADLINES.items() %}
 <div class="card" data-figure="{{ key }}">{{ title }}{{ figure(e.metrics[key], e.intervals.get(key), 'b') }}</div>
 {% endfor %}</div><h3>Per label</h3>{% call wide('Figures per label') %}<table><thead><tr>
-{% for title in ['label', 'positive / known'] + columns.values() | list + ['threshold'] %}
+{% for title in ['label', 'positive / known'] + REPORT_COLUMNS.values() | list + ['threshold'] %}
 <th scope="col">{{ title }}</th>{% endfor %}</tr></thead><tbody>{% for label, row in e.metrics.per_label.items() %}
 <tr><th scope="row" data-v="{{ label }}"><a href="#{{ at }}-{{ loop.index0 }}">{{ label }}</a></th>
 <td data-v="{{ row.n_positive }}">{{ row.n_positive }} / {{ row.n_known }}</td>
-{% for key in columns %}{{ figure(row[key], spread.get(label, {}).get(key)) }}{% endfor %}
+{% for key in REPORT_COLUMNS %}{{ figure(row[key], spread.get(label, {}).get(key)) }}{% endfor %}
 {{ figure(e.thresholds[label]) }}</tr>{% endfor %}</tbody><tfoot>
-{% for kind in ('macro', 'micro') %}<tr><th scope="row">{{ kind }}</th><td></td>{% for key in columns %}
+{% for kind in ('macro', 'micro') %}<tr><th scope="row">{{ kind }}</th><td></td>{% for key in REPORT_COLUMNS %}
 {{ figure(e.metrics[kind ~ '_' ~ key], e.intervals.get(kind ~ '_' ~ key)) }}{% endfor %}<td></td></tr>{% endfor %}
 <tr><th scope="row">labels in the macro average</th><td></td>
-{% for key in columns %}<td>{{ e.metrics.labels_averaged[key] }}</td>{% endfor %}<td></td></tr></tfoot></table>
-{% endcall %}<h3>Curves</h3><p>Dots: the stored threshold. Calibration: bins of {{ fewest }} scans or more.</p>
+{% for key in REPORT_COLUMNS %}<td>{{ e.metrics.labels_averaged[key] }}</td>{% endfor %}<td></td></tr></tfoot></table>
+{% endcall %}<h3>Curves</h3><p>Dots: the stored threshold. Calibration: bins of {{ FEWEST_IN_BIN }} scans or more.</p>
 {% for label, row in e.metrics.per_label.items() %}
 <section id="{{ at }}-{{ loop.index0 }}"><h4>{{ label }}</h4>
-{% if 0 < row.n_positive < row.n_known %}{% call wide('Curves of ' ~ label) %}
-{{ image(chart(curves, e, loop.index0), 'Curves of ' ~ label ~ ', ' ~ e.split ~ ' split') }}{% endcall %}
+{% if 0 < row.n_positive < row.n_known %}{% set name = 'Curves of ' ~ label %}
+{{ image(name, chart(draw_curves(e, loop.index0)), name ~ ', ' ~ e.split ~ ' split') }}
 {% else %}<p>{{ row.n_positive }} positive of {{ row.n_known }} known: no curves without both.</p>{% endif %}
 </section>{% endfor %}<h3>Most confidently wrong</h3><ul class="grid" style="--w: 36rem">
-{% for row, labels in wrong(e.targets, e.probabilities, e.cuts) %}<li class="card"><h4>{{ e.ids[row] }}</h4>
-{% call wide(e.ids[row]) %}
-{{ image(picture(e.ids[row]), 'Axial slices of scan ' ~ e.ids[row] ~ ', feet to head, a line for each window') }}
-{% endcall %}
-<ul>{% for i in labels %}<li>{{ e.labels[i] }}: {{ 'missed' if e.targets[row, i] == 1 else 'called, not there' }},
+{% for row, labels in most_wrong(e.targets, e.probabilities, e.cuts) %}<li class="card"><h4>{{ e.ids[row] }}</h4>
+{% set text = 'Axial slices of scan ' ~ e.ids[row] ~ ', feet to head, a line for each window' %}
+{{ image(e.ids[row], picture(e.ids[row]), text) }}<ul>{% for i in labels %}
+<li>{{ e.labels[i] }}: {{ 'missed' if e.targets[row, i] == 1 else 'called, not there' }},
 probability {{ '%.3f' % e.probabilities[row, i] }}</li>{% endfor %}</ul></li>
 {% else %}<li>No decision was wrong.</li>{% endfor %}</ul>{% endmacro %}
 {% macro explanations(e, at) %}<p><b>Not for diagnosis.</b> For each finding the slices that raised its logit most, the
@@ -5339,12 +5305,12 @@ in the coarse grid of its tokens; it outlines no finding and proves none.</p>
 {% set truth = 'label unknown' if f.target is none else 'labelled as present' if f.target else 'labelled as absent' %}
 {% set note %}Scan {{ f.id }}: probability {{ '%.3f' % f.probability }}, {{ truth }}; slices
 {% for s in f.slices %}{{ s + 1 }}{{ ', ' if not loop.last }}{% endfor %} of {{ e.depth }}{% endset %}
-<figure class="card">{% call wide(f.id) %}
-{{ image(picture(f.id, label), label ~ '. ' ~ note ~ ', with the relevance in each') }}
-{% endcall %}<figcaption>{{ note }}</figcaption></figure>{% endfor %}</div>
+<figure class="card">{{ image(f.id, picture(f.id, label), label ~ '. ' ~ note ~ ', with the relevance in each') }}
+<figcaption>{{ note }}</figcaption></figure>{% endfor %}</div>
 {% else %}<p>No finding was called.</p>{% endfor %}{% endmacro %}
-{% macro training(results, select) %}{% call wide('Training') %}
-{{ image(chart(progress, results, select), 'Losses, figures and learning rate by epoch') }}{% endcall %}{% endmacro %}
+{% macro training(results, select) %}
+{{ image('Training', chart(draw_progress(results, select)), 'Losses, figures and learning rate by epoch') }}
+{% endmacro %}
 {% macro page(name, runs, chapters, script, digest) %}<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
@@ -5388,7 +5354,7 @@ how a figure would vary with other patients, not with another training run. Thos
 centred on the figure, since resampling adds to it.</dd>
 <dt>Macro, micro</dt><dd>The mean over labels; all known pairs of scan and label pooled (accuracy and CRG on top).</dd>
 <dt>Average precision</dt><dd>The sum over distinct scores of the gain in recall times the precision there.</dd>
-<dt>Calibration error</dt><dd>The mean over {{ bins }} bins of equal width, weighted by their scans, of
+<dt>Calibration error</dt><dd>The mean over {{ CALIBRATION_BINS }} bins of equal width, weighted by their scans, of
 |mean probability − share of positives|.</dd>
 <dt>CRG</dt><dd>With X pairs, A positive, r = (X − A) / 2A, U = (X − A) / 2, s = r·TP − r·FN − FP: U / (2U − s), as in
 the VLM3D challenge. 1/3 for a model that calls nothing.</dd></dl></main><script>{{ script }}</script></body></html>
@@ -5401,12 +5367,12 @@ def data_address(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def chart(draw: Callable[..., Any], *data: Any) -> str:
-    """The figure that `draw` makes of the data as SVG, whose text stays text; the same data gives the same bytes."""
+def chart(figure: Any) -> str:
+    """A matplotlib figure as SVG, whose text stays text; the same data gives the same bytes."""
     from matplotlib import rc_context
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), io.BytesIO() as buffer:
-        draw(*data).savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
         return data_address(buffer.getvalue(), "svg+xml")
 
 
@@ -5445,13 +5411,8 @@ def write_report(folder: Path) -> Path:
         path = picture_path(folder, *whose)
         return data_address(path.read_bytes(), "png") if path.is_file() else ""
 
-    known = {
-        "columns": REPORT_COLUMNS, "headlines": REPORT_HEADLINES, "objectives": OBJECTIVES, "bins": CALIBRATION_BINS,
-        "fewest": FEWEST_IN_BIN, "shown": shown, "chart": chart, "curves": draw_curves, "progress": draw_progress,
-        "wrong": most_wrong, "picture": picture,
-    }  # fmt: skip
     environment = Environment(autoescape=True, trim_blocks=True, undefined=StrictUndefined)
-    parts: Any = environment.from_string(REPORT_TEMPLATE).make_module(known)
+    parts: Any = environment.from_string(REPORT_TEMPLATE).make_module(globals() | {"picture": picture})
     chapters: dict[str, str] = {}
     titles = {"evaluation": "{} split", "explanations": "Why the model said so, {} split"}
     for kind, title in titles.items():
@@ -5655,7 +5616,8 @@ class Run:
         """Bring what follows from the last commit in line with it; a picture is no reason to stop."""
         self.folder.derive(self.history)
         with optional("progress.png"):
-            plot_progress(self.folder.path, [json.loads(line) for line in self.history.lines], self.args.select)
+            results = [json.loads(line) for line in self.history.lines]
+            save_figure(self.folder.path / "progress.png", draw_progress(results, self.args.select))
 
 
 def check_folder(args: argparse.Namespace, folder: RunFolder) -> RunFolder | None:
@@ -5973,7 +5935,7 @@ class Classifier:
         self.modules = [classifier_from(each, path).to(runtime.device).eval() for path, each in self.contents.items()]
         self.module = self.modules[0]
         for module in self.modules:
-            module.predict_chunk = args.slice_chunk or usual_chunk(runtime)
+            module.predict_chunk = args.slice_chunk or usual_chunk(runtime.device)
 
     def logits(self, table: Table) -> tuple[CTVolumeDataset, np.ndarray]:
         """A table's scans as the first model reads them, and their mean logits (n, L) float64."""

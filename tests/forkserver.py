@@ -168,7 +168,8 @@ def run_child(request: dict, module) -> None:
             png = b"\x89PNG\r\n\x1a\n" + bytes(99) + b"IEND\xaeB`\x82"
             module.publish = lambda *_: {"metrics": {}}
             module.draw_most_wrong = lambda *_: None
-            module.plot_progress = lambda to, *_: module.save_atomic(to / "progress.png", lambda f: f.write(png))
+            module.draw_progress = lambda *_: None
+            module.save_figure = lambda path, _: module.save_atomic(path, lambda f: f.write(png))
         if "publish_seconds" in request:
             begun = Path(request["log"]).with_suffix(".publishing")
             module.publish = lambda *_: (begun.touch(), time.sleep(request["publish_seconds"]), {"metrics": {}})[-1]

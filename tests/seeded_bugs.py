@@ -112,8 +112,8 @@ BUGS = {
         f"{EXPLAIN} -k plain_graph",
     ),
     "relevance of packed patches not put back": (
-        "    full[keep] = relevance.flatten() if real is None else relevance[real]\n",
-        "    full[:, : relevance.shape[1]] = relevance\n",
+        "x.flatten(1, -2) * pack_kept(shares.flatten(1)[..., None], *kept)[0]",
+        "x.flatten(1, -2) * shares.flatten(1)[:, : x.flatten(1, -2).shape[1], None]",
         f"{EXPLAIN} -k plain_graph",
     ),
     "changed argument accepted": ("if name not in RESUME_MAY_CHANGE}", "if False}",

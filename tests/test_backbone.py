@@ -305,8 +305,8 @@ def test_a_vit_gives_timms_features_with_its_description_and_without(tmp_path, n
     images = images.expand(-1, 3, -1, -1)
     assert difference(backbone, images, reference) <= 1e-5
     assert ("DALE-CT" in caplog.text) == (grey and not described)
-    tokens, finish = backbone.evidence(images)
-    assert difference(backbone, images, finish(tokens)) <= 1e-5
+    shares, feature = backbone.evidence(images)
+    assert difference(backbone, images, feature(shares)) <= 1e-5
     assert backbone.windows == (
         ((-997.0, 888.0),) * 3 if grey and not described else fs.WINDOW_PRESETS["merlin" if grey else "chest"]
     )
@@ -422,9 +422,9 @@ def test_dinov2_and_its_kind_give_the_class_token_of_transformers(tmp_path, kind
         reference = model(normal).last_hidden_state[:, 0]
     backbone, images = fs.load_backbone(tmp_path), images.expand(-1, 3, -1, -1)
     assert difference(backbone, images, reference) <= 1e-5
-    tokens, finish = backbone.evidence(images)
-    assert tokens.shape == (2, 4, 4, 64)
-    assert difference(backbone, images, finish(tokens)) <= 1e-5
+    shares, feature = backbone.evidence(images)
+    assert shares.shape == (2, 4, 4)
+    assert difference(backbone, images, feature(shares)) <= 1e-5
     assert backbone(images, maxima=True).shape == (2, 128)
     own = {
         "format": 1,
@@ -1093,15 +1093,15 @@ def test_lora_starts_at_no_change_trains_little_and_merges(tower, tmp_path):
     trained = [name for name, p in backbone.named_parameters() if p.requires_grad]
     assert len(trained) == 2 * (2 * 4 + 1)  # two layers' projections, and the patches
     assert all("lora_" in name for name in trained)
-    assert fs.merged_state(backbone).keys() == plain.keys()
-    assert all(torch.equal(value, plain[name]) for name, value in fs.merged_state(backbone).items())
+    assert fs.merged_weights(backbone).keys() == plain.keys()
+    assert all(torch.equal(value, plain[name]) for name, value in fs.merged_weights(backbone).items())
     optimizer = torch.optim.SGD([p for p in backbone.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         optimizer.zero_grad()
         backbone.train()(images).square().sum().backward()
         optimizer.step()
     merged = fs.build_backbone(backbone.config)
-    merged.load_state_dict(fs.merged_state(backbone))
+    merged.load_state_dict(fs.merged_weights(backbone))
     with torch.no_grad():
         trained_features = backbone.eval()(images)
     assert float((trained_features - reference).abs().max()) > 1e-4

@@ -50,7 +50,7 @@ def test_progress_picture_is_drawn_from_any_number_of_epochs(tmp_path) -> None:
             {"epoch": i, "train_loss": 1 / (i + 1), "val_loss": 1.0, "macro_f1": i / 9, "macro_auc": None, "lr": 1e-4}
             for i in range(n)
         ]
-        fs.plot_progress(tmp_path, results)
+        fs.save_figure(tmp_path / "progress.png", fs.draw_progress(results, "macro_f1"))
         assert (tmp_path / "progress.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
@@ -281,7 +281,7 @@ def test_a_report_needs_an_evaluation_and_little_else(tmp_path) -> None:
         fs.write_report(tmp_path)
     table = types.SimpleNamespace(labels=("a",), series_ids=["1"], patient_ids=["1"], targets=np.ones((1, 1)))
     scored = fs.evaluate(table.targets, np.full((1, 1), 0.7), ["a"], 0.5, ["1"], None, 0)
-    fs.save_evaluation(tmp_path, "val", table, np.full((1, 1), 0.7), 0.5, scored)
+    fs.save_evaluation(tmp_path, "val", table, np.full((1, 1), 0.7), np.array([0.5]), scored)
     assert "No decision was wrong" in fs.write_report(tmp_path).read_text(encoding="utf-8")
     for broken in ("{}", "[1]", "{", '{"ids": [1], "labels": ["a"], "targets": [["x"]], "probabilities": [[1]]}'):
         (tmp_path / "evaluation_val.json").write_text(broken)

@@ -57,8 +57,8 @@ def test_colipri_sees_the_voxels_that_its_package_makes_and_gives_its_embedding(
         features = classifier.slice_features(spl.to(torch.int16))[:, 0]
     assert float((features - expected).abs().max()) <= 1e-5
     assert backbone.orientation == "RAS"
-    tokens, finish = backbone.evidence(classifier.images(spl.to(torch.int16)))
-    assert float((finish(tokens) - expected).abs().max()) <= 1e-5
+    shares, feature = backbone.evidence(classifier.images(spl.to(torch.int16)))
+    assert float((feature(shares) - expected).abs().max()) <= 1e-5
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ def config_of(size: str) -> dict:
 def our_model(config: dict, pooling: str = "mean", **options: object) -> fs.SiglipClassifier:
     torch.manual_seed(0)
     model = fs.SiglipClassifier(fs.build_backbone(config), CHEST, "hu", 18, pooling, 0.0, **options).to(DEVICE)
-    model.slice_chunk = fs.usual_chunk(RUNTIME)
+    model.slice_chunk = fs.usual_chunk(RUNTIME.device)
     return model
 
 

@@ -2791,9 +2791,9 @@ class Backbone(nn.Module):
         return x if x.ndim > 3 else x[:, self.leading :].unflatten(1, (rows, -1))
 
     def evidence(self, images: Tensor, *kept: Any, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Ones (n, *grid), and what makes of such shares of the tokens that decide on it what `forward` gives.
+        """Ones (n, *grid), the shares in which tokens decide on what `forward` gives, and what makes that of shares.
 
-        Patches that are left out are on the grid as well.
+        Patches that are left out have one as well, on which nothing depends.
         """
         x, real = self.encode(images, *kept)
         grid = x.shape[1:-1] if x.ndim > 3 else [n // self.config["patch_size"] for n in images.shape[2:]]
@@ -3679,11 +3679,12 @@ def usual_chunk(device: torch.device) -> int:
     return 64 if device.type == "cuda" else 8
 
 
-def free_for_slices(model: SiglipClassifier, runtime: Runtime, share: float) -> float:
-    """Bytes of this share of the free memory, less what trained weights will need."""
+def fits(model: SiglipClassifier, slices: int, chunk: int, recompute: int, runtime: Runtime, share: float) -> bool:
+    """Whether a batch of `slices` and what trained weights need take no more than this share of the free memory."""
+    at_once = 2 * min(chunk, slices) if recompute else slices  # with the gradients of what is computed again
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     each = 16 + 2 * (runtime.amp_dtype is not None)  # gradient, two moments, average; autocast's copy
-    return share * free_memory(runtime.device) - each * trained
+    return at_once * model.slice_bytes + each * trained <= share * free_memory(runtime.device)
 
 
 def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequence[int], runtime: Runtime) -> list[int]:
@@ -3692,15 +3693,14 @@ def plan_memory(args: argparse.Namespace, model: SiglipClassifier, shape: Sequen
     `shape` is (C, S, H, W). A chunk is a power of two, so that two starts on one machine agree; no larger than helps,
     for memory grows with it.
     """
-    recompute, chunk = args.grad_checkpointing == "on", usual_chunk(runtime.device)
+    recompute, chunk, slices = args.grad_checkpointing == "on", usual_chunk(runtime.device), args.batch_size * shape[1]
     if any(p.requires_grad for p in model.backbone.parameters()):
         sample = sample_volume(model, shape, runtime)
         model.slice_bytes = max(1, saved_bytes(model, sample, runtime) // sample.shape[2])
-        room = free_for_slices(model, runtime, share=0.7)
         if args.grad_checkpointing == "auto":
-            recompute = args.batch_size * shape[1] * model.slice_bytes > room
-        if recompute:  # half of it, for the gradients of what is computed again
-            chunk = min(chunk, 2 ** int(math.log2(max(1, room / 2 / model.slice_bytes))))
+            recompute = not fits(model, slices, chunk, False, runtime, share=0.7)
+        while recompute and chunk > 1 and not fits(model, slices, chunk, recompute, runtime, share=0.7):
+            chunk //= 2
     few, recompute = agree(runtime, -(args.slice_chunk or chunk), recompute)
     return [-few, int(recompute)]
 
@@ -3711,8 +3711,7 @@ def keep_plan(
     """Of a resumed run's plan and the one made now the first, for the same bits, where it fits `slices`, those of a
     batch, and flags don't overrule it."""
     chunk, recompute = before
-    needed = (2 * min(chunk, slices) if recompute else slices) * model.slice_bytes
-    scarce = needed > free_for_slices(model, runtime, share=0.9)  # more than a new plan takes, so that none wavers
+    scarce = not fits(model, slices, *before, runtime, share=0.9)  # more than a new plan takes, so that none wavers
     named = args.slice_chunk not in (None, chunk) or args.grad_checkpointing == ("off" if recompute else "on")
     (changed,) = agree(runtime, (scarce or named) and now != before)
     if changed:

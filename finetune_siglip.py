@@ -5392,10 +5392,9 @@ def draw_curves(e: dict, i: int) -> Any:
     pr.plot([0, 1], [y.mean()] * 2, "C7:", called[y].mean(), y[called].mean() if called.any() else math.nan, "C0o")
     pr.plot(*precision_recall_curve(y, p)[1::-1], "C0-", drawstyle="steps-post")
     calibration.plot([0, 1], [0, 1], "C7:", sums[enough] / n[enough], found[enough] / n[enough], "C0o-")
-    titles = {"AUROC": "auc", "average precision": "average_precision", "calibration error": "ece"}
     names = (("1 − specificity", "sensitivity"), ("recall", "precision"), ("mean probability", "share positive"))
-    for axis, (title, key), (x, name) in zip(axes, titles.items(), names, strict=True):
-        axis.set(title=f"{title} {shown(row[key])}", xlabel=x, ylabel=name)
+    for axis, key, (x, name) in zip(axes, ("auc", "average_precision", "ece"), names, strict=True):
+        axis.set(title=f"{REPORT_COLUMNS[key]} {shown(row[key])}", xlabel=x, ylabel=name)
         axis.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=[0, 0.5, 1])
     return figure
 

@@ -2341,6 +2341,13 @@ def window_names(prep: Preprocessing) -> list[str]:
     return [f"{lo:g} to {hi:g} HU" for lo, hi in prep.windows]
 
 
+def save_figure(path: Path, figure: Any) -> None:
+    """A matplotlib figure as PNG."""
+    path.parent.mkdir(exist_ok=True)
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # of ids in scripts that matplotlib's font lacks
+    save_atomic(path, partial(figure.savefig, format="png", dpi=110))
+
+
 def draw_contact_sheet(samples: dict[str, Tensor], prep: Preprocessing, path: Path) -> None:
     """A row for each scan; for each window an axial, a coronal and a sagittal slice through the middle, as squares."""
     from matplotlib.figure import Figure
@@ -2361,7 +2368,7 @@ def draw_contact_sheet(samples: dict[str, Tensor], prep: Preprocessing, path: Pa
             tiles += [F.interpolate(view[None, None], (256, 256))[0, 0] for view in views]
         axis.imshow(torch.cat(tiles, 1).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set(ylabel=series[:24].replace("$", r"\$"), xticks=[], yticks=[])
-    save_atomic(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    save_figure(path, figure)
 
 
 # Preparation: raw scans become files of their own once, rather than being read anew in each epoch.
@@ -5067,13 +5074,6 @@ def resolve_thresholds(source: float | str | Path, labels: Sequence[str], auto: 
     if wrong:
         raise BadInput(*(f"--threshold {source} holds {v!r} for {k}: it must be 0 to 1" for k, v in wrong.items()))
     return np.array([*found.values()], np.float64)
-
-
-def save_figure(path: Path, figure: Any) -> None:
-    """A matplotlib figure as PNG."""
-    path.parent.mkdir(exist_ok=True)
-    warnings.filterwarnings("ignore", "Glyph .* missing")  # of ids in scripts that matplotlib's font lacks
-    save_atomic(path, partial(figure.savefig, format="png", dpi=110))
 
 
 def draw_progress(results: list[dict], select: str) -> Any:

@@ -2988,15 +2988,20 @@ class ViTBackbone(Backbone):
         return (images - mean) / std
 
     def evidence(self, images: Tensor, *kept: Any, maxima: bool = False) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Of what the last block is given: a class token no longer depends on the patches that come out of it."""
+        """Of what the last block is given: a class token no longer depends on the patches that come out of it. And of
+        what its norm makes of that: on how long a vector is that a norm is given nothing depends."""
         last, given = self.blocks()[-1], []
+        norm = next(m for m in last.modules() if "Norm" in type(m).__name__)  # the one before attention
         with last.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0])):
             shares = torch.ones_like(self.tokens(images)[..., 0])
 
         def feature(shares: Tensor) -> Tensor:
-            patches = given[0][:, self.leading :] * shares.flatten(1)[..., None]
-            x = torch.cat([given[0][:, : self.leading], patches], 1)
-            with last.register_forward_pre_hook(lambda _, inputs: (x, *inputs[1:])):
+            weights = F.pad(shares.flatten(1), (self.leading, 0), value=1.0)[..., None]
+            with (
+                torch.compiler.set_stance("force_eager"),  # compiled code passes over the second of these hooks
+                last.register_forward_pre_hook(lambda _, inputs: (given[0] * weights, *inputs[1:])),
+                norm.register_forward_hook(lambda _, inputs, output: output * weights),
+            ):
                 return self(images, maxima=maxima)
 
         return shares, feature

@@ -208,6 +208,35 @@ def test_windowed_volumes_are_explained_as_the_same_scan_in_hu():
     np.testing.assert_allclose(stored.maps, hu.maps, atol=1e-2 * hu.maps.max())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_class_token_is_explained_by_what_the_last_norm_gives_to_attention(compiled):
+    """Grad-CAM's layer for ViTs: of what the norm is given the gradient has no part along the token itself."""
+    torch.manual_seed(0)
+    arguments = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
+    config = {"family": "timm", "architecture": "vit_base_patch16_224", "patch_size": 8, "image_size": 32,
+              "arguments": arguments, "num_channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}  # fmt: skip
+    model = fs.SiglipClassifier(fs.build_backbone(config), CHEST, "hu", 2).eval()
+    for parameter in model.backbone.parameters():
+        torch.nn.init.normal_(parameter, 0.1, 0.2)
+    slices, gradients = random_hu(2, 1, 32, 32), torch.randn(2, 64)
+    net, last = model.backbone.net, model.backbone.blocks()[-1]
+    with torch.no_grad():
+        tokens = net._pos_embed(net.patch_embed(model.backbone.normalised(model.images(slices))))
+        given = net.blocks[1](net.blocks[0](tokens))
+        normal = last.norm1(given)
+    after = given + last.attn(normal.requires_grad_())
+    feature = net.norm(after + last.mlp(last.norm2(after)))[:, 0]
+    (gradient,) = torch.autograd.grad((feature * gradients).sum(), normal)
+    expected = (gradient * normal).sum(-1)[:, 1:].unflatten(1, (4, 4)).detach()
+    for block in model.backbone.blocks() if compiled else ():
+        block.compile(backend="aot_eager_decomp_partition")
+    with torch.no_grad():
+        model.slice_features(slices[None].transpose(1, 2))  # after which hooks may come too late
+        found = fs.slice_relevance(model, slices, gradients)
+    assert expected.abs().max() > 0.01  # a hundred thousand times the rounding
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
 def test_maps_cover_the_pixels_that_patches_cover():
     maps = fs.fit_to_image(torch.ones(2, 2, 2), (19, 17), 8)
     assert maps.shape == (2, 19, 17)

@@ -3723,7 +3723,7 @@ def keep_plan(
     """Of a resumed run's plan and the one made now the first, for the same bits, where it fits `slices`, those of a
     batch, and flags don't overrule it."""
     chunk, recompute = before
-    scarce = not fits(model, slices, *before, runtime, share=0.9)  # more than a new plan takes, so that none wavers
+    scarce = not fits(model, slices, chunk, recompute, runtime, share=0.9)  # more than a new plan takes: none wavers
     named = args.slice_chunk not in (None, chunk) or args.grad_checkpointing == ("off" if recompute else "on")
     (changed,) = agree(runtime, (scarce or named) and now != before)
     if changed:

@@ -1757,7 +1757,7 @@ def load_volume(path: Path | str, orientation: str = "SPL") -> np.ndarray:
     return to_spl(stored, orientation)
 
 
-def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
+def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
     """Voxel (D, H, W) in the middle of the body, and along it in the middle of the lungs; the couch is no body."""
     from scipy import ndimage
 
@@ -1765,12 +1765,12 @@ def body_centre(volume: np.ndarray, spacing: Sequence[float]) -> list[float]:
     coarse = volume[tuple(slice(None, None, step) for step in steps)]
     parts, count = ndimage.label(ndimage.binary_opening(coarse > -500, np.ones((1, 3, 3))))
     if not count:
-        return [(length - 1) / 2 for length in volume.shape]
+        return (np.array(volume.shape) - 1) / 2
     body = parts == 1 + np.bincount(parts.ravel())[1:].argmax()
     lungs = np.stack([ndimage.binary_fill_holes(plane) for plane in body]) & (coarse < -500)
     along = np.flatnonzero((lungs if lungs.mean() > 0.01 else body).any((1, 2)))
     rows, columns = (np.flatnonzero(body.any(axes)) for axes in ((0, 2), (0, 1)))
-    return [step * (found[0] + found[-1]) / 2 for step, found in zip(steps, (along, rows, columns), strict=True)]
+    return np.array(steps) * [(found[0] + found[-1]) / 2 for found in (along, rows, columns)]
 
 
 def prepare_volume(
@@ -1787,19 +1787,16 @@ def prepare_volume(
         if intensity == "auto":
             judge_voxels(header, volume)
         scale, offset = (hu_range[1] - hu_range[0], hu_range[0]) if intensity == "unit" else (1.0, 0.0)
-        floor: Any = (AIR - offset) / scale
-        floor = np.float32(floor) if volume.dtype.kind == "f" else np.int16(max(-32768, math.ceil(floor)))
-        pairs = zip(volume.shape[1:], header.spacing or (), spacing, strict=True)
-        size = [max(1, round(n * mm / new)) for n, mm, new in pairs]
+        floor = (AIR - offset) / scale
+        floor = floor if volume.dtype.kind == "f" else max(-32768, math.ceil(floor))
+        size = np.rint(np.multiply(volume.shape[1:], header.spacing or ()) / spacing).astype(int).clip(1)
         resampled = np.empty(size, np.int16)
         resample_channel(np.fmax(volume[0], floor), resampled, scale, offset)
-    box = [round(mm / new) for mm, new in zip(FIELD_OF_VIEW, spacing, strict=True)]
-    cut, missing = [], []
-    for centre, n, kept in zip(body_centre(resampled, spacing), size, box, strict=True):
-        start = min(max(round(centre + 0.5 - kept / 2), 0), max(0, n - kept))
-        cut.append(slice(start, start + kept))  # what fits is kept whole
-        missing.append((max(0, kept - n + 1) // 2, max(0, kept - n) // 2))
-    return np.pad(resampled[tuple(cut)], missing, constant_values=AIR)[None]
+    kept = np.rint(np.divide(FIELD_OF_VIEW, spacing)).astype(int)
+    start = np.rint(body_centre(resampled, spacing) + 0.5 - kept / 2).astype(int).clip(0, np.maximum(0, size - kept))
+    inside = tuple(map(slice, start, start + kept))  # what fits is kept whole
+    missing = np.maximum(0, kept - size)
+    return np.pad(resampled[inside], np.stack([(missing + 1) // 2, missing // 2], 1), constant_values=AIR)[None]
 
 
 def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
@@ -1816,15 +1813,13 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
         lo, hi = prep.hu_range
         scale, offset = {"hu": (1.0, 0.0), "unit": (hi - lo, lo), "windowed": (WINDOWED_SCALE, 0.0)}[prep.intensity]
         doubtful = prep.intensity == "windowed" or not shows_chest(thinned(stored[0]) * scale + offset)
-        kind = prep.intensity if prep.trusted or not doubtful else judge_voxels(header, stored, prep.hu_range)
-        if kind != prep.intensity:
-            advice = "convert it, or name --intensity for all"
-            raise BadVolume(f"looks like {kind!r}, not {prep.intensity!r} as the others: {advice}")
+        if doubtful and not prep.trusted and (kind := judge_voxels(header, stored, prep.hu_range)) != prep.intensity:
+            text = f"looks like {kind!r}, not {prep.intensity!r} as the others"
+            raise BadVolume(f"{text}: convert it, or name --intensity for all")
         size = np.array(prep.grid)[np.argsort(spl_axes(prep.orientation)[0])]  # of the stored axes
         voxels = np.empty((prep.channels, *size), np.int16)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, that the file's bytes must not be changed
-            ranges = [resample_channel(*pair, scale, offset) for pair in zip(stored, voxels, strict=False)]
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ")  # torch's: the file's bytes, only read
+        ranges = [resample_channel(*pair, scale, offset) for pair in zip(stored, voxels, strict=False)]
         if np.min(ranges) == np.max(ranges):
             raise BadVolume("has the same value in every voxel: it holds no scan")
         return torch.from_numpy(np.ascontiguousarray(to_spl(voxels, prep.orientation)))
@@ -1835,7 +1830,7 @@ def load_sample(path: Path | str, prep: Preprocessing) -> Tensor:
 
 def read_headers(table: Table) -> list[Header]:
     """The header of every scan; BadInput names each one that is not as it should be."""
-    wrong = Complaints(Path("the table"))
+    wrong = Complaints("the table")
 
     def header_of(line: int, path: Path) -> Any:
         try:
@@ -1849,9 +1844,23 @@ def read_headers(table: Table) -> list[Header]:
     return headers
 
 
-def spread(rows: Sequence[int], n: int) -> list[int]:
-    """At most n of the rows, evenly spaced."""
-    return [rows[i * len(rows) // min(n, len(rows))] for i in range(min(n, len(rows)))]
+def spread(items: Sequence[Any], n: int) -> list[Any]:
+    """At most n of the items, evenly spaced."""
+    return [items[i * len(items) // min(n, len(items))] for i in range(min(n, len(items)))]
+
+
+def read_sample(table: Table, prep: Preprocessing, n: int, skip: bool) -> tuple[dict[int, Tensor], list[str]]:
+    """At most n volumes by row, from everywhere in the table, and what is wrong with others looked at; that is BadInput
+    unless it may be skipped and there are volumes."""
+    samples, problems = {}, []
+    for row in spread(range(len(table)), n):
+        try:
+            samples[row] = load_sample(table.paths[row], prep)
+        except BadVolume as problem:
+            problems.append(f"{table.name(row)}: {problem}")
+    if problems and not (skip and samples):
+        raise BadInput(*problems)
+    return samples, problems
 
 
 def decide_orientation(table: Table, headers: Sequence[Header], asked: str | None, usual: str = "SPL") -> str:
@@ -1870,13 +1879,13 @@ def decide_orientation(table: Table, headers: Sequence[Header], asked: str | Non
     return orientation
 
 
-def decide_intensity(table: Table, headers: Sequence[Header], hu_range: Sequence[float], skip: bool = False) -> str:
+def decide_intensity(table: Table, headers: Sequence[Header], hu_range: Sequence[float], skip: bool) -> str:
     """ "hu", "unit" or "windowed", from a sample that holds every kind of file in the table; BadInput where in doubt.
     With `skip`, files that are damaged or of no known kind are passed over while there are others."""
     groups: dict[tuple, list[Path]] = {}
     for path, header in zip(table.paths, headers, strict=True):
         groups.setdefault((header.raw, header.dtype.kind, header.shape[0]), []).append(path)
-    paths = [group[row] for group in groups.values() for row in spread(range(len(group)), max(2, 12 // len(groups)))]
+    paths = [path for group in groups.values() for path in spread(group, max(2, 12 // len(groups)))]
     kinds: dict[str, list[str]] = {}
     problems: dict[str, list[str]] = {}  # the same but for numbers
     for path in paths:
@@ -1898,17 +1907,10 @@ def decide_intensity(table: Table, headers: Sequence[Header], hu_range: Sequence
     return kind
 
 
-def decide_preprocessing(
-    table: Table, grid: Sequence[int], windows: Sequence[Sequence[float]], args: argparse.Namespace
-) -> Preprocessing:
+def decide_preprocessing(table: Table, grid: Sequence[int], windows: tuple, args: argparse.Namespace) -> Preprocessing:
     """Read every header and a sample of voxels, and decide how volumes are read; BadInput where that is in doubt.
-
-    `grid` and `windows` are the backbone's, which arguments overrule.
-    """
-    headers = read_headers(table)
-    slices, *in_plane = grid
-    grid = (args.num_slices or slices, *([args.image_size] * 2 if args.image_size else in_plane))
-    trusted = args.intensity != "auto"
+    `grid` (S, H, W) and `windows`, K pairs of HU, are the backbone's, which arguments overrule."""
+    headers, trusted = read_headers(table), args.intensity != "auto"
     kind = args.intensity if trusted else decide_intensity(table, headers, args.hu_range, args.on_bad_volume == "skip")
     channels = headers[0].shape[0] if kind == "windowed" else 1
     odd = [path for path, header in zip(table.paths, headers, strict=True) if header.shape[0] != channels]
@@ -1916,11 +1918,12 @@ def decide_preprocessing(
         raise BadInput(f"{odd[0]} and {len(odd) - 1} others have not {channels} channels as {table.paths[0]} has")
     code = decide_orientation(table, headers, args.orientation)
     told = {header.spacing for header in headers}  # by the files
-    spacing = tuple(map(float, reversed(args.spacing))) if any(header.raw for header in headers) else None
+    spacing = tuple(map(float, args.spacing[::-1])) if any(header.raw for header in headers) else None
     if spacing is None and len(told) == 1 and (stored := told.pop()):
         spacing = tuple(stored[axis] for axis in spl_axes(code)[0])
-    pairs = tuple((float(lo), float(hi)) for lo, hi in args.windows or windows)
-    return Preprocessing(code, kind, tuple(args.hu_range), pairs, grid, channels, spacing, trusted)
+    slices, rows, columns = grid
+    grid = (args.num_slices or slices, args.image_size or rows, args.image_size or columns)
+    return Preprocessing(code, kind, tuple(args.hu_range), args.windows or windows, grid, channels, spacing, trusted)
 
 
 def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespace) -> Preprocessing:
@@ -1932,20 +1935,13 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     if prep.trusted and (args.intensity != prep.intensity or tuple(args.hu_range) != DEFAULT_HU_RANGE):
         prep = dataclasses.replace(prep, intensity=args.intensity, hu_range=tuple(args.hu_range))
     headers = read_headers(table)
-    if prep.spacing is None and any(header.raw for header in headers):
-        prep = dataclasses.replace(prep, spacing=tuple(map(float, reversed(args.spacing))))
-        what = "the checkpoint was trained on files of unknown spacing: raw scans are assumed to fit when brought to"
-        log.warning("%s %g x %g x %g mm (columns, rows, slices; see --spacing)", what, *args.spacing)
     code = decide_orientation(table, headers, args.orientation, prep.orientation)
     prep = dataclasses.replace(prep, orientation=code)
-    problems, rows = [], spread(range(len(table)), 4)
-    for row in rows:
-        try:
-            load_sample(table.paths[row], prep)  # raises where the values are of another kind
-        except BadVolume as problem:
-            problems.append(str(problem))
-    if problems and (args.on_bad_volume == "stop" or len(problems) == len(rows)):
-        raise BadInput(*problems)
+    if prep.spacing is None and any(header.raw for header in headers):
+        prep = dataclasses.replace(prep, spacing=tuple(map(float, args.spacing[::-1])))
+        what = "the checkpoint was trained on files of unknown spacing: raw scans are assumed to fit when brought to"
+        log.warning("%s %g x %g x %g mm (columns, rows, slices; see --spacing)", what, *args.spacing)
+    read_sample(table, prep, 4, args.on_bad_volume == "skip")  # raises where the values are of another kind
     return prep
 
 
@@ -1959,19 +1955,20 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
 CACHE_SPARE = 2 << 30  # bytes left free on the disk: checkpoints need room too
 
 
-def file_identity(path: Path) -> list:
-    """What changes when a file, or one in a folder, is replaced: sizes and times. Raises BadVolume."""
+def made_of(path: Path, *settings: Any) -> bytes:
+    """A digest of `settings` and of what changes when a scan's file, or one in its folder, is replaced: sizes, times.
+    Raises BadVolume."""
     with reading_scan(path):
         source = scan_source(path)[0]
         files = sorted(source.iterdir()) if source.is_dir() else [source]
         found = [(file.name, file.stat()) for file in files]
-    return [os.path.abspath(path), [[name, entry.st_size, entry.st_mtime_ns] for name, entry in found]]
+    identity = os.path.abspath(path), [(name, entry.st_size, entry.st_mtime_ns) for name, entry in found]
+    return hashlib.sha256(json.dumps([identity, *settings], sort_keys=True).encode()).digest()
 
 
 def entry_for(folder: Path, settings: Any, source: Path) -> Path:
     """Where what `settings` make of this source, as its file is now, belongs. Raises BadVolume."""
-    text = json.dumps([settings, file_identity(source)], sort_keys=True)
-    return folder / f"{hashlib.sha256(text.encode()).hexdigest()}.ct"
+    return folder / f"{made_of(source, settings).hex()}.ct"
 
 
 def sealed(entry: Path, content: np.ndarray) -> bytes:
@@ -2002,13 +1999,11 @@ class VolumeCache:
     def __init__(self, folder: Path, prep: Preprocessing):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.prep, self.shape = folder, prep, (prep.channels, *prep.grid)
-        self.settings = {name: value for name, value in prep.to_dict().items() if name != "windows"}  # made later
+        settings = {name: value for name, value in prep.to_dict().items() if name != "windows"}  # these are made later
+        self.entry = partial(entry_for, folder, settings)
         self.full = torch.zeros(1, dtype=torch.uint8).share_memory_()  # set by the first worker to meet a full disk
         each, free = 2 * math.prod(self.shape), shutil.disk_usage(folder).free - CACHE_SPARE
         log.info("cache %s: %.1f MB a volume, room for %d more", folder, each / 1e6, max(0, free // each))
-
-    def entry(self, source: Path) -> Path:
-        return entry_for(self.folder, self.settings, source)
 
     def find(self, source: Path) -> tuple[Path, Path] | None:
         """(entry, source) where there is one; the system is asked to read it ahead."""
@@ -2089,14 +2084,14 @@ class CTVolumeDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, item: int) -> dict[str, Any]:
-        return self.describe(item, named=False)
+    def __getitems__(self, items: list[int]) -> dict[str, Any]:
+        """A batch, for the loader; the voxels of what the cache holds are not touched, only named."""
+        batch, stack = [self.__getitem__(item, True) for item in items], torch.utils.data.default_collate
+        volumes = [item.pop("volume") for item in batch]
+        named = any(isinstance(volume, tuple) for volume in volumes)
+        return stack(batch) | {"volume": CachedBatch(self.prep, volumes) if named else stack(volumes)}
 
-    def __getitems__(self, items: list[int]) -> list[dict[str, Any]]:
-        """The items of a batch, for the loader; the voxels of what the cache holds are not touched, only named."""
-        return [self.describe(item, named=True) for item in items]
-
-    def describe(self, item: int, named: bool) -> dict[str, Any]:
+    def __getitem__(self, item: int, named: bool = False) -> dict[str, Any]:
         row, error = max(item, ~item), ""
         path, targets = self.table.paths[row], torch.from_numpy(self.table.targets[row].copy())
         try:
@@ -2107,11 +2102,6 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         if error or item < 0:
             targets.fill_(math.nan)
         return {"volume": volume, "targets": targets, "row": row, "bad": bool(error), "error": error}
-
-    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        volumes, stack = [item.pop("volume") for item in items], torch.utils.data.default_collate
-        named = any(isinstance(volume, tuple) for volume in volumes)
-        return stack(items) | {"volume": CachedBatch(self.prep, volumes) if named else stack(volumes)}
 
     def read(self, path: Path, delays: Sequence[float]) -> Tensor:
         """The volume; BadVolume after one try more than there are delays, in seconds."""
@@ -2139,7 +2129,7 @@ def build_loader(
     """Exactly these batches of items, in this order, for a model on `device`; each is waited for in context `waiting`.
 
     A bad scan raises BadVolume, or is added to the dataset's `skipped`. With `persist` the processes that read stay,
-    and the next call for this dataset goes on with them.
+    and the next call for this dataset goes on with them. Nothing starts before the first batch is asked for.
     """
     loader = dataset.loader if persist else None
     if loader is None:
@@ -2151,24 +2141,16 @@ def build_loader(
                 log.warning("/dev/shm is too small for %d workers, so %d read: %s", num_workers, workers, why)
         loader = torch.utils.data.DataLoader(
             dataset, batch_sampler=[], num_workers=workers, persistent_workers=persist and workers > 0,
-            pin_memory=device.type == "cuda", collate_fn=dataset.collate, worker_init_fn=one_thread_per_worker,
+            pin_memory=device.type == "cuda", worker_init_fn=one_thread_per_worker,
+            collate_fn=torch.utils.data.default_convert,  # leaves a batch of __getitems__ as it is
         )  # fmt: skip
         dataset.loader = loader if persist else dataset.loader
     loader.batch_sampler[:] = batches  # type: ignore[index]  # a list, of which workers are sent items
-    return read_batches(loader, dataset, waiting)
-
-
-def read_batches(
-    loader: torch.utils.data.DataLoader, dataset: CTVolumeDataset, waiting: Callable[[], AbstractContextManager]
-) -> Iterator[dict[str, Any]]:
-    """The batches of a loader, with what `build_loader` says of bad scans."""
     with signals_held():
-        batches = iter(loader)
-    while True:
+        coming = iter(loader)
+    for _ in batches:
         with waiting():
-            batch = next(batches, None)
-        if batch is None:
-            return
+            batch = next(coming)
         bad = {row: error for row, error in zip(batch["row"].tolist(), batch["error"], strict=True) if error}
         if bad and dataset.on_bad_volume == "stop":
             raise BadVolume(*bad.values())
@@ -2203,9 +2185,9 @@ def write_skipped(path: Path, *left_out: tuple[Table, dict[int, str]]) -> None:
 # degrees about the body's long axis; zoom: log of the scale, in-plane and along the body; move: of the field of view,
 # along each axis; of the 2000 HU from air to bone the shift, standard deviation of the noise, and log of an exponent.
 
-AUGMENTATIONS = {
-    "light": {"turn": 5, "zoom": 0.05, "move": 0.03, "shift": 0.0075, "noise": 0.006, "gamma": 0.03},  # 15 HU, 12 HU
-    "strong": {"turn": 12, "zoom": 0.12, "move": 0.08, "shift": 0.02, "noise": 0.02, "gamma": 0.1},  # 40 HU, 40 HU
+AUGMENTATIONS = {  # turn, zoom in-plane and along the body, move along columns, rows and slices, shift, gamma, noise
+    "light": (5, 0.05, 0.05, 0.03, 0.03, 0.03, 0.0075, 0.03, 0.006),  # shift by 15 HU, noise of 12 HU
+    "strong": (12, 0.12, 0.12, 0.08, 0.08, 0.08, 0.02, 0.1, 0.02),  # 40 HU, 40 HU
 }
 
 
@@ -2218,19 +2200,16 @@ def augment(volumes: Tensor, rows: Sequence[int], strength: str, seed: int, epoc
     """
     if strength == "none":
         return volumes
-    limits, result = AUGMENTATIONS[strength], torch.empty(volumes.shape, device=volumes.device)
     low, span = (0.0, float(WINDOWED_SCALE)) if intensity == "windowed" else (-1000.0, 2000.0)
+    result = torch.empty(volumes.shape, device=volumes.device)
     for volume, row, out in zip(volumes, rows, result, strict=True):
-        draws = np.random.default_rng(derive_seed(seed, epoch, row)).uniform(-1, 1, 9)
-        turn, zoom, zoom_z, x, y, z, shift, gamma, noise = draws.tolist()
-        moved = move_volume(
-            volume, math.radians(turn * limits["turn"]), math.exp(zoom * limits["zoom"]),
-            math.exp(zoom_z * limits["zoom"]), [part * limits["move"] for part in (x, y, z)], air=low,
-        )  # fmt: skip
+        draws = np.random.default_rng(derive_seed(seed, epoch, row)).uniform(-1, 1, 9) * AUGMENTATIONS[strength]
+        turn, zoom, zoom_z, *move, shift, gamma, noise = draws.tolist()
+        moved = move_volume(volume, math.radians(turn), math.exp(zoom), math.exp(zoom_z), move, air=low)
         unit = ((moved - low) / span).clamp_(0, 1)
-        moved += span * (unit ** math.exp(gamma * limits["gamma"]) - unit + shift * limits["shift"])
+        moved += span * (unit ** math.exp(gamma) - unit + shift)
         generator = torch.Generator(volumes.device).manual_seed(derive_seed(seed, epoch, row, 1))
-        out.normal_(0, span * limits["noise"] * abs(noise), generator=generator).add_(moved)
+        out.normal_(0, span * abs(noise), generator=generator).add_(moved)
     return result
 
 
@@ -2241,12 +2220,11 @@ def move_volume(volume: Tensor, angle: float, zoom: float, zoom_z: float, move: 
     these reach the kernels as plain numbers: a tensor of them would be copied to a GPU, and each copy waited for.
     """
     c, s, h, w = volume.shape
-    z = torch.arange(s, device=volume.device, dtype=torch.float32) + 0.5 - s / 2
-    z = (z / zoom_z + s / 2 - 0.5 + move[2] * s).clamp(0, s - 1)
+    z = (torch.arange(s, device=volume.device) + 0.5 - s / 2) / zoom_z + s / 2 - 0.5 + move[2] * s
+    z = z.clamp(0, s - 1)
     below = z.floor().long()
     above = (below + 1).clamp(max=s - 1)
-    weight = (z - below)[:, None, None]
-    stack = torch.lerp(volume[:, below].float(), volume[:, above].float(), weight) - air
+    stack = torch.lerp(volume[:, below].float(), volume[:, above].float(), (z - below)[:, None, None]) - air
     cos, sin = math.cos(angle) / zoom, math.sin(angle) / zoom
     row, column = (((torch.arange(n, device=volume.device) + 0.5) * 2 / n - 1) for n in (h, w))  # pixel centres
     x = column * cos - row[:, None] * (sin * h / w) + 2 * move[0]
@@ -2266,16 +2244,10 @@ def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, s
     """
     import pandas
 
-    headers, samples, lines, damaged = read_headers(table), {}, [], []
-    for row in spread(range(len(table)), 12):
-        try:
-            samples[row] = load_sample(table.paths[row], prep)
-        except BadVolume as problem:
-            damaged.append(f"{table.name(row)}: {problem}")
-    if damaged and not (skip and samples):
-        raise BadInput(*damaged)
-    known = {}
-    for name, part in {name: table.split(name) for name in SPLITS if name in table.splits}.items():
+    headers, (samples, damaged) = read_headers(table), read_sample(table, prep, 12, skip)
+    lines, known = [], {}
+    for name in [name for name in SPLITS if name in table.splits]:
+        part = table.split(name)
         lines.append(f"{name}: {len(part)} scans of {len(set(part.patient_ids))} patients")
         counts = np.stack([part.targets == 1, part.targets == 0, np.isnan(part.targets)]).sum(1)  # (3, L)
         known[f"{name} positive/negative/unknown"] = ["/".join(map(str, of_label)) for of_label in counts.T]
@@ -2286,31 +2258,26 @@ def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, s
     lines += slice_distance(table, headers, prep)
     lines += [f"warning: {text}" for text in (*damaged, *find_doubts(table, headers, samples, prep))]
     if picture:
-        picture.parent.mkdir(parents=True, exist_ok=True)
         with optional(picture.name):
             sheet = {table.series_ids[row]: samples[row] for row in spread(list(samples), 6)}
-            draw_contact_sheet(sheet, prep, picture)
+            save_figure(picture, draw_contact_sheet(sheet, prep))
             lines.append(f"axial, coronal and sagittal slices as the model will see them: {picture}")
     for line in lines:
         log.log(logging.WARNING if line.startswith("warning: ") else logging.INFO, "%s", line.removeprefix("warning: "))
     return lines
 
 
-def slice_distance(table: Table, headers: Sequence[Header], prep: Preprocessing) -> list[str]:
-    """How far apart the slices lie that the model is given, where files say it; a warning where that is too far.
-
-    A nodule of 6 mm, from which on CT guidelines ask for follow-up, can fall between slices more than 3 mm apart.
-    """
+def slice_distance(table: Table, headers: Sequence[Header], prep: Preprocessing) -> Iterator[str]:
+    """How far apart the slices lie that the model is given, where files say it; a warning where that is too far: a
+    nodule of 6 mm, from which on CT guidelines ask for follow-up, can fall between slices more than 3 mm apart."""
     axis = spl_axes(prep.orientation)[0][0]
-    depths = [FIELD_OF_VIEW[0] if h.raw else h.shape[1 + axis] * h.spacing[axis] for h in headers if h.spacing]
-    if not depths:
-        return []
-    mm = float(np.median(depths)) / prep.grid[0]
-    lines = [f"slices lie {mm:.1f} mm apart after resampling (median of {len(depths)} scans that tell their spacing)"]
-    if mm > 3 and (small := [label for label in ("Lung nodule", "Bronchiectasis") if label in table.labels]):
-        advice = f"--num-slices {math.ceil(np.median(depths) / 3)} avoids it"
-        lines.append(f"warning: more than 3 mm hide small findings ({', '.join(small)}): {advice}")
-    return lines
+    if depths := [FIELD_OF_VIEW[0] if h.raw else h.shape[1 + axis] * h.spacing[axis] for h in headers if h.spacing]:
+        depth = float(np.median(depths))
+        mm = depth / prep.grid[0]
+        yield f"slices lie {mm:.1f} mm apart after resampling (median of {len(depths)} scans that tell their spacing)"
+        if mm > 3 and (small := [label for label in ("Lung nodule", "Bronchiectasis") if label in table.labels]):
+            advice = f"--num-slices {math.ceil(depth / 3)} avoids it"
+            yield f"warning: more than 3 mm hide small findings ({', '.join(small)}): {advice}"
 
 
 def find_doubts(table: Table, headers: list[Header], samples: dict[int, Tensor], prep: Preprocessing) -> Iterator[str]:
@@ -2343,12 +2310,12 @@ def window_names(prep: Preprocessing) -> list[str]:
 
 def save_figure(path: Path, figure: Any) -> None:
     """A matplotlib figure as PNG."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     warnings.filterwarnings("ignore", "Glyph .* missing")  # of ids in scripts that matplotlib's font lacks
     save_atomic(path, partial(figure.savefig, format="png", dpi=110))
 
 
-def draw_contact_sheet(samples: dict[str, Tensor], prep: Preprocessing, path: Path) -> None:
+def draw_contact_sheet(samples: dict[str, Tensor], prep: Preprocessing) -> Any:
     """A row for each scan; for each window an axial, a coronal and a sagittal slice through the middle, as squares."""
     from matplotlib.figure import Figure
 
@@ -2362,29 +2329,27 @@ def draw_contact_sheet(samples: dict[str, Tensor], prep: Preprocessing, path: Pa
     axes = figure.subplots(len(samples), squeeze=False)[:, 0]
     for axis, (series, sample) in zip(axes, samples.items(), strict=True):
         tiles, (_, s, h, w) = [], sample.shape
-        for column, (lo, hi) in enumerate(windows[:3]):
-            volume = (sample[column if prep.intensity == "windowed" else 0].float() - lo) / (hi - lo)
+        for voxels, (lo, hi) in zip(sample.expand(len(windows), s, h, w)[:3], windows, strict=False):
+            volume = (voxels.float() - lo) / (hi - lo)
             views = volume[s // 2], volume.flip(0)[:, h // 2], volume.flip(0)[:, :, w // 2]
             tiles += [F.interpolate(view[None, None], (256, 256))[0, 0] for view in views]
         axis.imshow(torch.cat(tiles, 1).numpy(), cmap="gray", vmin=0, vmax=1)
         axis.set(ylabel=series[:24].replace("$", r"\$"), xticks=[], yticks=[])
-    save_figure(path, figure)
+    return figure
 
 
 # Preparation: raw scans become files of their own once, rather than being read anew in each epoch.
 
 
-def prepare_scan(scan: tuple[Path, Path], how: tuple) -> UserError | None:
-    """Convert a scan (its path, the new one), if it is raw and no earlier run did; returns what is wrong with it.
-
-    `how`: the arguments of `prepare_volume` after the path.
-    """
+def prepare_scan(scan: tuple[Path, Path], args: argparse.Namespace) -> UserError | None:
+    """Convert a scan (its path, the new one), if it is raw and no earlier run did; returns what is wrong with it."""
     path, target = scan
+    how = tuple(args.spacing[::-1]), args.intensity, args.hu_range  # as prepare_volume takes them
     try:
         if not is_raw(path):
             read_volume(path, voxels=False)
             return None
-        source = hashlib.sha256(json.dumps([file_identity(path), how, FIELD_OF_VIEW]).encode()).digest()
+        source = made_of(path, how, FIELD_OF_VIEW)
         with suppress(BadVolume):
             if read_volume(target, voxels=False)[0].source == source.hex():
                 return None
@@ -2414,47 +2379,42 @@ def write_b2nd(file: BinaryIO, image: np.ndarray, facts: dict[str, Any]) -> None
     file.write(array.to_cframe())
 
 
-def prepare_table(
-    csv_path: Path, labels: Sequence[str], folder: Path, spacing: Sequence[float], num_workers: int, skip: bool,
-    intensity: str = "auto", hu_range: Sequence[float] = DEFAULT_HU_RANGE, format: str = "npz",
-) -> Path:  # fmt: skip
-    """Convert the raw scans of a CSV to NPZ or B2ND files in `folder` and return the CSV that names these, its other
-    cells as they were. What an earlier run converted is kept.
-
-    Scans that can't be converted raise BadInput at the end, or with `skip` are left out and listed in skipped.csv.
-    """
+def prepare_table(args: argparse.Namespace) -> Path:
+    """Convert the raw scans of --csv to NPZ or B2ND files in the folder --prepare and return the CSV that names these,
+    its other cells as they were. What an earlier run converted is kept. Scans that can't be converted raise BadInput at
+    the end, or may be skipped and are then listed in skipped.csv."""
     from tqdm import tqdm
 
-    table, out = read_table(csv_path, labels, labels_required=False), folder / csv_path.name
-    if out.resolve() == csv_path.resolve():
-        raise BadInput(f"--prepare {folder}: would overwrite {csv_path}: name another folder")
+    folder, out = args.prepare, args.prepare / args.csv.name
+    table = read_table(args.csv, args.label_columns or (), labels_required=False)
+    if out.resolve() == args.csv.resolve():
+        raise BadInput(f"--prepare {folder}: would overwrite {args.csv}: name another folder")
     (folder / "volumes").mkdir(parents=True, exist_ok=True)
     targets = []
     for path, series in zip(table.paths, table.series_ids, strict=True):
         plain = re.sub(r"[^A-Za-z0-9._-]", "_", series).lstrip(".")[:100]  # what a file name may hold
         name = plain if plain == series else f"{plain}-{hashlib.sha256(series.encode()).hexdigest()[:12]}"
-        targets.append(folder / "volumes" / f"{name}.{format}" if is_raw(path) else path.absolute())
-    loader: torch.utils.data.DataLoader = torch.utils.data.DataLoader(
-        list(zip(table.paths, targets, strict=True)), batch_size=None,  # type: ignore[arg-type]  # a list will do
-        collate_fn=partial(prepare_scan, how=(tuple(spacing), intensity, tuple(hu_range))),
-        num_workers=min(num_workers, usable_cores()), worker_init_fn=one_thread_per_worker,
-    )  # fmt: skip
-    bad: dict[int, str] = {}
+        targets.append(folder / "volumes" / f"{name}.{args.format}" if is_raw(path) else path.absolute())
     with signals_held():
-        done = iter(loader)
+        done: Any = iter(torch.utils.data.DataLoader(
+            list(zip(table.paths, targets, strict=True)), batch_size=None,  # type: ignore[arg-type]  # a list will do
+            num_workers=min(args.num_workers, usable_cores()), worker_init_fn=one_thread_per_worker,
+            collate_fn=partial(prepare_scan, args=args),
+        ))  # fmt: skip
+    bad: dict[int, str] = {}
     for row, problem in enumerate(tqdm(done, desc="prepare", unit="scan", total=len(table), disable=None)):
         if isinstance(problem, BadVolume):
             bad[row] = f"{table.name(row)}: {problem}"
         elif problem:
             raise problem
-    if bad and not skip:
+    if bad and args.on_bad_volume == "stop":
         raise BadInput(*bad.values(), "the other scans are converted: mend these and repeat, or --on-bad-volume skip")
-    header, rows = read_rows(csv_path, Complaints(csv_path))
+    header, rows = read_rows(args.csv, Complaints(args.csv))
     for target, (_, cells) in zip(targets, rows, strict=True):
         cells[header.index("img_path")] = str(target.relative_to(folder) if folder in target.parents else target)
     write_rows(out, [header, *(cells for row, (_, cells) in enumerate(rows) if row not in bad)])
     write_skipped(folder / "skipped.csv", (table, bad))
-    log.info("%d scans prepared: %s", len(table) - len(bad), out)
+    log.info("%d scans prepared; train with --csv %s", len(table) - len(bad), out)
     return out
 
 
@@ -4112,8 +4072,7 @@ def forward_backward(
     volume = batch["volume"].to(runtime.device, non_blocking=True)
     targets = batch["targets"].to(runtime.device, non_blocking=True)
     seed_everything(recipe.seed, state.epoch, state.micro, runtime.rank)  # dropout, the same after any interruption
-    if recipe.augment != "none":
-        volume = augment(volume, batch["row"].tolist(), recipe.augment, recipe.seed, state.epoch, recipe.intensity)
+    volume = augment(volume, batch["row"].tolist(), recipe.augment, recipe.seed, state.epoch, recipe.intensity)
     waiting = nullcontext() if last or runtime.world_size == 1 else state.model.no_sync()
     with waiting:
         with runtime.autocast():
@@ -4986,10 +4945,10 @@ class RunFolder:
 class FeatureDataset(CTVolumeDataset):
     """Scans whose `volume` is what a frozen backbone makes of them: (S, E) float16."""
 
-    def __init__(self, source: CTVolumeDataset, files: Sequence[Path], shape: tuple[int, ...]):
+    def __init__(self, source: CTVolumeDataset, folder: Path, settings: str, shape: tuple[int, ...]):
         super().__init__(source.table, source.prep, on_bad_volume=source.on_bad_volume)
         self.skipped, self.blank = source.skipped, torch.zeros(shape, dtype=torch.float16)
-        self.files = dict(zip(source.table.paths, files, strict=True))
+        self.files = {path: entry_for(folder, settings, path) for path in source.table.paths}
 
     def load(self, path: Path) -> Tensor:
         if fill_from(self.files[path], features := torch.empty_like(self.blank)):
@@ -5011,10 +4970,7 @@ def cache_features(
     how = [dataset.prep.to_dict(), model.backbone.config, model.skip_air, str(runtime.amp_dtype), model.width]
     settings, paths = digest_of([how, model.backbone.state_dict()]), dataset.table.paths
     folder.mkdir(parents=True, exist_ok=True)
-    cached = FeatureDataset(
-        dataset, [entry_for(folder, settings, path) for path in paths],
-        model.feature_shape(dataset.prep.channels, dataset.prep.grid),
-    )  # fmt: skip
+    cached = FeatureDataset(dataset, folder, settings, model.feature_shape(dataset.prep.channels, dataset.prep.grid))
     missing = [row for row, path in enumerate(paths) if not fill_from(cached.files[path], cached.blank.clone())]
     log.info("features: %d of %d scans are in %s; no augmentation", len(paths) - len(missing), len(paths), folder)
     require_space(folder, len(missing) * (cached.blank.nbytes + 4))
@@ -6072,16 +6028,14 @@ def run_score(args: argparse.Namespace) -> None:
 
 def run_alone(args: argparse.Namespace) -> int:
     """What needs no model: a report made again, raw scans converted, a table checked, predictions scored."""
-    skip = args.on_bad_volume == "skip"
     if args.report:
         log.info("report: %s", write_report(args.report))
     elif args.prepare:
-        how = args.spacing[::-1], args.num_workers, skip, args.intensity, args.hu_range, args.format
-        log.info("prepared; train with --csv %s", prepare_table(args.csv, args.label_columns or (), args.prepare, *how))
+        prepare_table(args)
     elif args.check_data:
         table = read_table(args.csv, args.label_columns or (), labels_required=False)
         prep = decide_preprocessing(table, (64, 224, 224), WINDOW_PRESETS["chest"], args)
-        check_data(table, prep, args.output_dir / "data_check.png", skip)
+        check_data(table, prep, args.output_dir / "data_check.png", skip=args.on_bad_volume == "skip")
     else:
         run_score(args)
     return 0

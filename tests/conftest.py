@@ -48,9 +48,8 @@ def blank_pictures(request, monkeypatch):
 
         import finetune_siglip as fs
 
-        for name in ("draw_slices", "draw_progress", "draw_curves"):
+        for name in ("draw_slices", "draw_progress", "draw_curves", "draw_contact_sheet"):
             monkeypatch.setattr(fs, name, lambda *_: Figure((1, 1)))
-        monkeypatch.setattr(fs, "draw_contact_sheet", lambda samples, prep, path: path.touch())
 
 
 @pytest.fixture(scope="session")

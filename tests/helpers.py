@@ -21,6 +21,7 @@ from finetune_siglip import (
     build_optimizer,
 )
 from finetune_siglip import decide_preprocessing as decide
+from finetune_siglip import prepare_table as prepare
 
 ROOT = Path(__file__).parents[1]
 TINY_SIGLIP = ROOT / "tests" / "assets" / "tiny-siglip"
@@ -43,6 +44,16 @@ def decide_preprocessing(table: Table, grid: tuple, windows: tuple, **flags: obj
     usual = {"orientation": None, "intensity": "auto", "hu_range": (-1000.0, 1500.0), "spacing": (1.5, 1.5, 3.0)}
     usual |= {"on_bad_volume": "stop", "num_slices": None, "image_size": None, "windows": None}
     return decide(table, grid, windows, Namespace(**usual | flags))
+
+
+def prepare_table(
+    csv: Path, labels: tuple, folder: Path, spacing: tuple, num_workers: int, skip: bool, intensity: str = "auto",
+    hu_range: tuple = (-1000.0, 1500.0), format: str = "npz",
+) -> Path:  # fmt: skip
+    """What --prepare makes; `spacing` in mm (D, H, W)."""
+    how = {"spacing": spacing[::-1], "num_workers": num_workers, "on_bad_volume": "skip" if skip else "stop"}
+    how |= {"intensity": intensity, "hu_range": hu_range, "format": format}
+    return prepare(Namespace(csv=csv, label_columns=labels, prepare=folder, **how))
 
 
 def small_resnet3d_classifier(labels: int = 2, **options: object) -> SiglipClassifier:

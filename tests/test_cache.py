@@ -115,10 +115,9 @@ def test_cached_scans_cost_a_worker_no_voxel(scans: Table, tmp_path: Path, monke
     with monkeypatch.context() as patched:
         for name in ("fill_from", "load_sample"):
             patched.setattr(finetune_siglip, name, None)  # any use of it would fail
-        items = dataset.__getitems__([4, ~2])
-    assert [item["volume"][1] for item in items] == [scans.paths[4], scans.paths[2]]
-    assert items[1]["targets"].isnan().all()
-    batch = dataset.collate(items)
+        batch = dataset.__getitems__([4, ~2])
+    assert [source for _, source in batch["volume"].parts] == [scans.paths[4], scans.paths[2]]
+    assert batch["targets"][1].isnan().all()
     assert batch["row"].tolist() == [4, 2]
     assert torch.equal(batch["volume"].assemble(), torch.stack([plain[4], plain[2]]))
 
@@ -205,7 +204,7 @@ def test_batches_are_the_same_with_and_without_a_cache(scans: Table, tmp_path: P
 def test_an_entry_that_vanishes_on_the_way_is_read_again(scans: Table, tmp_path: Path) -> None:
     dataset = CTVolumeDataset(scans, prep(GRID), cache_in(tmp_path))
     dataset[0]
-    batch = dataset.collate(dataset.__getitems__([0, 1]))["volume"]
+    batch = dataset.__getitems__([0, 1])["volume"]
     for entry in (tmp_path / "cache").iterdir():
         entry.unlink()
     assert torch.equal(batch.assemble()[0], load_sample(scans.paths[0], prep(GRID)))

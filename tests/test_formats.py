@@ -20,12 +20,11 @@ from finetune_siglip import (
     find_scans,
     load_sample,
     load_volume,
-    prepare_table,
     prepare_volume,
     read_table,
     read_volume,
 )
-from helpers import CHEST, decide_preprocessing
+from helpers import CHEST, decide_preprocessing, prepare_table
 from test_raw import CT, body, csv_of, needs_ct, write_dicom
 from test_volume import table_of
 

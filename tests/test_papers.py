@@ -438,7 +438,7 @@ def test_the_report_in_a_real_browser_at_two_widths(tmp_path, reported, browser)
 def test_any_id_can_stand_beside_its_picture(tmp_path) -> None:
     series, volume = r"胸部 $\nothing{", torch.zeros(1, 6, 8, 8)
     prep = fs.Preprocessing("SPL", "hu", (-1000.0, 1500.0), CHEST, (6, 8, 8))
-    fs.draw_contact_sheet({series: volume}, prep, tmp_path / "sheet.png")
+    fs.save_figure(tmp_path / "sheet.png", fs.draw_contact_sheet({series: volume}, prep))
     figure = fs.draw_slices(volume.numpy(), ["a"], series, [1, 3])
     fs.save_figure(tmp_path / "slices.png", figure)
     assert all((tmp_path / f"{name}.png").stat().st_size > 1000 for name in ("slices", "sheet"))

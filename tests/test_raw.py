@@ -22,12 +22,11 @@ from finetune_siglip import (
     body_centre,
     load_sample,
     load_volume,
-    prepare_table,
     prepare_volume,
     read_headers,
     read_table,
 )
-from helpers import CHEST, decide_preprocessing
+from helpers import CHEST, decide_preprocessing, prepare_table
 from test_volume import CODES, chest, prep, save, table_of
 
 pydicom = pytest.importorskip("pydicom")

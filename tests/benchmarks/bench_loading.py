@@ -153,7 +153,7 @@ def main() -> None:
             "usual": (1, lambda i: shared(usual(paths[i], np.float16))),
             "float32": (2, lambda i: shared(usual(paths[i], np.float32))),
             "first": (10, lambda i: shared(fs.load_sample(paths[i], prep))),
-            "cached": (COPIES * 10, lambda i: cached.collate(cached.__getitems__([i % COPIES]))["volume"].assemble()),
+            "cached": (COPIES * 10, lambda i: cached.__getitems__([i % COPIES])["volume"].assemble()),
         }
         times = interleaved(sides, args.rounds)
         print_growth(args.ct, Path(folder), prep)

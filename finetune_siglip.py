@@ -2435,39 +2435,38 @@ HUB_NAME = re.compile(
     r"(?:(?:@|/(?:tree|blob|resolve|raw)/)(?P<revision>[^/?]+)(?:/(?P<file>[^?]+?))?)?/?(?:\?.*)?"
 )
 UNZERO = "of DeepSpeed ZeRO-3: run `python zero_to_fp32.py . FOLDER` in the checkpoint's folder, and name that folder"
-UNDCP = (
-    "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-    "{} model.pt`, and name that file"
-)
-NOT_WEIGHTS = (  # pattern of a file's first bytes or, in a zip archive, of a member's name; what the file then is
-    (r"\A\Z|\A\s*[<{]|\Aversion https://git-lfs", "empty, or text instead of weights (a Git LFS pointer, a web page, "
-     "JSON): download it again, or run `git lfs pull` there"),
-    (r"\A(\x89HDF|GGUF|\x81\xa6params|\x08)", "an HDF5, GGUF, Flax or ONNX file: use the model's PyTorch weights"),
-    (r"\A\x1f\x8b|\A.{257}ustar|\.safetensors$", "an archive (gzip, tar or zip): unpack it first"),
-    (r"/constants\.pkl$", "a TorchScript program: save its state_dict() instead"),
-    (r"\.npy$", "a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy"),
-)  # fmt: skip
-NOT_A_MODEL = (  # pattern of a name in a folder without weights; what the folder then is
-    (".metadata", UNDCP),
-    ("zero_to_fp32.py", f"a checkpoint {UNZERO}"),
-    ("*_optim_states.pt", f"a checkpoint {UNZERO}"),
-    ("models--*", "the hub's cache: name one of its models"),
-    ("snapshots/*", "several snapshots of a hub model: name one of them"),
-)  # fmt: skip
-UNFIT = (  # pattern of a tensor's name, type and shape; what a file is whose encoder holds it
-    (r"\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale\w*) | "
+FOREIGN = (  # pattern of a file's name or first bytes, of an archive's member or of a tensor; what it is that shows it
+    (r"^name .*\.distcp$", "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint."
+     "format_utils dcp_to_torch {} model.pt`, and name that file"),
+    (r"^name (zero_to_fp32\.py|.*_optim_states\.pt)$", f"a checkpoint {UNZERO}"),
+    (r"^name (models--.*|snapshots)$", "the hub's cache, of several snapshots or models: name one with weights"),
+    (r"^bytes (\Z|\s*[<{]|version https://git-lfs)", "empty, or text instead of weights (a Git LFS pointer, a web "
+     "page, JSON): download it again, or run `git lfs pull` there"),
+    (r"^bytes (\x89HDF|GGUF|\x81\xa6params|\x08)", "an HDF5, GGUF, Flax or ONNX file: use the model's PyTorch weights"),
+    (r"^bytes (\x1f\x8b|.{257}ustar)|^member .*\.safetensors$", "an archive (gzip, tar or zip): unpack it first"),
+    (r"^member .*/constants\.pkl$", "a TorchScript program: save its state_dict() instead"),
+    (r"^member .*\.npy$", "a NumPy archive (a CT volume, or JAX weights): use the model's Hugging Face copy"),
+    (r"^tensor .*\.(zero_point|SCB|absmax|quant_map|qweight|qzeros|weight_scale\w*) |^tensor \S+ "
      r"torch\.(q?u?int8|qint32|(float8|complex|sparse)\w*) ", "a quantised model, or sparse: use the original weights"),
-    (r"(^|\.)(lora_\w+|base_layer|modules_to_save)\.", "a model with LoRA adapters: merge it into its base model, "
-     "model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"),
-    (r" \(0,\)$", f"empty placeholders {UNZERO}"),
-    (r"conv1\.weight \S+ \(\d+, \d+, 7, 7, 7\)", "a 3D ResNet of MedicalNet's kind: other strides than Merlin's"),
-    (r"embeddings\.class_embedding |\.resblocks\.", "a CLIP model, not SigLIP"),
-    (r"^visual_transformer\.|enc_(spatial|temporal)_transformer\.", "CT-CLIP (a CTViT), which no library here builds"),
+    (r"^tensor (.*\.)?(lora_\w+|base_layer|modules_to_save)\.", "a model with LoRA adapters: merge it into its base "
+     "model, model.merge_and_unload().save_pretrained(FOLDER) in peft, and name that folder"),
+    (r"^tensor .* \(0,\)$", f"empty placeholders {UNZERO}"),
+    (r"^tensor .*conv1\.weight .* 7, 7, 7\)$", "a 3D ResNet of MedicalNet's kind: other strides than Merlin's"),
+    (r"^tensor .*(embeddings\.class_embedding |\.resblocks\.)", "a CLIP model, not SigLIP"),
+    (r"^tensor (visual_transformer|.*enc_(spatial|temporal)_transformer)\.", "CT-CLIP, whose CTViT no library here builds"),
 )  # fmt: skip
 SUPPORTED = (
     "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, DINOv2 "
     "and other ViTs, COLIPRI, the 3D ResNet-152 of Merlin and BioViL(-T)"
 )
+
+
+def refuse_foreign(source: Path | str, facts: list[str]) -> None:
+    """Raise BadInput that says what `source` is, where one of the facts shows it."""
+    for (pattern, what), fact in itertools.product(FOREIGN, facts):
+        if re.search(pattern, fact, re.DOTALL):
+            others = f". {SUPPORTED}" if fact.startswith("tensor") else ""
+            raise BadInput(f"{source}: seems to be {what.format(source)}{others}")
 
 
 def locate_weights(source: str) -> list[Path]:
@@ -2489,20 +2488,18 @@ def weights_in(folder: Path) -> Path:
     others = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
     if named or (others and set(others) <= set(shards_of(others[0]))):
         return (named or others)[0]
-    for pattern, what in NOT_A_MODEL:
-        if any(folder.glob(pattern)):
-            raise BadInput(f"{folder}: {what.format(folder)}")
+    refuse_foreign(folder, [f"name {file.name}" for file in folder.iterdir()])
     names = ", ".join(file.name for file in others[:5]) or "none"
     raise BadInput(f"{folder}: a folder should hold one weights file, found {names}: name the file")
 
 
 def shards_of(path: Path) -> list[Path]:
     """All files of the model that `path` is a shard or the index of, or itself; BadInput where one is missing."""
+    refuse_foreign(path.parent, [f"name {path.name}"])
     names = [path.name]
-    if path.suffix == ".distcp":
-        raise BadInput(f"{path}: {UNDCP.format(path.parent)}")
     if path.name.endswith(".index.json"):
-        names = sorted({Path(str(name)).name for name in dict(read_json(path).get("weight_map") or {}).values()})
+        files = read_json(path).get("weight_map")
+        names = sorted({Path(str(name)).name for name in files.values()} if isinstance(files, dict) else ())
     elif shard := SHARD.fullmatch(path.name):
         names = [f"{shard[1]}-{n:05}-of-{shard[3]}{shard[4]}" for n in range(1, int(shard[3]) + 1)]
     missing = [name for name in names if not os.path.isfile(path.with_name(name))]
@@ -2560,10 +2557,8 @@ def open_weights(path: Path) -> dict[str, Any]:
 
             return load_file(path)
         zipped = head.startswith(b"PK")
-        text = "\n".join(zipfile.ZipFile(path).namelist()) if zipped else head.decode("latin-1")
-        for pattern, what in NOT_WEIGHTS:
-            if re.search(pattern, text, re.DOTALL | (re.MULTILINE if zipped else 0)):
-                raise BadInput(f"{path}: {what}")
+        members = zipfile.ZipFile(path).namelist() if zipped else []
+        refuse_foreign(path, [f"bytes {head.decode('latin-1')}", *(f"member {name}" for name in members)])
         with torch.serialization.safe_globals(harmless_types()):
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except UserError:
@@ -2607,9 +2602,10 @@ class Found:
     unused: list[str] = field(default_factory=list)  # names in the file that belong to no part of the image encoder
 
     def take(self, tensors: dict[str, Tensor], prefix: str) -> None:
-        """Of a file's tensors, those under this prefix are the encoder's."""
+        """Of a file's tensors, those under this prefix are the encoder's; in float32, whatever they are stored in."""
         self.prefix, self.unused = prefix, [name for name in tensors if not name.startswith(prefix)]
-        self.tensors = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        mine = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        self.tensors = {name: t.float() if t.is_floating_point() else t for name, t in mine.items()}
 
     def blocks(self, pattern: str) -> int:
         """How many blocks there are, `pattern` finding the number of one in a tensor's name."""
@@ -2651,13 +2647,12 @@ class Found:
         if said.get("image_processor_type") == "CuriaImageProcessor":  # HU as they are, air at the least
             return {"mean": None, "std": None, "windows": [[-1000.0, 3071.0]] * 3}
         mean, std = (said.get(f"image_{key}", said.get(key)) for key in ("mean", "std"))
-        windows = WINDOW_PRESETS["merlin" if channels == 1 else "chest"]
+        whose, windows = "ImageNet", WINDOW_PRESETS["merlin" if channels == 1 else "chest"]
         if not (mean and std):
-            usual = "DALE-CT" if channels == 1 else "ImageNet"
-            self.notes.append(f"assumed, nothing beside it saying otherwise: the normalisation of {usual}")
             mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
             if channels == 1:  # Damron et al., 2026: HU in -997..888, less -142.39, over 360.97
-                mean, std, windows = [854.61 / 1885], [360.97 / 1885], ((-997.0, 888.0),) * 3
+                whose, mean, std, windows = "DALE-CT", [854.61 / 1885], [360.97 / 1885], ((-997.0, 888.0),) * 3
+            self.notes.append(f"assumed, nothing beside it saying otherwise: the normalisation of {whose}")
         if channels == 1:  # a tower of one channel is often said to have the means of three
             mean, std = [sum(mean) / len(mean)], [sum(std) / len(std)]
         return {"mean": mean, "std": std, "windows": windows}
@@ -2681,12 +2676,7 @@ def recomputed(run: Callable[..., Tensor], module: nn.Module) -> Callable[..., T
             for buffer, value in before:
                 buffer.copy_(value)
 
-    def wrapped(*inputs: Any) -> Tensor:
-        if not (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())):
-            return run(*inputs)
-        return checkpoint(run, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
-
-    return wrapped
+    return partial(checkpoint, run, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
 
 
 class Backbone(nn.Module):
@@ -2701,7 +2691,7 @@ class Backbone(nn.Module):
     volumetric = False
     recompute = False  # each block of a volumetric one is computed again in the backward pass
     leading = 0  # class and register tokens, which come before those of patches
-    repeated = ""  # name in `net` of the list of its blocks, where that is not the longest of its lists
+    repeated: Sequence[str]  # names in `net` of the lists of its blocks, in forward order
     net: Any  # the family's own module
     # Images, and of SigLIP the patches kept, to all last features, (n, *grid, E) or (n, leading + P, E), and which of
     # these are no padding, (n, M), None being all.
@@ -2722,9 +2712,7 @@ class Backbone(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks in forward order: units to compile or to recompute."""
-        if self.repeated:
-            return list(self.net.get_submodule(self.repeated))
-        return list(max((m for m in self.net.modules() if isinstance(m, (nn.ModuleList, nn.Sequential))), key=len))
+        return [block for name in self.repeated for block in self.net.get_submodule(name)]
 
     def run_blocks(self, x: Tensor, **options: Any) -> Tensor:
         """One block after the other, computed again one by one where memory is short."""
@@ -2734,13 +2722,13 @@ class Backbone(nn.Module):
         return x
 
     def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """What `encode` gave to the image's feature (n, E): the mean, unless the family has something else."""
-        x = x.flatten(1, -2)
+        """All last features (n, M, E) to the image's (n, E): their mean, unless the family has something else."""
         return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True)
 
     def summary(self, x: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
         """What `encode` gave to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well."""
-        feature, tokens = self.pool(x, real), x.flatten(1, -2)[:, self.leading :]
+        x = x.flatten(1, -2)
+        feature, tokens = self.pool(x, real), x[:, self.leading :]
         if not maxima:
             return feature
         tokens = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
@@ -2785,8 +2773,7 @@ class Backbone(nn.Module):
         """Set training mode, except that frozen modules stay in eval mode: dropout off, BatchNorm statistics kept."""
         super().train(mode)
         for module in self.modules() if mode else []:
-            parameters = list(module.parameters())
-            if parameters and not any(p.requires_grad for p in parameters):
+            if {p.requires_grad for p in module.parameters()} == {False}:
                 module.eval()
         return self
 
@@ -2830,10 +2817,10 @@ class SiglipBackbone(Backbone):
     Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023.
     """
 
-    family = "siglip"
+    family, repeated = "siglip", ("encoder.layers",)
 
     @staticmethod
-    def read(found: Found) -> None:
+    def read(found: Found) -> dict[str, Any]:
         """Shapes tell the configuration; what they cannot comes from a fitting config.json, or is assumed and noted."""
         timm = HF_PATCHES not in found.tensors
         kept = found.tensors = rename_timm_siglip(found.tensors) if timm else found.tensors
@@ -2856,19 +2843,20 @@ class SiglipBackbone(Backbone):
             if (size, grid) == (14, 27):  # published for 384 pixels, though that is 27 * 14 + 6
                 pixels = 384
                 found.notes.append("assumed to be for 384 pixels; one of timm's ..._378 wants --image-size 378")
+        pooled = any(name.startswith("head.") for name in kept)
+        if not pooled:
+            found.notes.append("no pooling head in the file: its feature is the mean of its tokens")
         # timm computes its first SigLIP towers with the exact GELU, later ones with the tanh form; shapes tell which.
         later = not timm or naflex or size == 32 or width == 1536 or (width, size) == (1152, 16)
         act = "gelu_pytorch_tanh" if later or (width, positions) == (1024, 1024) else "gelu"
-        found.config = {
+        return {
             "family": "siglip", "hidden_size": width, "num_channels": channels, "patch_size": size,
             "image_size": pixels, "intermediate_size": len(kept["encoder.layers.0.mlp.fc1.weight"]),
             "num_hidden_layers": stated.get("num_hidden_layers") or found.blocks(r"encoder\.layers\.(\d+)\."),
             "num_attention_heads": found.heads(width, act, stated.get("num_attention_heads"), (1152, 1536)),
             "hidden_act": stated.get("hidden_act", act), "layer_norm_eps": stated.get("layer_norm_eps", 1e-6),
-            "vision_use_head": any(name.startswith("head.") for name in kept), "naflex": naflex,
+            "vision_use_head": pooled, "naflex": naflex,
         }  # fmt: skip
-        if not found.config["vision_use_head"]:
-            found.notes.append("no pooling head in the file: its feature is the mean of its tokens")
 
     def __init__(self, config: dict[str, Any]):
         from transformers import SiglipVisionConfig, SiglipVisionModel
@@ -2883,8 +2871,8 @@ class SiglipBackbone(Backbone):
         if old == new:
             return found.tensors
         found.notes.append(f"position embeddings interpolated from {old} x {old} to {new} x {new}")
-        grid = found.tensors[HF_POSITIONS].float().T.reshape(1, -1, old, old)
-        mode = "bilinear" if found.config.get("naflex") else "bicubic"
+        grid = found.tensors[HF_POSITIONS].T.reshape(1, -1, old, old)
+        mode = "bilinear" if self.config.get("naflex") else "bicubic"
         grid = F.interpolate(grid, size=(new, new), mode=mode, antialias=True)
         return found.tensors | {HF_POSITIONS: grid.flatten(2)[0].T.contiguous()}
 
@@ -2900,7 +2888,6 @@ class SiglipBackbone(Backbone):
         """The attention-pooling head, as in `transformers` but deaf to padding; the mean where a tower has none."""
         if not self.config["vision_use_head"]:
             return super().pool(x, real)
-        x = x.flatten(1, -2)
         head, probe = self.net.head, self.net.head.probe.expand(len(x), -1, -1)
         padding = None if real is None else ~real
         x = head.attention(probe, x, x, key_padding_mask=padding, need_weights=False)[0][:, 0]
@@ -2970,10 +2957,10 @@ class ViTBackbone(Backbone):
 class TimmBackbone(ViTBackbone):
     """A ViT of `timm`: plain, DINOv2, DINOv3, DALE-CT, …"""
 
-    family, repeated = "timm", "blocks"
+    family, repeated = "timm", ("blocks",)
 
     @staticmethod
-    def read(found: Found) -> None:
+    def read(found: Found) -> dict[str, Any]:
         """By the name that its configuration states, else by what its tensors show."""
         tensors, (name, arguments, pixels) = found.tensors, found.timm_model()
         registers = sum(tensors[key].shape[1] for key in ("reg_token", "register_tokens") if key in tensors)
@@ -2993,9 +2980,9 @@ class TimmBackbone(ViTBackbone):
                 "pre_norm": "norm_pre.weight" in tensors, "qkv_bias": "blocks.0.attn.qkv.bias" in tensors,
                 "num_heads": found.heads(width, "the exact GELU"),
             }  # fmt: skip
-        found.config = {"family": "timm", "architecture": name, "arguments": arguments, "patch_size": patch}
-        found.config |= {"image_size": arguments.get("img_size") or pixels, "num_channels": channels}
-        found.config |= found.normalisation(channels)
+        config = {"family": "timm", "architecture": name, "arguments": arguments, "patch_size": patch}
+        config |= {"image_size": arguments.get("img_size") or pixels, "num_channels": channels}
+        return config | found.normalisation(channels)
 
     def __init__(self, config: dict[str, Any]):
         import timm
@@ -3009,7 +2996,7 @@ class TimmBackbone(ViTBackbone):
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed and resized by the function that timm itself has for published files."""
         convert = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn")  # noqa: B009
-        return convert({name: t.float() if t.is_floating_point() else t for name, t in found.tensors.items()}, self.net)
+        return convert(found.tensors, self.net)
 
     def encode(self, images: Tensor) -> tuple[Tensor, None]:
         return self.net.forward_features(self.normalised(images)), None
@@ -3024,22 +3011,25 @@ class TransformersBackbone(ViTBackbone):
     family = "transformers"
 
     @staticmethod
-    def read(found: Found) -> None:
+    def read(found: Found) -> dict[str, Any]:
         """As config.json describes it."""
         library, known = found.library_config(), ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
         if getattr(library, "model_type", None) not in known:
             raise BadInput(f"{found.source}: needs beside it the config.json that says which it is of {known}")
-        found.config = {"family": "transformers", "architecture": json.loads(library.to_json_string(use_diff=False))}
-        found.config |= {key: getattr(library, key) for key in ("image_size", "patch_size", "num_channels")}
-        found.config |= found.normalisation(library.num_channels)
+        config = {"family": "transformers", "architecture": json.loads(library.to_json_string(use_diff=False))}
+        config |= {key: getattr(library, key) for key in ("image_size", "patch_size", "num_channels")}
+        return config | found.normalisation(library.num_channels)
 
     def __init__(self, config: dict[str, Any]):
         from transformers import AutoConfig, AutoModel
 
-        self.library = AutoConfig.for_model(**config["architecture"] | {"num_channels": config["num_channels"]})
+        ours = {"num_channels": config["num_channels"], "dtype": "float32"}  # whatever the file is stored in
+        self.library = AutoConfig.for_model(**config["architecture"] | ours)
         options = {"add_pooling_layer": False} if self.library.model_type == "vit" else {}
         net = AutoModel.from_config(self.library, attn_implementation="sdpa", **options)
         super().__init__(config, net, self.library.hidden_size)
+        lists = {name: len(m) for name, m in net.named_modules() if isinstance(m, nn.ModuleList)}
+        self.repeated = [max(lists, key=lambda name: lists[name])]  # its name differs from release to release
         self.leading = 1 + getattr(self.library, "num_register_tokens", 0)
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
@@ -3065,17 +3055,17 @@ class ColipriBackbone(Backbone):
     HU in -1000..1000, and axes as in the package `colipri` from 0.1.2 on (before, and in its model card still: SAR).
     """
 
-    family, volumetric, orientation, repeated = "colipri", True, "RAS", "backbone.eva.blocks"
+    family, volumetric, orientation, repeated = "colipri", True, "RAS", ("backbone.eva.blocks",)
 
     @staticmethod
-    def read(found: Found) -> None:
+    def read(found: Found) -> dict[str, Any]:
         width, channels, patch, *_ = found.tensors["backbone.down_projection.proj.weight"].shape
-        found.config = {
+        found.notes.append("trained on voxels of 2 mm: prepare scans with --spacing 2 2 2")
+        return {
             "family": "colipri", "embed_dim": width, "patch_size": patch, "num_channels": channels, "image_size": 192,
             "eva_depth": found.blocks(r"backbone\.eva\.blocks\.(\d+)\."),
             "projection_dim": len(found.tensors["projector.weight"]),
         }  # fmt: skip
-        found.notes.append("trained on voxels of 2 mm: prepare scans with --spacing 2 2 2")
 
     def __init__(self, config: dict[str, Any]):
         from dynamic_network_architectures.architectures.primus import Primus
@@ -3103,7 +3093,6 @@ class ColipriBackbone(Backbone):
         return self.net.projector(x.transpose(1, 2).unflatten(2, grid)).movedim(1, -1), None
 
     def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        x = x.flatten(1, -2)
         return self.net.pooler.attn(x.mean(1, keepdim=True), x, x, need_weights=False)[0][:, 0]
 
 
@@ -3116,26 +3105,19 @@ def channels_last(images: Tensor) -> Tensor:
     return images
 
 
-class ConvBackbone(Backbone):
-    """A convolutional encoder; its features are the mean over its last map."""
-
-    def blocks(self) -> list[nn.Module]:
-        trunk = getattr(self.net, "encoder", self.net)
-        return [block for stage in (1, 2, 3, 4) for block in getattr(trunk, f"layer{stage}")]
-
-
-class ResNet3DBackbone(ConvBackbone):
+class ResNet3DBackbone(Backbone):
     """MONAI's ResNet as in Merlin: whole volumes, whose axes rise towards S, R and A; names are Merlin's as well.
 
     Blankemeier et al., "Merlin: A Vision Language Foundation Model for 3D Computed Tomography", 2024.
     """
 
     family, volumetric, orientation = "resnet3d", True, "SRA"
+    repeated = "layer1", "layer2", "layer3", "layer4"
 
     @staticmethod
-    def read(found: Found) -> None:
+    def read(found: Found) -> dict[str, Any]:
         stem, channels, *kernel = found.tensors["conv1.weight"].shape
-        found.config = {
+        return {
             "family": "resnet3d", "layers": [found.blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)],
             "block_inplanes": [stem, stem * 2, stem * 4, stem * 8], "num_channels": channels, "conv1_t_size": kernel,
             "bias_downsample": "layer1.0.downsample.0.bias" in found.tensors, "image_size": 224,
@@ -3154,16 +3136,16 @@ class ResNet3DBackbone(ConvBackbone):
         return self.run_blocks(x).movedim(1, -1), None
 
 
-class BiovilBackbone(ConvBackbone):
+class BiovilBackbone(Backbone):
     """Image encoder of BioViL or BioViL-T from `health_multimodal`, one image at a time.
 
     Boecking et al., 2022; Bannur et al., "Learning to Exploit Temporal Structure for Biomedical VLP", 2023.
     """
 
-    family = "biovil"
+    family, repeated = "biovil", ("encoder.layer1", "encoder.layer2", "encoder.layer3", "encoder.layer4")
 
     @staticmethod
-    def read(found: Found) -> None:
+    def read(found: Found) -> dict[str, Any]:
         if "projector.model.0.weight" not in found.tensors:
             raise KeyError("projector.model.0.weight")  # a ResNet of somebody else's, normalised otherwise
         wanted = re.compile(r"encoder\.(?!encoder\.fc\.|vit_pooler\.)")  # what a single image uses
@@ -3173,7 +3155,7 @@ class BiovilBackbone(ConvBackbone):
             encoder, size = f"{encoder}_multi_image", 448
             found.notes.append("BioViL-T without its temporal pooler: there is no prior image")
         channels = found.tensors["encoder.conv1.weight"].shape[1]
-        found.config = {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}
+        return {"family": "biovil", "encoder": encoder, "num_channels": channels, "image_size": size}
 
     def __init__(self, config: dict[str, Any]):
         with warnings.catch_warnings():
@@ -3209,22 +3191,21 @@ def read_tensors(tensors: dict[str, Tensor], found: Found) -> Found:
     Of several the fullest that is not CLIP's is taken, averaged weights first.
     """
     ends: dict[str, Any] = {}
-    facts = {k: f"{k} {t.dtype if t.layout == torch.strided else t.layout} {(*t.shape,)}" for k, t in tensors.items()}
-    for (anchor, kind), fact in itertools.product(ANCHORS, facts.values()):
+    facts = [f"{k} {t.dtype if t.layout == torch.strided else t.layout} {(*t.shape,)}" for k, t in tensors.items()]
+    for (anchor, kind), fact in itertools.product(ANCHORS, facts):
         if match := re.search(rf"(?<![^.]){anchor}", fact):
             ends[fact[: match.start()]] = kind
     size = {e: (f"{e}embeddings.class_embedding" not in tensors) * sum(k.startswith(e) for k in tensors) for e in ends}
     prefix = max(ends, key=lambda end: (size[end], "ema" in re.split(r"[._]", end.lower())), default="")
+    refuse_foreign(found.source, [f"tensor {fact}" for fact in facts if fact.startswith(prefix)])
+    if not ends:
+        held = ", ".join(list(tensors)[:5]) or "no tensor at all"
+        raise BadInput(f"{found.source}: seems to be an unknown model ({held}). {SUPPORTED}")
     found.take(tensors, prefix)
-    inside = "\n".join(fact for fact in facts.values() if fact.startswith(prefix))
-    unknown = (r"", f"an unknown model ({', '.join(list(tensors)[:5]) or 'no tensor at all'})")
-    for pattern, what in UNFIT if ends else (*UNFIT, unknown):
-        if re.search(pattern, inside, re.MULTILINE):
-            raise BadInput(f"{found.source}: seems to be {what}. {SUPPORTED}")
     if others := ", ".join(repr(other) for other in ends if other != prefix):
         found.notes.append(f"taken from {prefix!r}; also there: {others}")
     try:
-        ends[prefix].read(found)
+        found.config = ends[prefix].read(found)
     except KeyError as error:
         missing = f"{found.source}: {prefix}{error.args[0]} is missing"
         raise BadInput(f"{missing}: incomplete, or without the config.json that names it") from None
@@ -3319,9 +3300,8 @@ def load_backbone(
 def fill_backbone(backbone: Backbone, adopted: dict[str, Tensor], found: Found) -> None:
     """Have the tensors of a file as the backbone's; those of no part of it join `found.unused`. Raises BadInput."""
     parts = {name.split(".")[0] for name in backbone.net.state_dict()}
-    mine = {k: t for k, t in adopted.items() if k.split(".")[0] in parts and not k.endswith("mask_token")}
-    found.unused += [found.prefix + name for name in adopted if name not in mine]
-    tensors = {name: t.float() if t.is_floating_point() else t for name, t in mine.items()}
+    tensors = {k: t for k, t in adopted.items() if k.split(".")[0] in parts and not k.endswith("mask_token")}
+    found.unused += [found.prefix + name for name in adopted if name not in tensors]
     try:
         backbone.net.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
@@ -3364,14 +3344,12 @@ def add_lora(backbone: Backbone, rank: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    if isinstance(backbone, ConvBackbone):
+    if isinstance(backbone, (ResNet3DBackbone, BiovilBackbone)):
         raise BadInput(f"--lora-rank is for ViTs; this backbone is {backbone.family}: leave it out")
-    inside = {id(m) for block in backbone.blocks() for m in block.modules()}
-    chosen = []
-    for name, m in backbone_layers(backbone):
-        attends = isinstance(m, nn.Linear) and id(m) in inside and "att" in name
-        if (attends or isinstance(m, (nn.Conv2d, nn.Conv3d))) and m.weight.requires_grad:
-            chosen.append(name)
+    inside = {m for block in backbone.blocks() for m in block.modules() if isinstance(m, nn.Linear)}
+    patches = next(m for m in backbone.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
+    named = [(name, m) for name, m in backbone_layers(backbone) if m is patches or (m in inside and "att" in name)]
+    chosen = [name for name, m in named if m.weight.requires_grad]
     if not chosen:
         raise BadInput("--lora-rank finds nothing to adapt, all is frozen: lower --freeze-up-to")
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen), backbone)

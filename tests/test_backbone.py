@@ -357,7 +357,7 @@ def test_tensors_without_values_are_refused(tmp_path):
         fs.load_backbone(tmp_path / "meta.pt", heads=2)
 
 
-@pytest.mark.parametrize("content", [{}, {"weight_map": None}])
+@pytest.mark.parametrize("content", [{}, {"weight_map": None}, {"weight_map": ["a"]}])
 def test_an_index_of_nothing_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(fs.BadInput, match="an index of none"):
@@ -440,6 +440,16 @@ def test_dinov2_and_its_kind_give_the_class_token_of_transformers(tmp_path, kind
         fs.load_backbone(tmp_path / "model.safetensors")
 
 
+def test_a_tower_stored_in_half_precision_is_built_again_in_float32(tmp_path):
+    import transformers
+
+    model = transformers.AutoModel.from_config(transformers.Dinov2Config(**TINY)).half()
+    model.save_pretrained(tmp_path)
+    backbone = fs.load_backbone(tmp_path)
+    again = fs.build_backbone(json.loads(json.dumps(backbone.config)))
+    assert {p.dtype for p in [*backbone.parameters(), *again.parameters()]} == {torch.float32}
+
+
 def test_colipris_tower_is_read_from_its_own_names(tmp_path):
     from dynamic_network_architectures.architectures.primus import Primus
 
@@ -463,6 +473,12 @@ def test_colipris_tower_is_read_from_its_own_names(tmp_path):
     backbone.recompute = True
     backbone.train()(torch.rand(1, 3, 24, 16, 16)).sum().backward()  # volumes of another shape, computed again
     assert all(p.grad is not None for p in backbone.parameters())
+    with torch.no_grad():
+        features = backbone(volume.expand(-1, 3, -1, -1, -1))
+    fs.add_lora(backbone, 2)
+    again = fs.build_backbone(backbone.config)
+    again.load_state_dict(fs.merged_state(backbone))
+    assert difference(again, volume.expand(-1, 3, -1, -1, -1), features) == 0
 
 
 def test_timms_later_towers_have_the_tanh_gelu(tmp_path):
@@ -742,7 +758,7 @@ def test_pooling_the_tokens_is_the_forward(tower, narrow_resnet, tmp_path):
         backbone = fs.load_backbone(saved(tmp_path / "x.bin", model.state_dict()), heads=2).eval()
         with torch.no_grad():
             tokens = backbone.tokens(images)
-            assert torch.equal(backbone.pool(tokens), backbone(images))
+            assert torch.equal(backbone.summary(tokens), backbone(images))
         assert tokens.shape == (len(images), *grid, backbone.width)
         assert len(backbone.blocks()) == {"siglip": 2, "resnet3d": 50}[backbone.family]
 

@@ -142,7 +142,7 @@ def test_slices_and_maps_are_those_of_one_plain_graph_over_pooling_and_head(pool
             np.testing.assert_allclose(found.attention, weights.detach(), rtol=1e-5)
 
 
-class Averages(fs.ConvBackbone):
+class Averages(fs.Backbone):
     """A convolutional family whose last map is the image itself, averaged over cells of 8 voxels."""
 
     def __init__(self, volumetric):

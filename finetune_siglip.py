@@ -2453,7 +2453,7 @@ FOREIGN = (  # pattern of a file's name or first bytes, of an archive's member o
     (r"^tensor .* \(0,\)$", f"empty placeholders {UNZERO}"),
     (r"^tensor .*conv1\.weight .* 7, 7, 7\)$", "a 3D ResNet of MedicalNet's kind: other strides than Merlin's"),
     (r"^tensor .*(embeddings\.class_embedding |\.resblocks\.)", "a CLIP model, not SigLIP"),
-    (r"^tensor (visual_transformer|.*enc_(spatial|temporal)_transformer)\.", "CT-CLIP, whose CTViT no library here builds"),
+    (r"^tensor (visual_transformer|.*enc_(spatial|temporal)_transformer)\.", "CT-CLIP, which no library here builds"),
 )  # fmt: skip
 SUPPORTED = (
     "--pretrained takes SigLIP towers (Hugging Face, open_clip, timm), such as google/siglip-base-patch16-224, DINOv2 "
@@ -2717,8 +2717,7 @@ class Backbone(nn.Module):
     def run_blocks(self, x: Tensor, **options: Any) -> Tensor:
         """One block after the other, computed again one by one where memory is short."""
         for block in self.blocks():  # a compiled block can be computed again, but not compiled with that inside
-            run = partial(block, **options)
-            x = recomputed(run, block)(x) if self.recompute else run(x)
+            x = (recomputed(block, block) if self.recompute else block)(x, **options)
         return x
 
     def pool(self, x: Tensor, real: Tensor | None = None) -> Tensor:
@@ -2728,11 +2727,11 @@ class Backbone(nn.Module):
     def summary(self, x: Tensor, maxima: bool = False, real: Tensor | None = None) -> Tensor:
         """What `encode` gave to (n, E), or with `maxima` to (n, 2E): then the largest of each token feature as well."""
         x = x.flatten(1, -2)
-        feature, tokens = self.pool(x, real), x[:, self.leading :]
+        feature = self.pool(x, real)
         if not maxima:
             return feature
-        tokens = tokens if real is None else tokens.masked_fill(~real[..., None], -math.inf)
-        return torch.cat([feature, tokens.amax(1)], dim=1)
+        tokens = x if real is None else x.masked_fill(~real[..., None], -math.inf)
+        return torch.cat([feature, tokens[:, self.leading :].amax(1)], dim=1)
 
     def forward(self, images: Tensor, *kept: Any, maxima: bool = False) -> Tensor:
         """(n, K, H, W) or (N, K, D, H, W) in [0, 1], of SigLIP what is `kept`, to (n, E), or with `maxima` (n, 2E)."""
@@ -3248,10 +3247,9 @@ def adapt_channels(backbone: Backbone, channels: int) -> None:
     if channels == stored:
         return
     if channels < stored:
-        weight = weight.sum(1, keepdim=True).expand(-1, channels, *weight.shape[2:]) / channels
-    else:
-        turn = torch.arange(channels) % stored
-        weight = weight[:, turn] / torch.bincount(turn)[turn].view(-1, *[1] * (weight.ndim - 2))
+        weight = weight.sum(1, keepdim=True)
+    turn = torch.arange(channels) % weight.shape[1]
+    weight = weight[:, turn] / torch.bincount(turn)[turn].view(-1, *[1] * (weight.ndim - 2))
     conv.weight, conv.in_channels = nn.Parameter(weight, conv.weight.requires_grad), channels
     for module in backbone.modules():  # a module of `transformers` checks what it is given
         if hasattr(module, "num_channels"):

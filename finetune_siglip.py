@@ -3258,10 +3258,8 @@ def adapt_channels(backbone: Backbone, channels: int) -> None:
     log.info("backbone: first convolution adapted from %d to %d input channels", stored, channels)
 
 
-def load_backbone(
-    source: str | Path, image_size: int | None = None, channels: int = 3, heads: int | None = None
-) -> Backbone:
-    """Read, adapt to `image_size` and `channels`, build and fill a backbone, and log what was matched.
+def load_backbone(source: str | Path, image_size: int | None = None, heads: int | None = None) -> Backbone:
+    """Read, adapt to `image_size` and three channels, build and fill a backbone, and log what was matched.
 
     Raises BadInput unless every tensor of the backbone comes from the file, fits, is finite, and none is left over.
     """
@@ -3291,7 +3289,7 @@ def load_backbone(
     log.info("backbone: %s, %.1f M parameters, %d features", family, millions, backbone.width)
     log.info("  from %s", "; ".join([found.source, *found.notes]))
     log.info("  %d tensors matched, 0 missing, %d unexpected%s", matched, len(found.unused), others)
-    adapt_channels(backbone, channels)
+    adapt_channels(backbone, 3)
     return backbone
 
 

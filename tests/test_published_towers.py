@@ -50,7 +50,8 @@ def test_colipri_sees_the_voxels_that_its_package_makes_and_gives_its_embedding(
     theirs = processor.to_images_batch(processor.process_images(lps))
     with torch.no_grad():
         expected = model.encode_image(theirs, pool=True, project=True, normalize=False)
-    backbone = fs.load_backbone(tmp_path, image_size=32, channels=1).eval()
+    backbone = fs.load_backbone(tmp_path, image_size=32).eval()
+    fs.adapt_channels(backbone, 1)
     classifier = fs.SiglipClassifier(backbone, backbone.windows[:1], "hu", 2).eval()
     with torch.no_grad():
         assert torch.allclose(classifier.images(spl.to(torch.int16)) * 2 - 1, theirs, atol=1e-5)

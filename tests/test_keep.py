@@ -239,6 +239,7 @@ def test_a_state_comes_back_whole_into_a_fresh_run(tmp_path):
         assert digest_of(part) == digest_of(again[name]), name
     counts = ("epoch", "micro", "skipped", "skipped_in_row", "tally")
     assert [getattr(fresh, name) for name in counts] == [getattr(state, name) for name in counts]
+    assert empty == history
     raw = dict(state.model.state_dict())
     assert all(torch.equal(raw[name], tensor) for name, tensor in content["model"].items())  # not the averaged weights
     assert any(not torch.equal(content["ema"]["average"][name], raw[name]) for name in content["ema"]["average"])

@@ -356,18 +356,16 @@ def build_parser() -> Parser:
 # fmt: on
 
 
-def stored_arguments(path: Path) -> list[str]:
-    """The settings in a run.json as arguments. Raises OSError, ValueError or LookupError for another file."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    settings = content.get("Settings, training") or content["Settings, prediction"]
+def as_arguments(settings: dict[str, Any]) -> list[str]:
+    """Settings by their names as arguments."""
     argv = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
-        if name == "windows":
+        if name == "windows" and not isinstance(value, str):
             value = ",".join(f"{lo}:{hi}" for lo, hi in value)
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             argv += [flag, *map(str, value)]
-        elif value is not False and name not in ("resume", "overwrite", "config"):  # these are of one start, not a run
+        elif value is not None and value is not False:
             argv.append(flag if value is True else f"{flag}={value}")
     return argv
 
@@ -381,8 +379,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     first.add_argument("--config", type=Path)
     if config := first.parse_known_args(argv)[0].config:
         try:
-            argv = stored_arguments(config) + argv
-        except (OSError, ValueError, LookupError, AttributeError) as error:
+            content = json.loads(config.read_text(encoding="utf-8"))
+            stored = content.get("Settings, training") or content["Settings, prediction"]
+            argv = as_arguments(stored | dict.fromkeys(("resume", "overwrite", "config"))) + argv  # of one start
+        except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
             parser.error(f"--config {config}: not the run.json of a run of this script ({error})")
     parser.wrong += parser.unknown_flags(argv)
     foreign = bool(parser.wrong)
@@ -422,8 +422,8 @@ def conflicts(args: argparse.Namespace) -> list[str]:
 
 
 def own_rank() -> int:
-    """The number of this process among those of the run, known before they have met."""
-    return int(os.environ.get("RANK", 0))
+    """The number of this process among those of the run, known before they have met; one alone is 0, whatever RANK."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 if __name__ == "__main__":
@@ -5904,14 +5904,14 @@ class Classifier:
 def load_classifier(*paths: str | Path, **settings: Any) -> Classifier:
     """A checkpoint of ours, or several whose logits are averaged, for use from Python.
 
-    `settings` are arguments of the command line by their names: `batch_size=4, orientation="RAS", amp=True`. Volumes
-    are read in this process, and thresholds are the checkpoint's own, unless `num_workers` and `threshold` say
-    otherwise. Raises BadInput.
+    `settings` are arguments of the command line: `batch_size=4, orientation="RAS", amp=True`. Unless they say otherwise
+    volumes are read in this process (`num_workers`), and thresholds are the checkpoint's own. Raises BadInput.
     """
-    usual = vars(build_parser().parse_args([])) | {"num_workers": 0, "threshold": "auto"}
-    if unknown := [name for name in settings if name not in usual]:
-        raise BadInput(f"load_classifier has no setting {', '.join(unknown)}: --help lists them")
-    args = argparse.Namespace(**usual | settings | {"test_only": [Path(path) for path in paths]})
+    parser, argv = build_parser(), as_arguments(settings)
+    args, _ = parser.parse_known_args(argv, argparse.Namespace(num_workers=0, threshold="auto"))
+    if wrong := parser.unknown_flags(argv) + parser.wrong:
+        raise BadInput(*wrong)
+    args.test_only = [Path(path) for path in paths]
     return Classifier(args, init_runtime(args.amp))
 
 

@@ -137,6 +137,16 @@ def test_precision_of_this_machine():
     assert runtime.amp_dtype == torch.bfloat16 or runtime.device.type == "cuda"
 
 
+@pytest.mark.parametrize("size", [None, "1"])
+def test_a_process_alone_is_the_first_though_its_environment_has_a_rank(monkeypatch, size):
+    monkeypatch.setenv("RANK", "3")  # as some job scripts export it
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size:
+        monkeypatch.setenv("WORLD_SIZE", size)
+    assert fs.own_rank() == 0
+    assert init_runtime(amp=False).is_main
+
+
 def test_one_process_gathers_its_rows_in_order():
     rows, values = gather_rows(Runtime(torch.device("cpu")), np.array([2, 0, 1]), np.array([[2.0], [0.0], [1.0]]))
     assert rows.tolist() == [0, 1, 2]

@@ -103,6 +103,12 @@ def test_from_python_a_checkpoint_predicts_as_it_does_from_the_command_line(mode
     pd.testing.assert_frame_equal(one, written.iloc[[2]].reset_index(drop=True))
     with pytest.raises(fs.BadInput, match="batchsize"):
         load_classifier(models["a"], batchsize=3)
+    (tmp_path / "cuts.json").write_text(json.dumps(dict(zip(LABELS, (0.1, 0.2, 0.3), strict=True))))
+    told = load_classifier(models["a"], threshold=f"{tmp_path}/cuts.json", orientation="spl", cache_dir=f"{tmp_path}")
+    assert told.thresholds.tolist() == [0.1, 0.2, 0.3]
+    pd.testing.assert_frame_equal(told.predict(paths).filter(like="_prob"), written.filter(like="_prob"))
+    with pytest.raises(fs.BadInput, match="--threshold: 2 is not at least 0 and at most 1"):
+        load_classifier(models["a"], threshold=2)
 
 
 def test_what_is_public_is_there_and_says_what_it_is():

@@ -179,6 +179,7 @@ def test_the_mode_follows_the_flag_the_environment_and_the_key(monkeypatch, tmp_
         assert start(tmp_path, asked).run is None
         assert opened == expected
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert start(tmp_path, "offline").run is None
     assert opened == expected
 

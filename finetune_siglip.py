@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import copy
 import csv
 import ctypes
 import dataclasses
@@ -1935,8 +1936,7 @@ def decide_preprocessing_like(stored: dict, table: Table, args: argparse.Namespa
     if prep.trusted and (args.intensity != prep.intensity or tuple(args.hu_range) != DEFAULT_HU_RANGE):
         prep = dataclasses.replace(prep, intensity=args.intensity, hu_range=tuple(args.hu_range))
     headers = read_headers(table)
-    code = decide_orientation(table, headers, args.orientation, prep.orientation)
-    prep = dataclasses.replace(prep, orientation=code)
+    prep = dataclasses.replace(prep, orientation=decide_orientation(table, headers, args.orientation, prep.orientation))
     if prep.spacing is None and any(header.raw for header in headers):
         prep = dataclasses.replace(prep, spacing=tuple(map(float, args.spacing[::-1])))
         what = "the checkpoint was trained on files of unknown spacing: raw scans are assumed to fit when brought to"
@@ -2079,7 +2079,7 @@ class CTVolumeDataset(torch.utils.data.Dataset):
         self.blank = empty.expand(prep.channels, *prep.grid)  # in the place of a scan that cannot be read
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"loader": None}  # for a worker that is not forked
+        return vars(self) | {"loader": None}  # for the loader: in a cycle, its processes would outlive it
 
     def __len__(self) -> int:
         return len(self.table)
@@ -2140,7 +2140,7 @@ def build_loader(
                 workers, why = max(0, room - 1) // 2, "start the container with --shm-size or --ipc=host"
                 log.warning("/dev/shm is too small for %d workers, so %d read: %s", num_workers, workers, why)
         loader = torch.utils.data.DataLoader(
-            dataset, batch_sampler=[], num_workers=workers, persistent_workers=persist and workers > 0,
+            copy.copy(dataset), batch_sampler=[], num_workers=workers, persistent_workers=persist and workers > 0,
             pin_memory=device.type == "cuda", worker_init_fn=one_thread_per_worker,
             collate_fn=torch.utils.data.default_convert,  # leaves a batch of __getitems__ as it is
         )  # fmt: skip
@@ -2220,8 +2220,7 @@ def move_volume(volume: Tensor, angle: float, zoom: float, zoom_z: float, move: 
     these reach the kernels as plain numbers: a tensor of them would be copied to a GPU, and each copy waited for.
     """
     c, s, h, w = volume.shape
-    z = (torch.arange(s, device=volume.device) + 0.5 - s / 2) / zoom_z + s / 2 - 0.5 + move[2] * s
-    z = z.clamp(0, s - 1)
+    z = ((torch.arange(s, device=volume.device) + 0.5 - s / 2) / zoom_z + s / 2 - 0.5 + move[2] * s).clamp(0, s - 1)
     below = z.floor().long()
     above = (below + 1).clamp(max=s - 1)
     stack = torch.lerp(volume[:, below].float(), volume[:, above].float(), (z - below)[:, None, None]) - air
@@ -2272,8 +2271,7 @@ def slice_distance(table: Table, headers: Sequence[Header], prep: Preprocessing)
     nodule of 6 mm, from which on CT guidelines ask for follow-up, can fall between slices more than 3 mm apart."""
     axis = spl_axes(prep.orientation)[0][0]
     if depths := [FIELD_OF_VIEW[0] if h.raw else h.shape[1 + axis] * h.spacing[axis] for h in headers if h.spacing]:
-        depth = float(np.median(depths))
-        mm = depth / prep.grid[0]
+        mm = (depth := float(np.median(depths))) / prep.grid[0]
         yield f"slices lie {mm:.1f} mm apart after resampling (median of {len(depths)} scans that tell their spacing)"
         if mm > 3 and (small := [label for label in ("Lung nodule", "Bronchiectasis") if label in table.labels]):
             advice = f"--num-slices {math.ceil(depth / 3)} avoids it"
@@ -5792,6 +5790,8 @@ def train_to_the_end(run: Run) -> None:
             run.save()
             log.info("the state is saved: --resume auto goes on from epoch %d", run.state.epoch + 1)
         raise
+    finally:  # libraries keep frames that hold the run, and the collector waits half a minute for readers, which stay
+        run.train.loader = run.val.loader = None
 
 
 def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) -> int:

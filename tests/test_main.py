@@ -187,8 +187,10 @@ def test_a_checkpoint_alone_makes_the_model(finished):
 
 
 def test_two_runs_are_identical_whatever_the_number_of_workers(scans, tower, tmp_path):
+    others = torch.multiprocessing.active_children()
     for name, workers in (("a", "0"), ("b", "2")):
         assert main(arguments(scans, tower, tmp_path / name, "--epochs", "2", "--num-workers", workers)) == 0
+        assert not {*torch.multiprocessing.active_children()} - {*others}  # in a notebook they would stay
     first, second = ((tmp_path / name / "results.jsonl").read_bytes() for name in ("a", "b"))
     assert first == second
     states = [load_checked(tmp_path / name / "last.ckpt", RUN_KIND) for name in ("a", "b")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import os
@@ -720,6 +721,19 @@ def test_workers_are_as_many_as_shared_memory_has_room_for(
     list(build_loader(dataset, [[0, 1], [2]], 8, CPU, persist=True))
     started, dataset.loader = dataset.loader.num_workers, None  # which ends them
     assert started == workers
+
+
+def test_processes_that_read_end_with_their_dataset(scans: Table) -> None:
+    """The garbage collector ends queues before their loader, which then waits for processes that are told nothing."""
+    dataset, others = CTVolumeDataset(scans, prep((4, 6, 6))), torch.multiprocessing.active_children()
+    list(build_loader(dataset, [[0, 1], [2]], 1, CPU, persist=True))
+    (reader,) = {*torch.multiprocessing.active_children()} - {*others}
+    gc.disable()
+    try:
+        del dataset
+        assert not reader.is_alive()
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("workers", [0, 1])

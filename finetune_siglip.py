@@ -5642,8 +5642,7 @@ def report_epoch(run: Run, seconds: float, saved: str) -> None:
     *before, line = map(json.loads, run.history.lines)
     losses = "loss {}, val {}".format(*(shown(line[name]) for name in ("train_loss", "val_loss")))
     scores = "AUROC {}  AP {}  F1 {}".format(*(shown(line[f"macro_{x}"]) for x in ("auc", "average_precision", "f1")))
-    cost = f"rate {line['lr']:.1e}  {seconds:.0f} s"
-    mark = "  * best" if run.history.is_best(line["epoch"]) else ""
+    cost, mark = f"rate {line['lr']:.1e}  {seconds:.0f} s", "  * best" if run.history.is_best(line["epoch"]) else ""
     log.info("epoch %3d/%d  %s  %s  %s%s%s", line["epoch"], run.args.epochs, losses, scores, cost, saved, mark)
     log_metrics_table(line, DETAIL)
     if line["micro_precision"] is None and all(earlier["micro_precision"] is not None for earlier in before):
@@ -5931,8 +5930,7 @@ def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[R
 
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     """Predict with checkpoints of ours; where labels are known, score as well."""
-    classifier = Classifier(args, runtime)
-    labels = classifier.labels
+    labels = (classifier := Classifier(args, runtime)).labels
     if classifier.several and args.explain:
         raise BadInput("--explain is about one model: name one checkpoint")
     table = table_of_scans(args.images, labels) if args.images else read_table(args.csv, labels, labels_required=False)

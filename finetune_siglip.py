@@ -2437,7 +2437,7 @@ FOREIGN = (  # pattern of a file's name or first bytes, of an archive's member o
     (r"^name .*\.distcp$", "a sharded checkpoint of torch.distributed: run `python -m torch.distributed.checkpoint."
      "format_utils dcp_to_torch {} model.pt`, and name that file"),
     (r"^name (zero_to_fp32\.py|.*_optim_states\.pt)$", f"a checkpoint {UNZERO}"),
-    (r"^name (models--.*|snapshots)$", "the hub's cache, of several snapshots or models: name one with weights"),
+    (r"^name (models--.*|snapshots)/$", "the hub's cache, of several snapshots or models: name one with weights"),
     (r"^bytes (\Z|\s*[<{]|version https://git-lfs)", "empty, or text instead of weights (a Git LFS pointer, a web "
      "page, JSON): download it again, or run `git lfs pull` there"),
     (r"^bytes (\x89HDF|GGUF|\x81\xa6params|\x08)", "an HDF5, GGUF, Flax or ONNX file: use the model's PyTorch weights"),
@@ -2486,7 +2486,7 @@ def weights_in(folder: Path) -> Path:
     others = [file for file in sorted(folder.iterdir()) if file.suffix in WEIGHT_SUFFIXES and file.is_file()]
     if named or (others and set(others) <= set(shards_of(others[0]))):
         return (named or others)[0]
-    refuse_foreign(folder, [f"name {file.name}" for file in folder.iterdir()])
+    refuse_foreign(folder, [f"name {file.name}{'/' * file.is_dir()}" for file in folder.iterdir()])
     names = ", ".join(file.name for file in others[:5]) or "none"
     raise BadInput(f"{folder}: a folder should hold one weights file, found {names}: name the file")
 
@@ -3217,10 +3217,8 @@ def read_pretrained(source: str | Path, heads: int | None = None) -> Found:
     Tensors stay memory-mapped where the file has them so. `heads` overrides the number of attention heads. Raises
     BadInput with what the file seems to be where no known image encoder is in it.
     """
-    path, *more = locate_weights(str(source))
-    raw = open_weights(path)
-    for shard in more:
-        raw |= open_weights(shard)
+    path, *_ = shards = locate_weights(str(source))
+    raw = {name: value for shard in shards for name, value in open_weights(shard).items()}
     if str(raw.get("kind")).startswith("finetune_siglip"):
         if raw["kind"] != "finetune_siglip" or raw.get("format") != 1 or not isinstance(raw.get("backbone"), dict):
             raise BadInput(f"{path}: of this script, but no model that this version reads; name its best_model.pth")
@@ -3346,6 +3344,8 @@ def add_lora(backbone: Backbone, rank: int) -> None:
     chosen = [name for name, m in named if m.weight.requires_grad]
     if not chosen:
         raise BadInput("--lora-rank finds nothing to adapt, all is frozen: lower --freeze-up-to")
+    for attention in (m for m in backbone.modules() if hasattr(m, "qkv_bias_separate")):
+        setattr(attention, "qkv_bias_separate", True)  # noqa: B010, or timm's BEiT and EVA compute past their adapters
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=chosen), backbone)
     trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     log.info("backbone: adapters of rank %d in %d projections, %d numbers to train", rank, len(chosen), trained)

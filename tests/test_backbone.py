@@ -1084,6 +1084,17 @@ def test_hub_models_come_from_the_cache_without_network(tower, hub):
             fs.load_backbone(source)
 
 
+def test_a_file_named_after_its_place_in_the_hubs_cache_is_a_file(tower, hub, tmp_path):
+    model, images, reference = tower
+    path = saved(tmp_path / "models--someone--tower.pt", model.state_dict())
+    assert difference(fs.load_backbone(path, heads=2), images, reference) <= 1e-5
+    (hub.parents[1] / "refs" / "main").unlink()
+    (hub.parent / "def").mkdir()
+    for folder in (hub.parents[1], hub.parents[2]):
+        with pytest.raises(fs.BadInput, match="the hub's cache"):
+            fs.load_backbone(folder)
+
+
 # Memory
 
 
@@ -1125,6 +1136,25 @@ def test_lora_starts_at_no_change_trains_little_and_merges(tower, tmp_path):
         trained_features = backbone.eval()(images)
     assert float((trained_features - reference).abs().max()) > 1e-4
     assert difference(merged, images, trained_features) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva_giant_patch14_224", "vit_base_patch16_dinov3"])
+def test_every_adapter_has_its_part_in_what_a_tower_of_timm_computes(tmp_path, name):
+    """A bias kept beside the fused projection made timm use the projection's weight itself, without its adapters."""
+    timm_folder(tmp_path, name, **SMALL_VIT)
+    backbone = fs.load_backbone(tmp_path, heads=2)
+    fs.add_lora(backbone, 2)
+    for key, parameter in backbone.named_parameters():
+        if "lora_B" in key:
+            nn.init.normal_(parameter, std=0.05)
+    size = backbone.config["image_size"]
+    images = torch.rand(1, 3, size, size)
+    backbone.train()(images).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in backbone.parameters() if p.requires_grad)
+    merged = fs.build_backbone(backbone.config).eval()
+    merged.load_state_dict(fs.merged_weights(backbone))
+    with torch.no_grad():
+        assert difference(backbone, images, merged(images)) <= 1e-4
 
 
 def test_lora_is_refused_for_other_families(narrow_resnet, tmp_path):

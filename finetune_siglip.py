@@ -5384,8 +5384,8 @@ def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, st
     facts |= {"threads": torch.get_num_threads(), "Python": platform.python_version()}
     packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
     facts |= {name: importlib.metadata.version(name) for name in packages}
-    for name, value in facts.items():
-        log.log(DETAIL, "%s: %s", name, value)
+    for line in "\n".join(f"{name}: {value}" for name, value in facts.items()).splitlines():  # of a command, too
+        log.log(DETAIL, "%s", line)
     return facts
 
 
@@ -6036,8 +6036,8 @@ def say_why(error: BaseException) -> int:
         messages = [f"{error.filename or 'the system'}: {error.strerror or text}: mend that, or name another path"]
     else:
         raise error
-    for message in messages:
-        log.error("%s", message)
+    for line in "\n".join(messages).splitlines():
+        log.error("%s", line)
     return error.code if isinstance(error, UserError) else BadEnvironment.code
 
 

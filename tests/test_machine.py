@@ -1,5 +1,6 @@
 """Room 2: seeds, signals, precision."""
 
+import argparse
 import os
 import re
 import signal
@@ -177,3 +178,13 @@ def test_every_line_of_the_log_has_its_time_and_details_stay_off_the_console(tmp
         "INFO    a line", "DETAIL  a row of a table",
     ]  # fmt: skip
     assert capsys.readouterr().out == "a line\n"
+
+
+def test_commands_and_reasons_of_several_lines_have_their_time_on_each(tmp_path):
+    fs.setup_logging(tmp_path)
+    fs.provenance(argparse.Namespace(command="finetune_siglip.py 'a\nb'", csv=None), Runtime(torch.device("cpu")), {})
+    assert fs.say_why(fs.BadInput("a layer doesn't fit:\nsize mismatch")) == 2
+    fs.setup_logging()
+    lines = (tmp_path / "training.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ +\S", line) for line in lines)
+    assert lines[-1].endswith("ERROR   size mismatch")

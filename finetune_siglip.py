@@ -2257,6 +2257,7 @@ def check_data(table: Table, prep: Preprocessing, picture: Path | None = None, s
     lines += slice_distance(table, headers, prep)
     lines += [f"warning: {text}" for text in (*damaged, *find_doubts(table, headers, samples, prep))]
     if picture:
+        picture.parent.mkdir(parents=True, exist_ok=True)  # where nothing can be written is no fault of a picture
         with optional(picture.name):
             sheet = {table.series_ids[row]: samples[row] for row in spread(list(samples), 6)}
             save_figure(picture, draw_contact_sheet(sheet, prep))
@@ -2405,8 +2406,9 @@ def prepare_table(args: argparse.Namespace) -> Path:
             bad[row] = f"{table.name(row)}: {problem}"
         elif problem:
             raise problem
-    if bad and args.on_bad_volume == "stop":
-        raise BadInput(*bad.values(), "the other scans are converted: mend these and repeat, or --on-bad-volume skip")
+    if bad and (args.on_bad_volume == "stop" or len(bad) == len(table)):
+        others = "the other scans are converted: mend these and repeat, or --on-bad-volume skip"
+        raise BadInput(*bad.values(), *[others] * (len(bad) < len(table)))
     header, rows = read_rows(args.csv, Complaints(args.csv))
     for target, (_, cells) in zip(targets, rows, strict=True):
         cells[header.index("img_path")] = str(target.relative_to(folder) if folder in target.parents else target)

@@ -136,6 +136,13 @@ def test_damaged_scans_are_warnings_where_they_may_be_skipped(phantom: np.ndarra
             alone()
 
 
+def test_a_folder_that_cannot_be_made_is_no_matter_of_the_picture(phantom: np.ndarray, tmp_path: Path) -> None:
+    table = table_of(save(tmp_path / "a.npz", image=phantom))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(FileExistsError):
+        check_data(table, prep((8, 64, 64)), tmp_path / "file" / "sheet.png")
+
+
 def test_no_anatomy_is_suspected_on_a_grid_too_coarse_to_show_it(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     paths = [save(tmp_path / f"{i}.npz", image=make_phantom(rng, ["Lung nodule"])[0][None]) for i in range(6)]

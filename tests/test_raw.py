@@ -344,7 +344,7 @@ def test_preparing_again_does_only_what_is_missing(
     assert done[2:] == ["one.nii.gz", "two"]
     prepare_table(raw_table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 7.0), 0, skip=False)
     assert done[4:] == ["one.nii.gz", "two"]
-    assert not list((tmp_path / "out").rglob("*.part"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
     assert out.is_file()
 
 
@@ -357,6 +357,11 @@ def test_scans_that_cannot_be_prepared_are_told_after_all_others_are_done(raw_ta
     out = prepare_table(raw_table, ("A", "B"), tmp_path / "out", (12.0, 6.0, 6.0), 0, skip=True)
     assert len(out.read_text().splitlines()) == 2
     assert (tmp_path / "out/skipped.csv").read_text().splitlines()[1].startswith("007,train,2,")
+    for path in (tmp_path / "two").iterdir():
+        path.write_bytes(b"broken")
+    with pytest.raises(BadInput, match=r"\(line 3\)") as caught:  # a table without a scan is of no use
+        prepare_table(raw_table, ("A", "B"), tmp_path / "none", (12.0, 6.0, 6.0), 0, skip=True)
+    assert "other scans" not in str(caught.value)
 
 
 def test_what_is_no_raw_scan_is_kept_if_it_can_be_read(tmp_path: Path) -> None:

@@ -2989,13 +2989,13 @@ class TimmBackbone(ViTBackbone):
         size = {"img_size": config["image_size"]} if config["image_size"] else {}
         arguments = config["arguments"] | size | {"in_chans": config["num_channels"], "num_classes": 0}
         net: Any = timm.create_model(config["architecture"], **arguments)
-        super().__init__(config | {"image_size": net.patch_embed.img_size[0]}, net, net.num_features)
+        sizes = {"image_size": net.patch_embed.img_size[0], "patch_size": net.patch_embed.feat_ratio()}
+        super().__init__(config | sizes, net, net.num_features)
         self.leading = net.num_prefix_tokens
 
     def adopt(self, found: Found) -> dict[str, Tensor]:
         """Renamed and resized by the function that timm itself has for published files."""
-        convert = getattr(sys.modules[type(self.net).__module__], "checkpoint_filter_fn")  # noqa: B009
-        return convert(found.tensors, self.net)
+        return vars(sys.modules[type(self.net).__module__])["checkpoint_filter_fn"](found.tensors, self.net)
 
     def encode(self, images: Tensor) -> tuple[Tensor, None]:
         return self.net.forward_features(self.normalised(images)), None

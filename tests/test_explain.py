@@ -237,6 +237,17 @@ def test_a_class_token_is_explained_by_what_the_last_norm_gives_to_attention(com
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_tokens_of_a_convolutional_trunk_lie_on_the_grid_that_it_leaves():
+    """Of timm's hybrids the patch that is projected is one pixel of the trunk's map, not of the image."""
+    arguments = {"embed_dim": 64, "depth": 2, "num_heads": 2}
+    config = {"family": "timm", "architecture": "vit_base_r50_s16_224", "patch_size": 1, "image_size": 64,
+              "arguments": arguments, "num_channels": 3, "mean": [0.5] * 3, "std": [0.5] * 3}  # fmt: skip
+    model = fs.SiglipClassifier(fs.build_backbone(config), CHEST, "hu", 2).eval()
+    assert model.backbone.tokens(torch.rand(1, 3, 64, 64)).shape == (1, 4, 4, 64)
+    (found,) = fs.find_evidence(model, random_hu(1, 1, 3, 64, 64), [0])
+    assert found.maps.shape[1:] == (64, 64)
+
+
 def test_maps_cover_the_pixels_that_patches_cover():
     maps = fs.fit_to_image(torch.ones(2, 2, 2), (19, 17), 8)
     assert maps.shape == (2, 19, 17)

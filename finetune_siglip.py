@@ -672,17 +672,17 @@ class ConsoleHandler(logging.Handler):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def setup_logging(output_dir: Path | None = None) -> None:
+def setup_logging(output_dir: Path | None, is_main: bool) -> None:
     """Log to the console and, on the main process, to `training.log` in `output_dir`: lines, each with its time."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
     logging.raiseExceptions = False  # a full disk under training.log is no reason to stop, nor for a traceback per line
     logging.addLevelName(DETAIL, "DETAIL")
-    log.setLevel(logging.ERROR if own_rank() else DETAIL)
+    log.setLevel(DETAIL if is_main else logging.ERROR)
     log.propagate = False
     log.addHandler(ConsoleHandler(logging.INFO))
-    if output_dir and not own_rank():
+    if output_dir and is_main:
         with optional("training.log"):
             to_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
             to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
@@ -2220,7 +2220,8 @@ def move_volume(volume: Tensor, angle: float, zoom: float, zoom_z: float, move: 
     these reach the kernels as plain numbers: a tensor of them would be copied to a GPU, and each copy waited for.
     """
     c, s, h, w = volume.shape
-    z = ((torch.arange(s, device=volume.device) + 0.5 - s / 2) / zoom_z + s / 2 - 0.5 + move[2] * s).clamp(0, s - 1)
+    z = (torch.arange(s, device=volume.device) + 0.5 - s / 2) / zoom_z + s / 2 - 0.5 + move[2] * s
+    z = z.clamp(0, s - 1)
     below = z.floor().long()
     above = (below + 1).clamp(max=s - 1)
     stack = torch.lerp(volume[:, below].float(), volume[:, above].float(), (z - below)[:, None, None]) - air
@@ -2272,7 +2273,8 @@ def slice_distance(table: Table, headers: Sequence[Header], prep: Preprocessing)
     nodule of 6 mm, from which on CT guidelines ask for follow-up, can fall between slices more than 3 mm apart."""
     axis = spl_axes(prep.orientation)[0][0]
     if depths := [FIELD_OF_VIEW[0] if h.raw else h.shape[1 + axis] * h.spacing[axis] for h in headers if h.spacing]:
-        mm = (depth := float(np.median(depths))) / prep.grid[0]
+        depth = float(np.median(depths))
+        mm = depth / prep.grid[0]
         yield f"slices lie {mm:.1f} mm apart after resampling (median of {len(depths)} scans that tell their spacing)"
         if mm > 3 and (small := [label for label in ("Lung nodule", "Bronchiectasis") if label in table.labels]):
             advice = f"--num-slices {math.ceil(depth / 3)} avoids it"
@@ -5644,7 +5646,8 @@ def report_epoch(run: Run, seconds: float, saved: str) -> None:
     *before, line = map(json.loads, run.history.lines)
     losses = "loss {}, val {}".format(*(shown(line[name]) for name in ("train_loss", "val_loss")))
     scores = "AUROC {}  AP {}  F1 {}".format(*(shown(line[f"macro_{x}"]) for x in ("auc", "average_precision", "f1")))
-    cost, mark = f"rate {line['lr']:.1e}  {seconds:.0f} s", "  * best" if run.history.is_best(line["epoch"]) else ""
+    cost = f"rate {line['lr']:.1e}  {seconds:.0f} s"
+    mark = "  * best" if run.history.is_best(line["epoch"]) else ""
     log.info("epoch %3d/%d  %s  %s  %s%s%s", line["epoch"], run.args.epochs, losses, scores, cost, saved, mark)
     log_metrics_table(line, DETAIL)
     if line["micro_precision"] is None and all(earlier["micro_precision"] is not None for earlier in before):
@@ -5800,7 +5803,7 @@ def run_training(args: argparse.Namespace, runtime: Runtime, stop: StopRequest) 
     folder = RunFolder(args.output_dir)
     source = check_folder(args, folder)
     with folder.locked() if runtime.is_main else nullcontext():
-        setup_logging(args.output_dir)
+        setup_logging(args.output_dir, runtime.is_main)
         try:
             run = Run(args, runtime, stop, folder)
             start_or_resume(run, source)
@@ -5932,7 +5935,8 @@ def results_folder(args: argparse.Namespace, is_main: bool = True) -> Iterator[R
 
 def run_test(args: argparse.Namespace, runtime: Runtime) -> int:
     """Predict with checkpoints of ours; where labels are known, score as well."""
-    labels = (classifier := Classifier(args, runtime)).labels
+    classifier = Classifier(args, runtime)
+    labels = classifier.labels
     if classifier.several and args.explain:
         raise BadInput("--explain is about one model: name one checkpoint")
     table = table_of_scans(args.images, labels) if args.images else read_table(args.csv, labels, labels_required=False)
@@ -6046,7 +6050,7 @@ def say_why(error: BaseException) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script with these arguments; returns the exit code."""
     args = parse_args(argv)
-    setup_logging()
+    setup_logging(None, is_main=own_rank() == 0)
     if args.use_3channel:
         log.info("--use-3channel: three windows (--windows) are what every model sees, so nothing changes")
     with StopRequest(patient=False) as stop:

@@ -120,7 +120,7 @@ def test_a_process_ends_though_somebody_still_holds_its_readers(tmp_path):
 def test_a_full_disk_or_nobody_behind_the_console_stops_nothing(tmp_path):
     program = (
         "import finetune_siglip as fs\n"
-        "fs.setup_logging()\n"
+        "fs.setup_logging(None, True)\n"
         "for _ in range(3): fs.log.info('x' * 9999); fs.log.error('x' * 9999)\n"
     )
     reader, writer = os.pipe()
@@ -169,10 +169,10 @@ def test_a_gpu_that_pytorch_cannot_use_is_a_warning(monkeypatch, caplog, tmp_pat
 
 
 def test_every_line_of_the_log_has_its_time_and_details_stay_off_the_console(tmp_path, capsys):
-    fs.setup_logging(tmp_path)
+    fs.setup_logging(tmp_path, True)
     fs.log.info("a line")
     fs.log.log(fs.DETAIL, "a row of a table")
-    fs.setup_logging()
+    fs.setup_logging(None, True)
     lines = (tmp_path / "training.log").read_text().splitlines()
     assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", line) for line in lines] == [
         "INFO    a line", "DETAIL  a row of a table",
@@ -181,10 +181,10 @@ def test_every_line_of_the_log_has_its_time_and_details_stay_off_the_console(tmp
 
 
 def test_commands_and_reasons_of_several_lines_have_their_time_on_each(tmp_path):
-    fs.setup_logging(tmp_path)
+    fs.setup_logging(tmp_path, True)
     fs.provenance(argparse.Namespace(command="finetune_siglip.py 'a\nb'", csv=None), Runtime(torch.device("cpu")), {})
     assert fs.say_why(fs.BadInput("a layer doesn't fit:\nsize mismatch")) == 2
-    fs.setup_logging()
+    fs.setup_logging(None, True)
     lines = (tmp_path / "training.log").read_text().splitlines()
     assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [A-Z]+ +\S", line) for line in lines)
     assert lines[-1].endswith("ERROR   size mismatch")

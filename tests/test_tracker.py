@@ -25,7 +25,7 @@ def nobody_at_home(monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.delenv("NETRC", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    fs.setup_logging()
+    fs.setup_logging(None, True)
     yield
     with suppress(Exception):  # there may be none, or its service is gone
         sys.modules["wandb"].teardown()  # it keeps the environment that it found

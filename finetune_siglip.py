@@ -1729,14 +1729,14 @@ def read_volume(
     where a stored file says that its orientation, or spacing (D, H, W), is another than the one expected."""
     source, series = scan_source(path)
     with reading_scan(path):
-        name = source.name.lower()
-        if source.is_dir() or name.endswith(".dcm"):
-            scan = read_dicom(source, series)
-        elif source.exists() and not source.is_file():
+        mode, name = source.stat().st_mode, source.name.lower()  # asked for once: a network disk takes its time
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise BadVolume("is not a regular file")
+        read = next((read for ending, read in RAW_FORMATS.items() if name.endswith(ending)), None)
+        if stat.S_ISDIR(mode) or name.endswith(".dcm"):
+            scan = oriented(read_dicom(source, series))
         else:
-            scan = next((read for ending, read in RAW_FORMATS.items() if name.endswith(ending)), read_stored)(source)
-        scan = oriented(scan) if is_raw(path) else scan
+            scan = oriented(read(source)) if read else read_stored(source)
         header = next(scan)
         if orientation and not header.raw:
             if header.orientation not in (None, orientation):

@@ -933,7 +933,7 @@ WRONG_FILES = {
     "damaged or incomplete (KeyError": write_bytes(b"hello"),
     "damaged or incomplete": write_truncated,
     "damaged or incomplete ": write_truncated_safetensors,
-    "damaged": write_bytes(os.urandom(300)),
+    "damaged": write_bytes(bytes(range(128, 256)) * 3),
 }
 
 

@@ -633,6 +633,7 @@ def end_readers() -> None:
 def signals_held() -> Iterator[None]:
     """Hold signals back; a process started here never gets them: a stop is sent to every process of a job, but the main
     one saves and needs its data. At the latest it ends with this one."""
+    atexit.unregister(end_readers)
     atexit.register(end_readers)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -672,8 +673,16 @@ class ConsoleHandler(logging.Handler):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+class LineFormatter(logging.Formatter):
+    """Puts the time before each line of a message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        head = f"{self.formatTime(record)} {record.levelname:7} "
+        return "\n".join(head + line for line in record.getMessage().splitlines())
+
+
 def setup_logging(output_dir: Path | None, is_main: bool) -> None:
-    """Log to the console and, on the main process, to `training.log` in `output_dir`: lines, each with its time."""
+    """Log to the console and, on the main process, to `training.log` in `output_dir`."""
     for handler in list(log.handlers):
         log.removeHandler(handler)
         handler.close()
@@ -685,7 +694,7 @@ def setup_logging(output_dir: Path | None, is_main: bool) -> None:
     if output_dir and is_main:
         with optional("training.log"):
             to_file = logging.FileHandler(output_dir / "training.log", encoding="utf-8")
-            to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+            to_file.setFormatter(LineFormatter())
             log.addHandler(to_file)
 
 
@@ -5388,8 +5397,8 @@ def provenance(args: argparse.Namespace, runtime: Runtime, weights: dict[str, st
     facts |= {"threads": torch.get_num_threads(), "Python": platform.python_version()}
     packages = ("torch", "transformers", "monai", "numpy", "scikit-learn")
     facts |= {name: importlib.metadata.version(name) for name in packages}
-    for line in "\n".join(f"{name}: {value}" for name, value in facts.items()).splitlines():  # of a command, too
-        log.log(DETAIL, "%s", line)
+    for name, value in facts.items():
+        log.log(DETAIL, "%s: %s", name, value)
     return facts
 
 
@@ -6042,8 +6051,8 @@ def say_why(error: BaseException) -> int:
         messages = [f"{error.filename or 'the system'}: {error.strerror or text}: mend that, or name another path"]
     else:
         raise error
-    for line in "\n".join(messages).splitlines():
-        log.error("%s", line)
+    for message in messages:
+        log.error("%s", message)
     return error.code if isinstance(error, UserError) else BadEnvironment.code
 
 

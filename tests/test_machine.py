@@ -170,14 +170,14 @@ def test_a_gpu_that_pytorch_cannot_use_is_a_warning(monkeypatch, caplog, tmp_pat
 
 def test_every_line_of_the_log_has_its_time_and_details_stay_off_the_console(tmp_path, capsys):
     fs.setup_logging(tmp_path, True)
-    fs.log.info("a line")
-    fs.log.log(fs.DETAIL, "a row of a table")
+    fs.log.info("two\nlines")
+    fs.log.log(fs.DETAIL, "a table\nwith rows")
     fs.setup_logging(None, True)
     lines = (tmp_path / "training.log").read_text().splitlines()
     assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ", "", line) for line in lines] == [
-        "INFO    a line", "DETAIL  a row of a table",
+        "INFO    two", "INFO    lines", "DETAIL  a table", "DETAIL  with rows",
     ]  # fmt: skip
-    assert capsys.readouterr().out == "a line\n"
+    assert capsys.readouterr().out == "two\nlines\n"
 
 
 def test_commands_and_reasons_of_several_lines_have_their_time_on_each(tmp_path):

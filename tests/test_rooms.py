@@ -52,9 +52,9 @@ def test_no_function_is_longer_than_a_screen_but_the_table_of_arguments():
     assert [f.name for f in FUNCTIONS if f.end_lineno - f.lineno + 1 > 60] == ["build_parser"]
 
 
-LONGEST = 6073
+LONGEST = 6082
 BUDGET = {
-    "Door": 41, "Knobs": 289, "Machine": 446, "Table": 230, "Volume": 1326, "Backbone": 952, "Model": 360, "Loss": 83,
+    "Door": 41, "Knobs": 289, "Machine": 455, "Table": 230, "Volume": 1326, "Backbone": 952, "Model": 360, "Loss": 83,
     "Optim": 139, "Step": 363, "Scores": 264, "Keep": 392, "Papers": 399, "Main": 699,
 }  # fmt: skip
 
